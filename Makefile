@@ -1,0 +1,59 @@
+# `make demo` and `make test` need Python >= 3.11 and make; they set up the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := sched sim exec cli
+TYPED := $(PACKAGES:%=-p pipeproof.%)
+
+# Our package directories are named like the standard library's `sched` and the
+# builtin `exec`; without this, running from the root would import ours first.
+export PYTHONSAFEPATH := 1
+# Small kernels on few cores: torch's thread pool costs more than it brings.
+export OMP_NUM_THREADS := 1
+
+.PHONY: help demo test test-all lint format dist clean
+
+help:
+	@echo 'make demo      train a small GPT pipelined and not, compare, write a trace'
+	@echo 'make test      the tests (a few minutes)'
+	@echo 'make test-all  the tests, long ones too'
+	@echo 'make lint      formatting, lint, types'
+	@echo 'make format    rewrite files as the formatter wants them'
+	@echo 'make dist      wheel and sdist under dist/'
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'pipeproof needs Python >= 3.11; say which: make PYTHON=python3.12'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[exec,dev]'
+	@touch $@
+
+# Type checkers do not follow the editable install's import hook: show them the
+# packages under their real names.
+$(VENV)/typing: $(VENV)/ready
+	@mkdir -p $@/pipeproof
+	@for p in $(PACKAGES); do ln -sfn ../../../$$p $@/pipeproof/$$p; done
+
+demo: $(VENV)/ready
+	$(BIN)/python experiments/demo.py
+
+test: $(VENV)/ready
+	$(BIN)/pytest
+
+test-all: $(VENV)/ready
+	$(BIN)/pytest -m 'slow or not slow'
+
+lint: $(VENV)/ready $(VENV)/typing
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	MYPYPATH=$(VENV)/typing $(BIN)/mypy $(TYPED)
+
+format: $(VENV)/ready
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+dist: $(VENV)/ready
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

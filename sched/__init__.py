@@ -1,0 +1,35 @@
+"""What a schedule is: write it, check it, lower it to device programs.
+
+Knows neither torch nor simpy.
+"""
+
+from pipeproof.sched import catalog as catalog
+from pipeproof.sched.catalog import CATALOG as CATALOG
+from pipeproof.sched.check import Finding as Finding
+from pipeproof.sched.check import Report as Report
+from pipeproof.sched.check import check as check
+from pipeproof.sched.errors import ParameterError as ParameterError
+from pipeproof.sched.errors import ParseError as ParseError
+from pipeproof.sched.errors import PipeproofError as PipeproofError
+from pipeproof.sched.errors import ScheduleError as ScheduleError
+from pipeproof.sched.errors import UnsupportedError as UnsupportedError
+from pipeproof.sched.ir import B as B
+from pipeproof.sched.ir import F as F
+from pipeproof.sched.ir import I as I
+from pipeproof.sched.ir import Kind as Kind
+from pipeproof.sched.ir import Op as Op
+from pipeproof.sched.ir import Ops as Ops
+from pipeproof.sched.ir import R as R
+from pipeproof.sched.ir import Schedule as Schedule
+from pipeproof.sched.ir import W as W
+from pipeproof.sched.ir import alternate as alternate
+from pipeproof.sched.ir import op as op
+from pipeproof.sched.ir import overlap as overlap
+from pipeproof.sched.lower import lower as lower
+from pipeproof.sched.placement import Placement as Placement
+from pipeproof.sched.program import Action as Action
+from pipeproof.sched.program import BufferKind as BufferKind
+from pipeproof.sched.program import Program as Program
+from pipeproof.sched.trace import Trace as Trace
+from pipeproof.sched.transforms import POLICIES as POLICIES
+from pipeproof.sched.transforms import recompute as recompute

@@ -1,0 +1,479 @@
+"""Judge a schedule: one function per rule, all findings together.
+
+Rules look at columns, so that a million good ops cost a few numpy calls; only
+what is wrong becomes an object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+from pipeproof.sched.deps import Index, OpTable, Order, order
+from pipeproof.sched.errors import ScheduleError
+from pipeproof.sched.ir import STAGE_KINDS, Kind, Op, Ops, Schedule
+from pipeproof.sched.text import words_of
+
+SHOWN = 20
+"""Findings that a message spells out before it only counts them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One broken rule.
+
+    Attributes:
+        rule: short name of the rule.
+        device: whose row, or None where no one device is at fault.
+        step: position in that row, counted from 0; None for an op that is missing.
+        op: the op at fault, or the one that is missing.
+        expected: what the rule asks.
+        found: what the schedule has.
+        remedy: what to do.
+    """
+
+    rule: str
+    device: int | None
+    step: int | None
+    op: Op | None
+    expected: str
+    found: str
+    remedy: str
+
+    @property
+    def where(self) -> str:
+        """Device and step, as far as they are known."""
+        if self.device is None:
+            return "schedule"
+        return f"device {self.device}" + (
+            "" if self.step is None else f", step {self.step}"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.found}; expected {self.expected}. {self.remedy}."
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything `check` found.
+
+    Attributes:
+        schedule: what was judged.
+        findings: in order of rule, device and step; empty when all is well.
+    """
+
+    schedule: Schedule
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the schedule keeps every rule."""
+        return not self.findings
+
+    def raise_if_bad(self) -> None:
+        """Raise what `str` says, if there is a finding.
+
+        Raises:
+            ScheduleError: any rule is broken.
+        """
+        if self.findings:
+            raise ScheduleError(str(self))
+
+    def __str__(self) -> str:
+        if not self.findings:
+            return f"{self.schedule.summary}: complete, ordered and free of cycles"
+        count = len(self.findings)
+        lines = [
+            f"{self.schedule.summary} breaks {count:,} rule{'s' if count > 1 else ''}:"
+        ]
+        for finding in self.findings[:SHOWN]:
+            lines.append(f"  {finding.where}: {finding.found}")
+            lines += self._picture(finding)
+            lines.append(f"    expected: {finding.expected}")
+            lines.append(f"    {finding.remedy}.")
+        if count > SHOWN:
+            lines.append(f"  … and {count - SHOWN:,} more")
+        return "\n".join(lines)
+
+    def _picture(self, finding: Finding) -> list[str]:
+        """The stretch of the device's row around the op, with the op marked."""
+        if finding.device is None or finding.step is None:
+            return []
+        row = self.schedule.row(finding.device)
+        first = max(0, finding.step - 5)
+        while first and row.joined[first]:
+            first -= 1
+        stretch = row[first : finding.step + 6]
+        at = int(np.cumsum(~stretch.joined)[finding.step - first]) - 1
+        words = words_of(stretch, short=_plain(self.schedule, finding.device, stretch))
+        left = "… " if first else ""
+        right = " …" if finding.step + 6 < len(row) else ""
+        head = f"    device {finding.device} | {left}"
+        offset = len(head) + sum(len(word) + 1 for word in words[:at])
+        return [
+            head + " ".join(words) + right,
+            " " * offset + "^" * len(words[at]),
+        ]
+
+
+def check(schedule: Schedule) -> Report:
+    """Judge a schedule: complete, well placed, in order, free of cycles.
+
+    Takes time linear in the ops. All findings come together; `raise_if_bad`
+    turns them into one error.
+    """
+    return schedule.report
+
+
+def examine(schedule: Schedule) -> Report:
+    """`check`, worked out anew."""
+    findings = list(_numbers(schedule)) or list(_enough(schedule))
+    if not findings:  # the tables that the other rules read can be built
+        table = OpTable.of(schedule)
+        judge = _Judge(schedule, table)
+        findings = list(chain.from_iterable(rule(judge) for rule in RULES))
+        if not any(finding.rule == "group" for finding in findings):
+            findings += _cycles(judge)
+    return Report(schedule, tuple(findings))
+
+
+@dataclass(frozen=True)
+class _Judge:
+    schedule: Schedule
+    table: OpTable
+
+    def name(self, index: int) -> str:
+        device, step = self.schedule.locate(int(index))
+        op = self.schedule.ops[int(index)]
+        row = self.schedule.row(device)[step : step + 1]
+        return op.short if _plain(self.schedule, device, row) else str(op)
+
+    def at(
+        self, rule: str, index: int, *, expected: str, found: str, remedy: str
+    ) -> Finding:
+        device, step = self.schedule.locate(int(index))
+        op = self.schedule.ops[int(index)]
+        return Finding(rule, device, step, op, expected, found, remedy)
+
+    def home(self, op: Op) -> int:
+        pipe = int(self.schedule.pipe_of[op.micro_batch])
+        return self.schedule.placement.pipes[pipe][op.stage]
+
+
+def _numbers(schedule: Schedule) -> Iterator[Finding]:
+    """Stages, micro-batches, slices and steps that the header does not have."""
+    ops = schedule.ops
+    of_stage = np.isin(ops.kind, list(STAGE_KINDS))
+    limits: list[tuple[str, NDArray[np.int32], NDArray[np.int64]]] = [
+        ("stage", ops.stage, np.full(len(ops), schedule.stages)),
+        (
+            "micro-batch",
+            ops.micro_batch,
+            np.where(of_stage, schedule.steps, schedule.all_micro_batches),
+        ),
+        ("slice", ops.slice, np.full(len(ops), schedule.slices)),
+    ]
+    for what, numbers, limit in limits:
+        for index in np.flatnonzero(numbers >= limit).tolist():
+            device, step = schedule.locate(index)
+            op = ops[index]
+            name = "step" if what == "micro-batch" and of_stage[index] else what
+            yield Finding(
+                "numbers",
+                device,
+                step,
+                op,
+                expected=f"{name} 0 … {int(limit[index]) - 1}",
+                found=f"{op} names {name} {int(numbers[index])}",
+                remedy=f"Drop the op, or raise the schedule's count: {name}",
+            )
+
+
+def _enough(schedule: Schedule) -> Iterator[Finding]:
+    """Fewer ops than stages × micro-batches need.
+
+    Comes before anything of that size is allocated.
+    """
+    wanted = schedule.stages * schedule.all_micro_batches * schedule.slices
+    if wanted > 4 * len(schedule) + 4096:
+        yield Finding(
+            "complete",
+            None,
+            None,
+            None,
+            expected=f"a forward and a backward for each of {wanted:,} (stage, "
+            "micro-batch, slice)",
+            found=f"only {len(schedule):,} ops",
+            remedy="Add the missing ops, or lower the sizes in the header",
+        )
+
+
+def _placed(judge: _Judge) -> Iterator[Finding]:
+    schedule, ops = judge.schedule, judge.schedule.ops
+    homes = np.array(schedule.placement.pipes, dtype=np.int64)
+    of_stage = np.isin(ops.kind, list(STAGE_KINDS))
+    micro_batch = np.where(of_stage, 0, ops.micro_batch)
+    home = homes[schedule.pipe_of[micro_batch], ops.stage]
+    device = schedule.device_of_op
+    wrong = (home != device) & ~of_stage
+    if of_stage.any():
+        replicas = (homes[:, ops.stage] == device).any(axis=0)
+        wrong |= of_stage & ~replicas
+    for index in np.flatnonzero(wrong).tolist():
+        op = ops[index]
+        if op.kind in STAGE_KINDS:
+            where = " or ".join(
+                str(d) for d in sorted(set(homes[:, op.stage].tolist()))
+            )
+        else:
+            where = str(judge.home(op))
+        yield judge.at(
+            "placement",
+            index,
+            expected=f"stage {op.stage} on device {where}, where the placement holds it",
+            found=f"{op} runs on device {int(device[index])}",
+            remedy=f"Move it to device {where}, or change the placement",
+        )
+
+
+def _once(judge: _Judge) -> Iterator[Finding]:
+    """No op stands twice."""
+    schedule, ops = judge.schedule, judge.schedule.ops
+    first = np.zeros(len(ops), dtype=np.bool_)
+    for table in judge.table.by_kind.values():
+        first[table[table >= 0]] = True
+    of_stage = np.flatnonzero(np.isin(ops.kind, list(STAGE_KINDS)))
+    seen: dict[tuple[int, Op], int] = {}
+    for index in of_stage.tolist():
+        key = int(schedule.device_of_op[index]), ops[index]
+        first[index] = seen.setdefault(key, index) == index
+    for index in np.flatnonzero(~first).tolist():
+        op = ops[index]
+        if op.kind in STAGE_KINDS:
+            earlier = seen[int(schedule.device_of_op[index]), op]
+        else:
+            earlier = int(
+                judge.table.by_kind[op.kind][op.micro_batch, op.slice, op.stage]
+            )
+        device, step = schedule.locate(earlier)
+        name = judge.name(index)
+        yield judge.at(
+            "once",
+            index,
+            expected=f"each op once; {name} stands at device {device}, step {step}",
+            found=f"{name} stands a second time",
+            remedy="Drop one of the two",
+        )
+
+
+def _complete(judge: _Judge) -> Iterator[Finding]:
+    """F once; B, or I and W; R at most where there is an F and a backward."""
+    table = judge.table
+    has = {kind: table.get(kind) >= 0 for kind in Kind if kind not in STAGE_KINDS}
+    yield from _missing(judge, Kind.F, ~has[Kind.F], "a forward")
+    neither = ~has[Kind.B] & ~has[Kind.I] & ~has[Kind.W]
+    yield from _missing(judge, Kind.B, neither, "a backward: B, or I and W")
+    lone_w = has[Kind.W] & ~has[Kind.I] & ~has[Kind.B]
+    yield from _missing(judge, Kind.I, lone_w, "an input gradient beside its W")
+    lone_i = has[Kind.I] & ~has[Kind.W] & ~has[Kind.B]
+    yield from _missing(judge, Kind.W, lone_i, "a weight gradient beside its I")
+    for half in (Kind.I, Kind.W):
+        both = table.get(half)[has[half] & has[Kind.B]]
+        for index in both.tolist():
+            name = judge.name(index)
+            yield judge.at(
+                "complete",
+                index,
+                expected="either B, or I and W: B is both",
+                found=f"{name} stands beside the whole backward "
+                f"{name.replace(half.name, 'B')}",
+                remedy="Keep one form of the backward",
+            )
+    lone_off = has[Kind.OFFLOAD] & ~has[Kind.RELOAD]
+    yield from _missing(judge, Kind.RELOAD, lone_off, "a reload of what was offloaded")
+    lone_re = has[Kind.RELOAD] & ~has[Kind.OFFLOAD]
+    yield from _missing(judge, Kind.OFFLOAD, lone_re, "an offload of what is reloaded")
+
+
+def _missing(
+    judge: _Judge, kind: Kind, gap: NDArray[np.bool_], expected: str
+) -> Iterator[Finding]:
+    for micro_batch, part, stage in np.argwhere(gap).tolist():
+        op = Op(kind, stage, micro_batch, part)
+        home = judge.home(op)
+        yield Finding(
+            "complete",
+            home,
+            None,
+            op,
+            expected=f"{expected}, for each stage and micro-batch",
+            found=f"{op} is missing",
+            remedy=f"Add {op} to device {home}",
+        )
+
+
+def _reduced(judge: _Judge) -> Iterator[Finding]:
+    """A stage with replicas on several devices has a REDUCE on each, every step."""
+    schedule, ops = judge.schedule, judge.schedule.ops
+    if len(schedule.placement.pipes) == 1:
+        return
+    there = {
+        (op.stage, op.micro_batch, int(schedule.device_of_op[index]))
+        for index in np.flatnonzero(ops.kind == Kind.REDUCE).tolist()
+        for op in [ops[index]]
+    }
+    homes = np.array(schedule.placement.pipes)
+    for step in range(schedule.steps):
+        for stage in range(schedule.stages):
+            devices = sorted(set(homes[:, stage].tolist()))
+            for device in devices if len(devices) > 1 else ():
+                if (stage, step, device) not in there:
+                    op = Op(Kind.REDUCE, stage, step)
+                    yield Finding(
+                        "complete",
+                        device,
+                        None,
+                        op,
+                        expected=f"the replicas of stage {stage} on devices "
+                        f"{', '.join(map(str, devices))} to sum their gradients",
+                        found=f"{op} is missing",
+                        remedy=f"Add {op} to device {device}, after its last backward",
+                    )
+
+
+def _in_order(judge: _Judge) -> Iterator[Finding]:
+    """On one device, an op stands behind what it needs of the same stage."""
+    table = judge.table
+    forward = table.get(Kind.F)
+    backward = table.get(Kind.B, Kind.I)
+    yield from _behind(judge, forward, backward)
+    yield from _behind(judge, table.get(Kind.I), table.get(Kind.W))
+    if Kind.R in table.by_kind:
+        again = table.get(Kind.R)
+        yield from _behind(judge, forward, again)
+        yield from _behind(judge, again, backward)
+    away, back = table.get(Kind.OFFLOAD), table.get(Kind.RELOAD)
+    yield from _behind(judge, forward, away)
+    yield from _behind(judge, away, back)
+    yield from _behind(judge, back, backward)
+    yield from _behind(judge, forward[:, :-1], forward[:, 1:])
+    yield from _behind(judge, backward[:, 1:], backward[:, :-1])
+    yield from _stages_last(judge)
+
+
+def _behind(judge: _Judge, before: Index, after: Index) -> Iterator[Finding]:
+    schedule = judge.schedule
+    device = schedule.device_of_op
+    both = (before >= 0) & (after >= 0)
+    first, second = before[both], after[both]
+    wrong = (first > second) & (device[first] == device[second])
+    for needed, index in zip(first[wrong].tolist(), second[wrong].tolist()):
+        early, late = judge.name(index), judge.name(needed)
+        yield judge.at(
+            "order",
+            index,
+            expected=f"{late} first, at step {schedule.locate(needed)[1]} now",
+            found=f"{early} runs before its own {late}",
+            remedy=f"Move {late} ahead of {early}, or drop both",
+        )
+
+
+def _stages_last(judge: _Judge) -> Iterator[Finding]:
+    """REDUCE and STEP come after a stage's last backward on their device."""
+    schedule, ops = judge.schedule, judge.schedule.ops
+    stage_ops = np.flatnonzero(np.isin(ops.kind, list(STAGE_KINDS)))
+    finished = judge.table.get(Kind.B, Kind.W)
+    for index in stage_ops.tolist():
+        op = ops[index]
+        first = op.micro_batch * schedule.micro_batches
+        own = finished[first : first + schedule.micro_batches, :, op.stage]
+        own = own[own >= 0]
+        own = own[schedule.device_of_op[own] == schedule.device_of_op[index]]
+        if len(own) and (last := int(own.max())) > index:
+            yield judge.at(
+                "order",
+                index,
+                expected=f"{op} after its last contribution, {judge.name(last)}",
+                found=f"{op} runs before {judge.name(last)} of its stage",
+                remedy=f"Move {op} behind step {schedule.locate(last)[1]}",
+            )
+
+
+def _groups(judge: _Judge) -> Iterator[Finding]:
+    """No op of an overlap group needs another of the same group."""
+    from pipeproof.sched.deps import dependencies
+
+    if not judge.schedule.ops.joined.any():
+        return
+    before, after = dependencies(judge.table)
+    node = judge.schedule.node_of_op
+    same = node[before] == node[after]
+    for needed, index in zip(before[same].tolist(), after[same].tolist()):
+        yield judge.at(
+            "group",
+            index,
+            expected="ops of an overlap group to be independent of each other",
+            found=f"{judge.name(index)} needs {judge.name(needed)} of its own group",
+            remedy="Take one of them out of the group",
+        )
+
+
+def _cycles(judge: _Judge) -> Iterator[Finding]:
+    """Device order and dependencies together have no cycle."""
+    schedule = judge.schedule
+    graph = order(schedule, judge.table)
+    stuck = graph.level < 0
+    if not stuck.any():
+        return
+    ring = _ring(graph, stuck)
+    names = []
+    for node in [*ring, ring[0]]:
+        index = int(graph.first_op[node])
+        names.append(f"{schedule.ops[index]} (device {schedule.locate(index)[0]})")
+    if len({schedule.locate(int(graph.first_op[node]))[0] for node in ring}) == 1:
+        return  # inside one row: the rule of order has named it
+    yield judge.at(
+        "cycle",
+        int(graph.first_op[ring[0]]),
+        expected="an order in which some op can always run",
+        found=f"{int(stuck.sum()):,} ops wait for each other: " + " → ".join(names),
+        remedy="Reorder the ops of one of these devices",
+    )
+
+
+def _ring(graph: Order, stuck: NDArray[np.bool_]) -> list[int]:
+    """One cycle: every stuck node has a stuck predecessor, so walk back."""
+    both = stuck[graph.before] & stuck[graph.after]
+    waits_for = np.full(len(stuck), -1, dtype=np.int64)
+    waits_for[graph.after[both]] = graph.before[both]
+    walk: dict[int, int] = {}
+    node = int(graph.after[both][0])
+    while node not in walk:
+        walk[node] = len(walk)
+        node = int(waits_for[node])
+    return list(walk)[walk[node] :][::-1]
+
+
+def _plain(schedule: Schedule, device: int, row: Ops) -> bool:
+    """Whether stages need no naming: the device holds one, and runs only that."""
+    holds = {
+        stage
+        for pipe in schedule.placement.pipes
+        for stage, d in enumerate(pipe)
+        if d == device
+    }
+    return len(holds) == 1 and bool((row.stage == holds.pop()).all())
+
+
+RULES: tuple[Callable[[_Judge], Iterator[Finding]], ...] = (
+    _placed,
+    _once,
+    _complete,
+    _reduced,
+    _in_order,
+    _groups,
+)
+"""Every rule but the numbers, which the others rely on, and the cycles, last."""

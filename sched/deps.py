@@ -1,0 +1,181 @@
+"""What each operation waits for, derived from the operations themselves.
+
+The default chain of micro-batch m through stages s (and slices q)::
+
+    F(s-1,m,q) → F(s,m,q)        activations go down
+    F(s,m,q-1) → F(s,m,q)        keys and values of the earlier slices
+    F(s,m,q)   → R(s,m,q)        the stored input
+    F or R     → B or I          the activations
+    B/I(s+1)   → B/I(s)          gradients come up
+    B/I(q+1)   → B/I(q)          the keys' and values' gradients
+    I          → W
+    F → OFFLOAD → RELOAD → B/I   activations away and back
+    B/W of a stage, on every device → REDUCE → STEP
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pipeproof.sched.ir import BACKWARD_KINDS, STAGE_KINDS, Kind, Schedule
+
+Index = NDArray[np.int64]
+ABSENT = -1
+
+
+@dataclass(frozen=True)
+class OpTable:
+    """Where each operation of a schedule stands.
+
+    Attributes:
+        by_kind: for each kind with a micro-batch that occurs, an array of shape
+            (micro-batches of all steps, slices, stages): the index of the op in
+            `schedule.ops`, or -1. The first one, where an op stands twice.
+    """
+
+    schedule: Schedule
+    by_kind: dict[Kind, Index]
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> OpTable:
+        """Tables of a schedule whose numbers are all in range."""
+        shape = schedule.all_micro_batches, schedule.slices, schedule.stages
+        ops = schedule.ops
+        by_kind: dict[Kind, Index] = {}
+        for kind in Kind:
+            where = np.flatnonzero(ops.kind == kind)
+            if kind in STAGE_KINDS or not len(where):
+                continue
+            table = np.full(shape, ABSENT, dtype=np.int64)
+            last_first = where[::-1]
+            table[
+                ops.micro_batch[last_first],
+                ops.slice[last_first],
+                ops.stage[last_first],
+            ] = last_first
+            by_kind[kind] = table
+        return cls(schedule, by_kind)
+
+    def get(self, *kinds: Kind) -> Index:
+        """Index of the op of the first of these kinds that is there, else -1."""
+        shape = (
+            self.schedule.all_micro_batches,
+            self.schedule.slices,
+            self.schedule.stages,
+        )
+        result: Index | None = None
+        for kind in kinds:
+            table = self.by_kind.get(kind)
+            if table is not None:
+                result = (
+                    table if result is None else np.where(result < 0, table, result)
+                )
+        return np.full(shape, ABSENT, dtype=np.int64) if result is None else result
+
+
+def dependencies(table: OpTable) -> tuple[Index, Index]:
+    """Every pair (before, after) of op indices that the ops themselves order.
+
+    Pairs with an op that is missing are left out: `check` reports the gap.
+    """
+    forward = table.get(Kind.F)
+    backward = table.get(*BACKWARD_KINDS)
+    pairs = [
+        _pairs(forward[..., :-1], forward[..., 1:]),
+        _pairs(forward[:, :-1], forward[:, 1:]),
+        _pairs(forward, backward),
+        _pairs(backward[..., 1:], backward[..., :-1]),
+        _pairs(backward[:, 1:], backward[:, :-1]),
+    ]
+    if Kind.W in table.by_kind:
+        pairs.append(_pairs(table.get(Kind.I), table.get(Kind.W)))
+    if Kind.R in table.by_kind:
+        again = table.get(Kind.R)
+        pairs += [_pairs(forward, again), _pairs(again, backward)]
+    if Kind.OFFLOAD in table.by_kind or Kind.RELOAD in table.by_kind:
+        away, back = table.get(Kind.OFFLOAD), table.get(Kind.RELOAD)
+        pairs += [_pairs(forward, away), _pairs(away, back), _pairs(back, backward)]
+    pairs += _of_stages(table)
+    return (
+        np.concatenate([before for before, _ in pairs]),
+        np.concatenate([after for _, after in pairs]),
+    )
+
+
+def _pairs(before: Index, after: Index) -> tuple[Index, Index]:
+    both = (before >= 0) & (after >= 0)
+    return before[both], after[both]
+
+
+def _of_stages(table: OpTable) -> list[tuple[Index, Index]]:
+    """Contributions → REDUCE → STEP, stage by stage and step by step."""
+    schedule, ops = table.schedule, table.schedule.ops
+    stage_ops = np.flatnonzero(np.isin(ops.kind, list(STAGE_KINDS)))
+    if not len(stage_ops):
+        return []
+    finished = table.get(Kind.B, Kind.W)
+    pairs: list[tuple[Index, Index]] = []
+    for after in stage_ops.tolist():
+        stage, step = int(ops.stage[after]), int(ops.micro_batch[after])
+        first = step * schedule.micro_batches
+        before: Index = finished[first : first + schedule.micro_batches, :, stage]
+        before = before[before >= 0]
+        if ops.kind[after] == Kind.STEP:
+            same = (ops.kind[stage_ops] == Kind.REDUCE) & (
+                ops.stage[stage_ops] == stage
+            )
+            reduced = stage_ops[same & (ops.micro_batch[stage_ops] == step)]
+            if len(reduced):
+                before = reduced
+            else:
+                device = schedule.device_of_op
+                before = before[device[before] == device[after]]
+        pairs.append((before, np.full(len(before), after)))
+    return pairs
+
+
+@dataclass(frozen=True)
+class Order:
+    """A schedule's ops as nodes in a graph of what must precede what.
+
+    A node is an op, or an overlap group, whose ops start together.
+
+    Attributes:
+        level: int64 per node, the longest path to it in ops (the tick at which
+            it starts when every op takes one tick and links are free); -1 on or
+            behind a cycle.
+        first_op: int64 per node, the index of its first op.
+        before, after: the edges between nodes, dependencies and device order.
+    """
+
+    level: Index
+    first_op: Index
+    before: Index
+    after: Index
+
+
+def order(schedule: Schedule, table: OpTable) -> Order:
+    """Level every node by device order and dependencies together."""
+    from pipeproof.sched.kernels import levels
+
+    node = schedule.node_of_op
+    first_op = np.flatnonzero(~schedule.ops.joined)
+    before, after = dependencies(table)
+    before, after = node[before], node[after]
+    apart = before != after
+    device = schedule.device_of_op[first_op]
+    neighbours = np.flatnonzero(device[:-1] == device[1:])
+    edges_from = np.concatenate([before[apart], neighbours])
+    edges_to = np.concatenate([after[apart], neighbours + 1])
+    level = levels(len(first_op), edges_from, edges_to)
+    return Order(level, first_op, edges_from, edges_to)
+
+
+def csr(rows: int, row: NDArray[Any], value: NDArray[Any]) -> tuple[Index, Index]:
+    """Values grouped by row, in their given order: (offsets, values)."""
+    offsets = np.zeros(rows + 1, dtype=np.int64)
+    np.cumsum(np.bincount(row, minlength=rows), out=offsets[1:])
+    return offsets, value[np.argsort(row, kind="stable")]

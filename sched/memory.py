@@ -1,0 +1,137 @@
+"""Live bytes and live activations over time, from a trace's buffers.
+
+A buffer is born when the first instruction that writes it starts and dies when
+the one that frees it ends. At equal times, births and deaths go in the
+program's order, so what one op frees is gone before the next op's are born.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pipeproof.sched.errors import ParameterError
+from pipeproof.sched.exact import Number, plain
+from pipeproof.sched.program import BufferKind, Program
+
+if TYPE_CHECKING:
+    from pipeproof.sched.trace import Trace
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What each buffer of a program weighs.
+
+    Attributes:
+        activations: per buffer, in micro-batches of its device's share.
+        bytes: per buffer, or None where bytes are not known.
+        resident: bytes that each device holds all the time, by class.
+    """
+
+    activations: NDArray[Any]
+    bytes: NDArray[Any] | None = None
+    resident: Mapping[str, list[Number]] | None = None
+
+    def known_bytes(self) -> NDArray[Any]:
+        """The bytes.
+
+        Raises:
+            ParameterError: there are none.
+        """
+        if self.bytes is None:
+            raise ParameterError(
+                "no bytes are known: give the Cost activation_bytes, boundary_bytes, "
+                "weight_bytes, …"
+            )
+        return self.bytes
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How much is alive, over time.
+
+    Attributes:
+        time: of each change, ascending.
+        by_class: for each class, what is alive from that time on.
+    """
+
+    time: NDArray[Any]
+    by_class: Mapping[str, NDArray[Any]]
+
+    @cached_property
+    def total(self) -> NDArray[Any]:
+        """All classes together."""
+        columns = list(self.by_class.values())
+        return sum(columns[1:], start=columns[0])
+
+    @property
+    def peak(self) -> Number:
+        """The most alive at once."""
+        return plain(max(self.total.tolist()))
+
+    def at_peak(self) -> dict[str, Number]:
+        """Each class when the total first is at its peak."""
+        where = int(np.argmax(self.total))
+        return {name: plain(line[where]) for name, line in self.by_class.items()}
+
+
+def lifetimes(program: Program) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each buffer its first writer and its freer; -1 if nothing frees it."""
+    born = np.full(len(program.buffers), len(program), dtype=np.int64)
+    np.minimum.at(born, program.writes.values, program.writes.owner)
+    died = np.full(len(program.buffers), -1, dtype=np.int64)
+    died[program.frees.values] = program.frees.owner
+    return born, died
+
+
+def curve(
+    trace: Trace,
+    device: int | None,
+    weight: NDArray[Any],
+    resident: Mapping[str, list[Number]] | None = None,
+) -> Curve:
+    """What is alive on a device (or on all) over time, by class.
+
+    Args:
+        trace: when instructions ran.
+        device: which, or None for all together.
+        weight: per buffer.
+        resident: what each device holds all the time, by class.
+    """
+    program = trace.program
+    kind = program.buffers[:, 0]
+    mine = (kind != BufferKind.GRADIENT) & np.array([w != 0 for w in weight.tolist()])
+    if device is not None:
+        mine &= program.buffers[:, 1] == device
+    buffers = np.flatnonzero(mine)
+    born, died = lifetimes(program)
+    dying = buffers[died[buffers] >= 0]
+    time = np.concatenate([trace.start[born[buffers]], trace.end[died[dying]]])
+    order = np.concatenate([2 * born[buffers], 2 * died[dying] + 1])
+    change = np.concatenate([weight[buffers], -weight[dying]])
+    what = np.concatenate([kind[buffers], kind[dying]])
+    by_time = np.lexsort((order, _sortable(time)))
+    zero = weight[:1] * 0
+    start = trace.start[:1] * 0 if len(trace.start) else np.zeros(1)
+    lines: dict[str, NDArray[Any]] = {}
+    for name, held in (resident or {}).items():
+        constant = sum(held) if device is None else held[device]
+        lines[name] = np.full(len(time) + 1, constant, dtype=zero.dtype)
+    for member in BufferKind:
+        if member == BufferKind.GRADIENT:
+            continue
+        steps = np.where(what == member, change, 0)[by_time]
+        lines[member.name.lower()] = np.cumsum(np.concatenate([zero, steps]))
+    return Curve(np.concatenate([start, time[by_time]]), lines)
+
+
+def _sortable(time: NDArray[Any]) -> NDArray[Any]:
+    """Exact times as their ranks, since numpy sorts no objects by two keys."""
+    if time.dtype != object:
+        return time
+    ranks = {value: rank for rank, value in enumerate(sorted(set(time.tolist())))}
+    return np.array([ranks[value] for value in time.tolist()], dtype=np.int64)

@@ -1,0 +1,356 @@
+"""The program: what each device does on each of its streams.
+
+A schedule says in which order a device computes. A program says all that
+follows from it: messages, streams, buffers, and what waits for what. The
+simulator times it and the executor runs it, so what is timed is what is run.
+PROGRAM.md beside this file draws one.
+
+Instructions are kept in one global order in which each comes after all it waits
+for; a stream's own order is the order of its instructions in that list. Like a
+schedule's ops they are columns of integers, and an `Instruction` is a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pipeproof.sched.ir import Kind, Op, Schedule
+
+Column = NDArray[np.int32]
+
+
+class Action(IntEnum):
+    """What an instruction does."""
+
+    COMPUTE = 0
+    """Run an op, or an overlap group of them, on the compute stream."""
+    SEND = 1
+    """Hand a buffer to the link to another device."""
+    RECV = 2
+    """Have the k-th message of a link arrive in a buffer."""
+    LOCAL = 3
+    """Hand a tensor over between two stages of one device."""
+    COPY = 4
+    """Move a buffer between device and host."""
+    REDUCE = 5
+    """Sum gradients over the devices that hold replicas of a stage."""
+
+
+class StreamKind(IntEnum):
+    """What a stream carries."""
+
+    COMPUTE = 0
+    SEND = 1
+    RECV = 2
+    TO_HOST = 3
+    FROM_HOST = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """An ordered list of instructions of one device.
+
+    Attributes:
+        device: whose it is.
+        kind: what it carries.
+        peer: the device at the other end of its link, if it has one.
+    """
+
+    device: int
+    kind: StreamKind
+    peer: int | None = None
+
+    def __str__(self) -> str:
+        match self.kind:
+            case StreamKind.SEND:
+                return f"send to {self.peer}"
+            case StreamKind.RECV:
+                return f"receive from {self.peer}"
+            case _:
+                return self.kind.name.lower().replace("_", " ")
+
+
+class BufferKind(IntEnum):
+    """What a buffer holds, and so what it counts as."""
+
+    ACTIVATION = 0
+    """What forward (or recompute) leaves for B or I, beside the stage's input."""
+    WEIGHT_STASH = 1
+    """The part of it that must outlive I, because W needs it."""
+    INPUT = 2
+    """A stage's input: the boundary tensor that arrived."""
+    STORED_INPUT = 3
+    """The same where a recompute will need it; 0 in `peak_activations`."""
+    OUTPUT = 4
+    """A stage's output, until it is handed on."""
+    OUTPUT_GRAD = 5
+    """The gradient of a stage's output, as it arrived."""
+    INPUT_GRAD = 6
+    """The gradient of a stage's input, until it is handed on."""
+    GRADIENT = 7
+    """A stage's accumulated parameter gradient; lives on after the step."""
+    HOST = 8
+    """A copy on the host."""
+
+
+class MessageKind(IntEnum):
+    """Which way through the model a message goes."""
+
+    ACTIVATION = 0
+    GRADIENT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """A tensor's place: born when its first writer starts, gone when freed.
+
+    Attributes:
+        index: its number in the program.
+        kind: what it holds.
+        device: where it lies.
+        stage, micro_batch, slice: what it belongs to; micro_batch is -1 for a
+            GRADIENT, which belongs to all.
+        takes_over: the buffer whose slot it fills, once that one is freed, or -1.
+    """
+
+    index: int
+    kind: BufferKind
+    device: int
+    stage: int
+    micro_batch: int
+    slice: int
+    takes_over: int
+
+    def __str__(self) -> str:
+        name = self.kind.name.lower()
+        if self.micro_batch < 0:
+            return f"{name} {self.stage}"
+        part = f".{self.slice}" if self.slice else ""
+        return f"{name} {self.stage}:{self.micro_batch}{part}"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A tensor under way between two stages on different devices.
+
+    Attributes:
+        index: its number in the program.
+        kind: activation or gradient.
+        source_stage, target_stage: the stages that write and read it.
+        port: which of several tensors between these stages.
+        micro_batch, slice: what it belongs to.
+        source, target: devices.
+        send, recv: its two instructions.
+    """
+
+    index: int
+    kind: MessageKind
+    source_stage: int
+    target_stage: int
+    port: int
+    micro_batch: int
+    slice: int
+    source: int
+    target: int
+    send: int
+    recv: int
+
+    def __str__(self) -> str:
+        part = f".{self.slice}" if self.slice else ""
+        return (
+            f"{self.kind.name.lower()} {self.source_stage}→{self.target_stage}"
+            f":{self.micro_batch}{part}"
+        )
+
+
+@dataclass(frozen=True)
+class Lists:
+    """For each instruction a short list of integers.
+
+    Attributes:
+        offsets: int64, length instructions + 1.
+        values: int32; list i is `values[offsets[i]:offsets[i + 1]]`.
+    """
+
+    offsets: NDArray[np.int64]
+    values: Column
+
+    def __getitem__(self, index: int) -> list[int]:
+        low, high = self.offsets[index], self.offsets[index + 1]
+        return self.values[low:high].tolist()
+
+    def to_lists(self) -> list[list[int]]:
+        """All of them, as Python lists."""
+        values, offsets = self.values.tolist(), self.offsets.tolist()
+        return [values[low:high] for low, high in zip(offsets, offsets[1:])]
+
+    @cached_property
+    def owner(self) -> NDArray[np.int64]:
+        """For each of `values`, the instruction whose list it is in."""
+        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One instruction with everything it touches spelled out."""
+
+    index: int
+    stream: Stream
+    action: Action
+    ops: tuple[Op, ...]
+    message: Message | None
+    waits_for: tuple[int, ...]
+    reads: tuple[Buffer, ...]
+    writes: tuple[Buffer, ...]
+    frees: tuple[Buffer, ...]
+
+    @property
+    def label(self) -> str:
+        """The op or the message it is about."""
+        if self.ops:
+            return "&".join(map(str, self.ops))
+        return f"{self.action.name.lower()} {self.message or self.reads[0]}"
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Every device's streams, in columns.
+
+    Attributes:
+        schedule: what it was lowered from.
+        streams: in the order in which every rank creates them.
+        stream, action: int32, int8 per instruction.
+        first_op, op_count: the instruction's ops in `schedule.ops`; 0 of them
+            for instructions about messages.
+        message: int32 per instruction, -1 for none.
+        waits_for: instructions on other streams that must be done before.
+        reads, writes, frees: buffers.
+        messages: int32 of shape (messages, 10), columns as in `Message`.
+        buffers: int32 of shape (buffers, 6), columns as in `Buffer`.
+    """
+
+    schedule: Schedule
+    streams: tuple[Stream, ...]
+    stream: Column
+    action: NDArray[np.int8]
+    first_op: NDArray[np.int64]
+    op_count: Column
+    message: Column
+    waits_for: Lists
+    reads: Lists
+    writes: Lists
+    frees: Lists
+    messages: Column
+    buffers: Column
+
+    def __len__(self) -> int:
+        """Number of instructions."""
+        return len(self.stream)
+
+    def __getitem__(self, index: int) -> Instruction:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"instruction {index} of {len(self)}")
+        index %= len(self)
+        first, message = int(self.first_op[index]), int(self.message[index])
+        return Instruction(
+            index,
+            self.streams[self.stream[index]],
+            Action(int(self.action[index])),
+            tuple(self.schedule.ops[first : first + int(self.op_count[index])]),
+            None if message < 0 else self.message_at(message),
+            tuple(self.waits_for[index]),
+            tuple(map(self.buffer_at, self.reads[index])),
+            tuple(map(self.buffer_at, self.writes[index])),
+            tuple(map(self.buffer_at, self.frees[index])),
+        )
+
+    def __iter__(self) -> Iterator[Instruction]:
+        return (self[index] for index in range(len(self)))
+
+    def message_at(self, index: int) -> Message:
+        """One message, spelled out."""
+        kind, *rest = self.messages[index].tolist()
+        return Message(index, MessageKind(kind), *rest)
+
+    def buffer_at(self, index: int) -> Buffer:
+        """One buffer, spelled out."""
+        kind, *rest = self.buffers[index].tolist()
+        return Buffer(index, BufferKind(kind), *rest)
+
+    @property
+    def send_of(self) -> Column:
+        """The SEND of each message."""
+        return self.messages[:, 8]
+
+    @property
+    def recv_of(self) -> Column:
+        """The RECV of each message."""
+        return self.messages[:, 9]
+
+    @cached_property
+    def device(self) -> Column:
+        """The device of each instruction."""
+        return np.array([s.device for s in self.streams], dtype=np.int32)[self.stream]
+
+    @cached_property
+    def computes(self) -> NDArray[np.int64]:
+        """The COMPUTE instructions."""
+        return np.flatnonzero(self.action == Action.COMPUTE)
+
+    def on_stream(self, stream: int) -> NDArray[np.int64]:
+        """A stream's instructions, in order."""
+        return np.flatnonzero(self.stream == stream)
+
+    @cached_property
+    def by_stream(self) -> Sequence[NDArray[np.int64]]:
+        """Each stream's instructions, in order."""
+        order = np.argsort(self.stream, kind="stable")
+        counts = np.bincount(self.stream, minlength=len(self.streams))
+        return np.split(order, np.cumsum(counts)[:-1])
+
+    @cached_property
+    def compute_kinds(self) -> NDArray[Any]:
+        """Kind of the first op of each instruction; -1 where it has none."""
+        kinds = np.full(len(self), -1, dtype=np.int8)
+        kinds[self.computes] = self.schedule.ops.kind[self.first_op[self.computes]]
+        return kinds
+
+    def label(self, index: int, *, short: bool = False) -> str:
+        """The op (or group) or the message an instruction is about."""
+        if not self.op_count[index]:
+            return self[index].label
+        first = int(self.first_op[index])
+        ops = self.schedule.ops[first : first + int(self.op_count[index])]
+        return "&".join(op.short if short else str(op) for op in ops)
+
+    def describe(self) -> str:
+        """Every stream and instruction in words, for reading and for tests."""
+        lines: list[str] = []
+        for number, stream in enumerate(self.streams):
+            lines.append(f"device {stream.device}, {stream}:")
+            for index in self.by_stream[number].tolist():
+                lines.append(f"  {self._line(self[index])}")
+        return "\n".join(lines)
+
+    def _line(self, instruction: Instruction) -> str:
+        text = f"{instruction.index:>3} {instruction.label}"
+        if instruction.waits_for:
+            text += f" after {', '.join(map(str, instruction.waits_for))}"
+        for verb, buffers in (
+            ("reads", instruction.reads),
+            ("writes", instruction.writes),
+            ("frees", instruction.frees),
+        ):
+            if buffers:
+                text += f"; {verb} {', '.join(map(str, buffers))}"
+        return text
+
+
+COMPUTED = frozenset({Kind.F, Kind.B, Kind.I, Kind.W, Kind.R})
+"""Kinds that become a COMPUTE instruction."""

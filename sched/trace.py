@@ -1,0 +1,143 @@
+"""Timed instructions: predicted by `sim` or measured by `exec`, in one type.
+
+Every picture, metric and export takes a Trace, so that holding a prediction
+against a measurement is one comparison.
+
+Times are exact (int or Fraction) where the costs were, and floats otherwise.
+They count from 0, the start of the step, in the unit of the Cost they were
+predicted from; measured ones are in seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from numpy.typing import NDArray
+from pipeproof.sched import metrics
+from pipeproof.sched.exact import Number, mean, ratio
+from pipeproof.sched.grid import draw
+from pipeproof.sched.memory import Curve, Sizes, curve
+from pipeproof.sched.program import Program
+
+Times = NDArray[Any]
+"""float64, or objects that are int or Fraction."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """When each instruction of a program started and ended.
+
+    Attributes:
+        program: what ran.
+        start, end: per instruction, in the trace's unit of time.
+        source: predicted or measured.
+        sizes: what each buffer weighs.
+        notes: what a reader must know, such as a processor shared by devices.
+    """
+
+    program: Program
+    start: Times
+    end: Times
+    source: Literal["predicted", "measured"]
+    sizes: Sizes
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def makespan(self) -> Number:
+        """From the start of the step to the end of its last instruction."""
+        return metrics.makespan(self)
+
+    @cached_property
+    def busy(self) -> list[Number]:
+        """Time each device computes; joint durations counted as they are."""
+        return metrics.busy(self)
+
+    @property
+    def ideal(self) -> Number:
+        """Time a device computes, in the mean over devices."""
+        return mean(self.busy)
+
+    @property
+    def bubble_fraction(self) -> Number:
+        """Idle device-time / (devices × makespan); 0 for an empty step."""
+        return ratio(self.makespan - self.ideal, self.makespan)
+
+    @property
+    def bubble_ratio(self) -> Number:
+        """Idle time per device / ideal time per device."""
+        return ratio(self.makespan - self.ideal, self.ideal)
+
+    @cached_property
+    def spans(self) -> list[Number]:
+        """Each device's time from its first op's start to its last op's end."""
+        return metrics.spans(self)
+
+    @property
+    def span(self) -> Number:
+        """The longest of `spans`: the cost of the zero-bubble papers."""
+        return max(self.spans)
+
+    @property
+    def span_bubble(self) -> Number:
+        """1 - ideal / span: forgives the skew between devices (2401.10241)."""
+        return ratio(self.span - self.ideal, self.span)
+
+    @cached_property
+    def peak_activations(self) -> list[Number]:
+        """Most activations alive at once on each device, in micro-batches of its
+        share of the model. Stored inputs that wait for recompute count 0.
+        """
+        return [
+            curve(self, device, self.sizes.activations).peak
+            for device in range(self.program.schedule.devices)
+        ]
+
+    @cached_property
+    def peak_bytes(self) -> list[Number] | None:
+        """Most bytes alive at once on each device, resident ones included.
+
+        None where the costs give no bytes.
+        """
+        if self.sizes.bytes is None:
+            return None
+        return [
+            self.memory(device).peak for device in range(self.program.schedule.devices)
+        ]
+
+    def memory(self, device: int | None = None) -> Curve:
+        """Bytes alive over time, by class, on one device or on all together.
+
+        Raises:
+            ParameterError: the costs give no bytes.
+        """
+        sizes = self.sizes
+        return curve(self, device, sizes.known_bytes(), sizes.resident)
+
+    def link_bytes(self) -> dict[tuple[int, int], Number]:
+        """Bytes sent over each ordered pair of devices.
+
+        Raises:
+            ParameterError: the costs give no bytes.
+        """
+        return metrics.link_bytes(self)
+
+    def critical_path(self) -> list[int]:
+        """Instructions from the start of the step to its end, each of which
+        started when the one before it was done.
+        """
+        return metrics.critical_path(self)
+
+    def gaps(self, device: int) -> list[metrics.Gap]:
+        """Idle times of a device between its ops, and what each waited for."""
+        return metrics.gaps(self, device)
+
+    def grid(self, tick: Number | None = None) -> str:
+        """One line a device, one column a tick.
+
+        Args:
+            tick: width of a column in time; default the greatest common divisor
+                of exact times, the shortest op of others.
+        """
+        return draw(self, tick)

@@ -1,0 +1,117 @@
+"""Schedule or program, cost and cluster → predicted trace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pipeproof.sched import Action, Program, Schedule, Trace, lower
+from pipeproof.sched.errors import ParameterError
+from pipeproof.sched.exact import Number
+from pipeproof.sched.memory import Sizes
+from pipeproof.sim.cluster import Cluster
+from pipeproof.sim.cost import Cost
+from pipeproof.sim.engine import play
+
+
+def simulate(
+    schedule: Schedule | Program,
+    cost: Cost | None = None,
+    cluster: Cluster | None = None,
+) -> Trace:
+    """Predict when everything runs and what memory it takes.
+
+    Args:
+        schedule: lowered with the default policies; a Program where others are
+            wanted.
+        cost: default 1 for each of forward, input gradient and weight gradient.
+        cluster: default free links.
+
+    Returns:
+        A trace in the cost's unit of time: exact where all numbers were ints or
+        Fractions, float64 where any was a float.
+
+    Raises:
+        ScheduleError: `check` has findings.
+        ParameterError: costs that do not fit the schedule.
+        UnsupportedError: ops that are not lowered yet.
+        DeadlockError: the cluster's buffering lets nothing go on.
+    """
+    cost, cluster = cost or Cost(), cluster or Cluster()
+    program = schedule if isinstance(schedule, Program) else lower(schedule)
+    sizes = cost.sizes(program)
+    durations = _durations(program, cost, cluster, sizes)
+    latencies = [
+        cluster.link_latency,
+        *(link.latency for link in cluster.links.values()),
+    ]
+    scale = _whole([*set(durations), *latencies])
+    if scale is None:
+        start, end = play(program, durations, cluster)
+        times = np.array(start, dtype=np.float64), np.array(end, dtype=np.float64)
+    else:
+        start, end = play(program, _scaled(durations, scale), _faster(cluster, scale))
+        times = _exact(start, scale), _exact(end, scale)
+    notes = ("all devices share one processor",) if cluster.shared_processor else ()
+    return Trace(program, *times, "predicted", sizes, notes)
+
+
+def _durations(
+    program: Program, cost: Cost, cluster: Cluster, sizes: Sizes
+) -> list[Number]:
+    result: list[Number] = [0] * len(program)
+    for index, time in zip(program.computes.tolist(), cost.durations(program)):
+        result[index] = time
+    has_bandwidth = cluster.link_bandwidth is not None or any(
+        link.bandwidth is not None for link in cluster.links.values()
+    )
+    if not has_bandwidth:
+        return result
+    if sizes.bytes is None:
+        raise ParameterError(
+            "a link bandwidth needs bytes to send: give the Cost boundary_bytes"
+        )
+    sends = np.flatnonzero(program.action == Action.SEND)
+    buffers = program.reads.values[program.reads.offsets[sends]]
+    for index, size in zip(sends.tolist(), sizes.bytes[buffers].tolist()):
+        stream = program.streams[program.stream[index]]
+        assert stream.peer is not None
+        result[index] = cluster.link(stream.device, stream.peer).occupied(size)
+    return result
+
+
+def _whole(numbers: list[Any]) -> int | None:
+    """What makes all of them whole when multiplied; None if any is a float.
+
+    SimPy orders its events by time, and ints compare ten times as fast as
+    Fractions.
+    """
+    if any(isinstance(number, float) for number in numbers):
+        return None
+    return math.lcm(1, *(Fraction(number).denominator for number in numbers))
+
+
+def _scaled(durations: Sequence[Any], scale: int) -> Sequence[Any]:
+    return durations if scale == 1 else [int(time * scale) for time in durations]
+
+
+def _faster(cluster: Cluster, scale: int) -> Cluster:
+    from dataclasses import replace
+
+    if scale == 1:
+        return cluster
+    links = {
+        pair: replace(link, latency=link.latency * scale)
+        for pair, link in cluster.links.items()
+    }
+    return replace(cluster, link_latency=cluster.link_latency * scale, links=links)
+
+
+def _exact(times: list[Any], scale: int) -> NDArray[Any]:
+    if scale == 1:
+        return np.array(times, dtype=object)
+    return np.array([Fraction(time, scale) for time in times], dtype=object)
