@@ -1,0 +1,1 @@
+"""Running a schedule on real devices, with torch."""

@@ -96,7 +96,7 @@ CATALOG: dict[str, Row] = {
 }
 
 
-def make(name: str, *, devices: int, micro_batches: int, **options: Any) -> Schedule:  # noqa: ANN401
+def make(name: str, *, devices: int, micro_batches: int, **options: Any) -> Schedule:
     """A schedule of the catalogue by its name.
 
     Args:

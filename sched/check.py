@@ -12,6 +12,7 @@ from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
+
 from pipeproof.sched.deps import Index, OpTable, Order, order
 from pipeproof.sched.errors import ScheduleError
 from pipeproof.sched.ir import STAGE_KINDS, Kind, Op, Ops, Schedule

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from pipeproof.sched.ir import BACKWARD_KINDS, STAGE_KINDS, Kind, Schedule
 
 Index = NDArray[np.int64]

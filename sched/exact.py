@@ -11,11 +11,12 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 Number = int | float | Fraction
 
 
-def plain(number: Any) -> Number:  # noqa: ANN401
+def plain(number: Any) -> Number:
     """A whole Fraction as an int, a numpy number as Python's."""
     if isinstance(number, np.generic):
         number = number.item()
@@ -23,7 +24,7 @@ def plain(number: Any) -> Number:  # noqa: ANN401
     return int(number) if whole else number  # type: ignore[no-any-return]
 
 
-def ratio(part: Any, whole: Any) -> Number:  # noqa: ANN401
+def ratio(part: Any, whole: Any) -> Number:
     """Part / whole, exact where both are; 0 where there is no whole."""
     if whole == 0:
         return 0
@@ -36,3 +37,13 @@ def mean(values: Sequence[Number]) -> Number:
     """The mean, exact where the values are."""
     total: Any = sum(values)
     return ratio(total, len(values))
+
+
+def column(numbers: Sequence[Any]) -> NDArray[Any]:
+    """An array that keeps them as they are: int64, float64, or objects."""
+    if any(isinstance(number, float) for number in numbers):
+        return np.array([float(number) for number in numbers])
+    whole = all(isinstance(number, int) for number in numbers)
+    if whole and all(abs(number) < 2**62 for number in numbers):
+        return np.array(numbers, dtype=np.int64)
+    return np.array(numbers, dtype=object)

@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number
 
@@ -70,7 +71,7 @@ def draw(trace: Trace, tick: Number | None = None) -> str:
 def _tick(trace: Trace, lasting: np.ndarray) -> Number:
     if not len(lasting):
         return 1
-    if trace.start.dtype != object:
+    if trace.start.dtype.kind == "f":
         return float((trace.end[lasting] - trace.start[lasting]).min())
     times = {Fraction(t) for t in trace.start[lasting]} | {
         Fraction(t) for t in trace.end[lasting]

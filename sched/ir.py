@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.placement import Placement
 

@@ -25,6 +25,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
 from pipeproof.sched.deps import Index, OpTable, Order, csr, order
 from pipeproof.sched.errors import ParameterError, UnsupportedError
 from pipeproof.sched.ir import BACKWARD_KINDS, Kind, Schedule

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, plain
 from pipeproof.sched.program import BufferKind, Program
@@ -88,49 +89,72 @@ def lifetimes(program: Program) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return born, died
 
 
-def curve(
-    trace: Trace,
-    device: int | None,
-    weight: NDArray[Any],
-    resident: Mapping[str, list[Number]] | None = None,
-) -> Curve:
-    """What is alive on a device (or on all) over time, by class.
+class Ledger:
+    """Every birth and death of a trace's buffers, in order of time.
+
+    A GRADIENT is left out: gradients outlive the step, and are resident.
 
     Args:
         trace: when instructions ran.
-        device: which, or None for all together.
-        weight: per buffer.
+        weight: per buffer, what it counts.
         resident: what each device holds all the time, by class.
     """
-    program = trace.program
-    kind = program.buffers[:, 0]
-    mine = (kind != BufferKind.GRADIENT) & np.array([w != 0 for w in weight.tolist()])
-    if device is not None:
-        mine &= program.buffers[:, 1] == device
-    buffers = np.flatnonzero(mine)
-    born, died = lifetimes(program)
-    dying = buffers[died[buffers] >= 0]
-    time = np.concatenate([trace.start[born[buffers]], trace.end[died[dying]]])
-    order = np.concatenate([2 * born[buffers], 2 * died[dying] + 1])
-    change = np.concatenate([weight[buffers], -weight[dying]])
-    what = np.concatenate([kind[buffers], kind[dying]])
-    by_time = np.lexsort((order, _sortable(time)))
-    zero = weight[:1] * 0
-    start = trace.start[:1] * 0 if len(trace.start) else np.zeros(1)
-    lines: dict[str, NDArray[Any]] = {}
-    for name, held in (resident or {}).items():
-        constant = sum(held) if device is None else held[device]
-        lines[name] = np.full(len(time) + 1, constant, dtype=zero.dtype)
-    for member in BufferKind:
-        if member == BufferKind.GRADIENT:
-            continue
-        steps = np.where(what == member, change, 0)[by_time]
-        lines[member.name.lower()] = np.cumsum(np.concatenate([zero, steps]))
-    return Curve(np.concatenate([start, time[by_time]]), lines)
+
+    def __init__(
+        self,
+        trace: Trace,
+        weight: NDArray[Any],
+        resident: Mapping[str, list[Number]] | None = None,
+    ) -> None:
+        program = trace.program
+        kind, device = program.buffers[:, 0], program.buffers[:, 1]
+        counted = (kind != BufferKind.GRADIENT) & (weight != 0).astype(np.bool_)
+        buffers = np.flatnonzero(counted)
+        born, died = lifetimes(program)
+        dying = buffers[died[buffers] >= 0]
+        time = np.concatenate([trace.start[born[buffers]], trace.end[died[dying]]])
+        order = np.concatenate([2 * born[buffers], 2 * died[dying] + 1])
+        sorting = np.lexsort((order, _sortable(time)))
+        self._time = time[sorting]
+        self._change = np.concatenate([weight[buffers], -weight[dying]])[sorting]
+        self._kind = np.concatenate([kind[buffers], kind[dying]])[sorting]
+        self._device = np.concatenate([device[buffers], device[dying]])[sorting]
+        self._resident = resident or {}
+        self._devices = program.schedule.devices
+
+    def curve(self, device: int | None = None) -> Curve:
+        """What is alive over time, on one device or on all together."""
+        mine = slice(None) if device is None else np.flatnonzero(self._device == device)
+        time, change, kind = self._time[mine], self._change[mine], self._kind[mine]
+        zero = np.zeros(1, dtype=change.dtype)
+        lines: dict[str, NDArray[Any]] = {}
+        for name, held in self._resident.items():
+            constant = sum(held) if device is None else held[device]
+            lines[name] = np.full(len(time) + 1, constant)
+        for member in BufferKind:
+            if member != BufferKind.GRADIENT:
+                steps = np.where(kind == member, change, 0)
+                lines[member.name.lower()] = np.cumsum(np.concatenate([zero, steps]))
+        start = np.zeros(1, dtype=time.dtype)
+        return Curve(np.concatenate([start, time]), lines)
+
+    def peaks(self) -> list[Number]:
+        """The most alive at once on each device."""
+        by_device = np.argsort(self._device, kind="stable")
+        counts = np.bincount(self._device, minlength=self._devices)
+        changes = np.split(self._change[by_device], np.cumsum(counts)[:-1])
+        held = [
+            sum(row[device] for row in self._resident.values())
+            for device in range(self._devices)
+        ]
+        return [
+            plain(base + max(np.cumsum(change).max(initial=0), 0))
+            for base, change in zip(held, changes)
+        ]
 
 
 def _sortable(time: NDArray[Any]) -> NDArray[Any]:
-    """Exact times as their ranks, since numpy sorts no objects by two keys."""
+    """Fractions as their ranks, since numpy sorts no objects by two keys."""
     if time.dtype != object:
         return time
     ranks = {value: rank for rank, value in enumerate(sorted(set(time.tolist())))}

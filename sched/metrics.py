@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from pipeproof.sched.exact import Number, plain
 from pipeproof.sched.program import Action
 
@@ -99,7 +100,7 @@ class Gap:
         )
 
 
-def _show(time: Any) -> str:  # noqa: ANN401
+def _show(time: Any) -> str:
     return f"{float(time):.6g}"
 
 

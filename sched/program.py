@@ -16,10 +16,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from pipeproof.sched.ir import Kind, Op, Schedule
 
 Column = NDArray[np.int32]
@@ -188,7 +190,10 @@ class Lists:
     def to_lists(self) -> list[list[int]]:
         """All of them, as Python lists."""
         values, offsets = self.values.tolist(), self.offsets.tolist()
-        return [values[low:high] for low, high in zip(offsets, offsets[1:])]
+        empty: list[int] = []  # shared: most lists are, and a million cost time
+        return [
+            values[low:high] if high > low else empty for low, high in pairwise(offsets)
+        ]
 
     @cached_property
     def owner(self) -> NDArray[np.int64]:

@@ -26,6 +26,7 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
+
 from pipeproof.sched.errors import ParameterError, ParseError
 from pipeproof.sched.ir import (
     MAX_NUMBER,

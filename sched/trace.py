@@ -15,14 +15,15 @@ from functools import cached_property
 from typing import Any, Literal
 
 from numpy.typing import NDArray
+
 from pipeproof.sched import metrics
 from pipeproof.sched.exact import Number, mean, ratio
 from pipeproof.sched.grid import draw
-from pipeproof.sched.memory import Curve, Sizes, curve
+from pipeproof.sched.memory import Curve, Ledger, Sizes
 from pipeproof.sched.program import Program
 
 Times = NDArray[Any]
-"""float64, or objects that are int or Fraction."""
+"""int64 or float64; objects where there are Fractions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +90,7 @@ class Trace:
         """Most activations alive at once on each device, in micro-batches of its
         share of the model. Stored inputs that wait for recompute count 0.
         """
-        return [
-            curve(self, device, self.sizes.activations).peak
-            for device in range(self.program.schedule.devices)
-        ]
+        return Ledger(self, self.sizes.activations).peaks()
 
     @cached_property
     def peak_bytes(self) -> list[Number] | None:
@@ -100,11 +98,11 @@ class Trace:
 
         None where the costs give no bytes.
         """
-        if self.sizes.bytes is None:
-            return None
-        return [
-            self.memory(device).peak for device in range(self.program.schedule.devices)
-        ]
+        return None if self.sizes.bytes is None else self._bytes.peaks()
+
+    @cached_property
+    def _bytes(self) -> Ledger:
+        return Ledger(self, self.sizes.known_bytes(), self.sizes.resident)
 
     def memory(self, device: int | None = None) -> Curve:
         """Bytes alive over time, by class, on one device or on all together.
@@ -112,8 +110,7 @@ class Trace:
         Raises:
             ParameterError: the costs give no bytes.
         """
-        sizes = self.sizes
-        return curve(self, device, sizes.known_bytes(), sizes.resident)
+        return self._bytes.curve(device)
 
     def link_bytes(self) -> dict[tuple[int, int], Number]:
         """Bytes sent over each ordered pair of devices.

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
 from pipeproof.sched.deps import Index, OpTable
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.ir import BACKWARD_KINDS, Kind, Ops, Schedule

@@ -8,4 +8,4 @@ from pipeproof.sim.cluster import Cluster as Cluster
 from pipeproof.sim.cluster import Link as Link
 from pipeproof.sim.cost import Cost as Cost
 from pipeproof.sim.engine import DeadlockError as DeadlockError
-from pipeproof.sim.simulate import simulate as simulate
+from pipeproof.sim.predict import simulate as simulate

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from pipeproof.sched.deps import OpTable, dependencies, order
 from pipeproof.sched.exact import Number, plain
 from pipeproof.sched.program import Program

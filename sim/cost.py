@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from pipeproof.sched import BufferKind, Kind, Program, Schedule
 from pipeproof.sched.errors import ParameterError
-from pipeproof.sched.exact import Number, plain
+from pipeproof.sched.exact import Number, column, plain
 from pipeproof.sched.memory import Sizes
 
 PerStage = Number | Sequence[Number]
@@ -198,12 +199,12 @@ class Cost:
 
         def weigh(full: list[list[Number]]) -> dict[int, NDArray[Any]]:
             keep = self.weight_grad_memory
-            whole = _column(full)
+            whole = _flat(full)
             return {
                 BufferKind.ACTIVATION: np.where(
-                    split, _column(full, lambda n: n * (1 - keep))[place], whole[place]
+                    split, _flat(full, lambda n: n * (1 - keep))[place], whole[place]
                 ),
-                BufferKind.WEIGHT_STASH: _column(full, lambda n: n * keep)[place],
+                BufferKind.WEIGHT_STASH: _flat(full, lambda n: n * keep)[place],
             }
 
         shares = self._per_stage("activations", 1, schedule, per_share=True)
@@ -211,15 +212,15 @@ class Cost:
         if not self.knows_bytes:
             return Sizes(activations)
         boundary, inputs, net = self._boundaries(schedule)
-        of_input = _column(inputs)[place]
-        gradient_of_output = _column(boundary)[place]
+        of_input = _flat(inputs)[place]
+        gradient_of_output = _flat(boundary)[place]
         before = [[0, *row[:-1]] for row in boundary]
         by_kind = weigh(net) | {
             BufferKind.INPUT: of_input,
             BufferKind.STORED_INPUT: of_input,
             BufferKind.OUTPUT: gradient_of_output,
             BufferKind.OUTPUT_GRAD: gradient_of_output,
-            BufferKind.INPUT_GRAD: _column(before)[place],
+            BufferKind.INPUT_GRAD: _flat(before)[place],
         }
         return Sizes(activations, _choose(kind, by_kind), self._resident(schedule))
 
@@ -282,21 +283,19 @@ def _over(table: list[list[Number]], by: int) -> list[list[Number]]:
     return [[divide(number, by) for number in row] for row in table]
 
 
-def _column(
+def _flat(
     table: list[list[Number]], change: Callable[[Any], Any] = lambda number: number
 ) -> NDArray[Any]:
-    """A flat table (pipe × stages): float64, or objects where all are exact."""
-    numbers = [plain(change(number)) for row in table for number in row]
-    exact = all(not isinstance(number, float) for number in numbers)
-    return np.array(numbers, dtype=object if exact else np.float64)
+    """A table (pipe × stages) as one column."""
+    return column([plain(change(number)) for row in table for number in row])
 
 
 def _choose(kind: NDArray[Any], by_kind: dict[int, NDArray[Any]]) -> NDArray[Any]:
-    exact = all(column.dtype == object for column in by_kind.values())
-    result = np.zeros(len(kind), dtype=object if exact else np.float64)
-    for member, column in by_kind.items():
+    dtype = np.result_type(*by_kind.values())
+    result = np.zeros(len(kind), dtype=dtype)
+    for member, values in by_kind.items():
         where = kind == member
-        result[where] = column[where]
+        result[where] = values[where]
     return result
 
 

@@ -1,25 +1,33 @@
-"""The discrete-event simulation: one SimPy process for each stream.
+"""The discrete-event simulation of a program, on SimPy.
 
-A process walks its stream's instructions. Each waits for those it must, then
-takes its duration. All times come from SimPy's clock, which only ever adds a
-duration to the time at which the last condition was met: every end is
-max(ready times) + duration, never a difference of two readings. So the engine
-works in any number type, and ints and Fractions stay exact.
+An instruction starts when its last condition is met: the one before it on its
+stream is done, so is all it waits for, and a send is admitted by the transport's
+buffers. Only what takes time becomes a SimPy event; what takes none ends at once.
+
+Times come from SimPy's clock alone, which only ever adds a duration to the time
+at which the last condition was met: every end is max(ready times) + duration,
+never a difference of two readings. So the engine works in any number type, and
+ints stay exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import simpy
+from numpy.typing import NDArray
+
 from pipeproof.sched import Action, Program
+from pipeproof.sched.deps import csr
 from pipeproof.sched.errors import PipeproofError
 from pipeproof.sched.exact import Number
+from pipeproof.sched.program import Lists
 from pipeproof.sim.cluster import Cluster
 
-Process = Generator[simpy.Event, Any, None]
+Edges = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Pairs (before, after) of instructions."""
 
 
 class DeadlockError(PipeproofError):
@@ -40,22 +48,8 @@ def play(
         DeadlockError: naming the instructions that wait for each other.
     """
     engine = _Engine(program, durations, cluster)
-    for members in _processes(program, cluster):
-        engine.env.process(engine.stream(members))
-    engine.env.run()
-    if engine.left:
-        raise DeadlockError(engine.explain())
+    engine.run()
     return engine.start, engine.end
-
-
-def _processes(program: Program, cluster: Cluster) -> list[list[int]]:
-    """Instructions that run one after the other, process by process."""
-    streams = [members.tolist() for members in program.by_stream]
-    if not cluster.shared_processor:
-        return streams
-    devices = program.schedule.devices
-    computes = sorted(index for members in streams[:devices] for index in members)
-    return [computes, *streams[devices:]]
 
 
 class _Engine:
@@ -63,124 +57,151 @@ class _Engine:
         self, program: Program, durations: Sequence[Number], cluster: Cluster
     ) -> None:
         count = len(program)
-        self.program = program
-        self.env = simpy.Environment(initial_time=0)
         self.start: list[Any] = [None] * count
         self.end: list[Any] = [None] * count
-        self.left = count
+        self._program = program
+        self._env = simpy.Environment(initial_time=0)
         self._durations = durations
-        self._action = program.action.tolist()
-        self._waits = program.waits_for.to_lists()
-        self._sender = _of_message(program, program.send_of, Action.RECV)
-        self._latency = _latencies(program, cluster)
-        self._before_send = _sends_wait(program, cluster)
-        # The event that a waiting process sleeps on, made only when one does.
-        self._done: dict[int, simpy.Event] = {}
-        self._posted: dict[int, simpy.Event] = {}
-        self._arrival: dict[int, simpy.Event] = {}
-        self._rendezvous = cluster.buffering == "rendezvous"
+        self._after_end = _edges(program, cluster)
+        self._after_start = _admitted_by_start(program, cluster)
+        self._next = _grouped(count, self._after_end)
+        self._next_of_start = dict(zip(*map(np.ndarray.tolist, self._after_start)))
+        conditions = np.bincount(self._after_end[1], minlength=count)
+        conditions += np.bincount(self._after_start[1], minlength=count)
+        self._conditions: list[int] = conditions.tolist()
+        # A receive ends when it is posted and its message is there.
+        self._halves = dict.fromkeys(_where(program, Action.RECV).tolist(), 2)
+        sends = _where(program, Action.SEND)
+        recvs = program.recv_of[program.message[sends]]
+        self._recv_of = dict(zip(sends.tolist(), recvs.tolist()))
+        self._latency = _latencies(program, sends, cluster)
 
-    def stream(self, members: Sequence[int]) -> Process:
-        env, start, end, waits = self.env, self.start, self.end, self._waits
-        done, durations, action = self._done, self._durations, self._action
-        for index in members:
-            for other in waits[index]:
-                if end[other] is None:
-                    yield self._asleep(done, other)
-            start[index] = env._now
-            kind = action[index]
-            if kind == Action.RECV:
-                if self._rendezvous and index in self._posted:
-                    self._posted.pop(index).succeed()
-                yield from self._receive(index)
-            else:
-                if kind == Action.SEND and index in self._before_send:
-                    yield from self._admitted(index)
-                duration = durations[index]
-                if duration:
-                    yield env.timeout(duration)
-            end[index] = env._now
-            self.left -= 1
-            if kind == Action.SEND:
-                self._depart(index)
-            if index in done:
-                done.pop(index).succeed()
+    def run(self) -> None:
+        ready = [i for i, count in enumerate(self._conditions) if count == 0]
+        self._settle([i for i in ready if self._begin(i)])
+        self._env.run()
+        if None in self.end:
+            raise DeadlockError(self._explain())
 
-    def _asleep(self, events: dict[int, simpy.Event], index: int) -> simpy.Event:
-        event = events.get(index)
-        if event is None:
-            event = events[index] = self.env.event()
-        return event
+    def _begin(self, index: int) -> bool:
+        """Start an instruction; True if it ends at once."""
+        self.start[index] = self._env.now
+        if index in self._halves:
+            return self._half(index)
+        duration = self._durations[index]
+        if not duration:
+            return True
+        event = self._env.timeout(duration, index)
+        event.callbacks.append(self._over)
+        return False
 
-    def _depart(self, send: int) -> None:
-        """The message is off; it arrives a latency later."""
-        latency = self._latency[send]
-        arrival = self._arrival.get(send)
+    def _half(self, recv: int) -> bool:
+        self._halves[recv] -= 1
+        return self._halves[recv] == 0
+
+    def _over(self, event: simpy.Event) -> None:
+        self._settle([event.value])
+
+    def _arrived(self, event: simpy.Event) -> None:
+        if self._half(event.value):
+            self._settle([event.value])
+
+    def _settle(self, ended: list[int]) -> None:
+        """End these, and whatever then starts and takes no time."""
+        now, end, conditions = self._env.now, self.end, self._conditions
+        while ended:
+            index = ended.pop()
+            end[index] = now
+            if index in self._recv_of and self._depart(index):
+                ended.append(self._recv_of[index])
+            for following in self._next[index]:
+                conditions[following] -= 1
+                if conditions[following] == 0:
+                    if self._begin(following):
+                        ended.append(following)
+                    self._admit(following, ended)
+
+    def _depart(self, send: int) -> bool:
+        """The message is off; True if its receive ends at once."""
+        recv, latency = self._recv_of[send], self._latency[send]
         if not latency:
-            if arrival is not None:
-                arrival.succeed()
-            return
-        timeout = self.env.timeout(latency)
-        if arrival is None:
-            self._arrival[send] = timeout
-        else:
-            waiting = arrival
-            timeout.callbacks.append(lambda _: waiting.succeed())
+            return self._half(recv)
+        event = self._env.timeout(latency, recv)
+        event.callbacks.append(self._arrived)
+        return False
 
-    def _receive(self, index: int) -> Process:
-        send = self._sender[index]
-        if self.end[send] is None:
-            yield self._asleep(self._arrival, send)
-        elif (arrival := self._arrival.get(send)) is not None:
-            if not arrival.processed:
-                yield arrival
-        self._arrival.pop(send, None)
+    def _admit(self, started: int, ended: list[int]) -> None:
+        """A posted receive lets its send begin, where the transport asks for it."""
+        send = self._next_of_start.get(started)
+        if send is not None:
+            self._conditions[send] -= 1
+            if self._conditions[send] == 0 and self._begin(send):
+                ended.append(send)
 
-    def _admitted(self, index: int) -> Process:
-        """Wait for what the transport's buffers make a send wait for."""
-        recv = self._before_send[index]
-        if self._rendezvous:
-            if self.start[recv] is None:
-                yield self._asleep(self._posted, recv)
-        elif self.end[recv] is None:
-            yield self._asleep(self._done, recv)
-
-    def explain(self) -> str:
+    def _explain(self) -> str:
         """Which instructions wait for which, along one cycle."""
         import networkx as nx
 
+        left = {i for i, end in enumerate(self.end) if end is None}
         graph = nx.DiGraph()
-        for members in self.program.by_stream:
-            waiting = [i for i in members.tolist() if self.end[i] is None]
-            graph.add_edges_from(zip(waiting[1:], waiting))
-            for index in waiting:
-                needs = list(self._waits[index])
-                if index in self._sender:
-                    needs.append(self._sender[index])
-                if index in self._before_send:
-                    needs.append(self._before_send[index])
-                graph.add_edges_from(
-                    (index, other) for other in needs if self.end[other] is None
-                )
+        for before, after in (self._after_end, self._after_start):
+            pairs = zip(after.tolist(), before.tolist())
+            graph.add_edges_from((a, b) for a, b in pairs if a in left and b in left)
+        graph.add_edges_from(
+            (recv, send) for send, recv in self._recv_of.items() if send in left
+        )
         ring = [edge[0] for edge in nx.find_cycle(graph)]
         names = [
-            f"{self.program.label(i)} (device {self.program.device[i]})"
+            f"{self._program.label(i)} (device {self._program.device[i]})"
             for i in [*ring, ring[0]]
         ]
         return (
-            f"{self.program.schedule.summary}: deadlock, {self.left:,} instructions "
-            f"never run: " + " waits for ".join(names)
+            f"{self._program.schedule.summary}: deadlock, {len(left):,} instructions "
+            f"never run: {' waits for '.join(names)}"
         )
 
 
-def _of_message(program: Program, column: np.ndarray, action: Action) -> dict[int, int]:
-    """For the instructions with this action, another one of the same message."""
-    where = np.flatnonzero(program.action == action)
-    return dict(zip(where.tolist(), column[program.message[where]].tolist()))
+def _where(program: Program, action: Action) -> NDArray[np.int64]:
+    return np.flatnonzero(program.action == action)
 
 
-def _latencies(program: Program, cluster: Cluster) -> dict[int, Number]:
-    sends = np.flatnonzero(program.action == Action.SEND)
+def _edges(program: Program, cluster: Cluster) -> Edges:
+    """Which instruction must end before which may start."""
+    streams = list(program.by_stream)
+    if cluster.shared_processor:
+        devices = program.schedule.devices
+        streams = [np.sort(np.concatenate(streams[:devices])), *streams[devices:]]
+    before = [members[:-1] for members in streams]
+    after = [members[1:] for members in streams]
+    before.append(program.waits_for.values.astype(np.int64))
+    after.append(program.waits_for.owner)
+    if isinstance(cluster.buffering, int):
+        # k buffers: a send waits until the receive k messages before is done.
+        recv_of = program.recv_of[program.message]
+        for members in program.by_stream:
+            if len(members) and program.action[members[0]] == Action.SEND:
+                late = members[cluster.buffering :]
+                after.append(late)
+                before.append(recv_of[members[: len(late)]].astype(np.int64))
+    return np.concatenate(before), np.concatenate(after)
+
+
+def _admitted_by_start(program: Program, cluster: Cluster) -> Edges:
+    """Which receive must be posted before which send may start."""
+    sends = _where(program, Action.SEND)
+    if cluster.buffering != "rendezvous":
+        sends = sends[:0]
+    return program.recv_of[program.message[sends]].astype(np.int64), sends
+
+
+def _grouped(count: int, edges: Edges) -> list[list[int]]:
+    before, after = edges
+    return Lists(*csr(count, before, after)).to_lists()
+
+
+def _latencies(
+    program: Program, sends: NDArray[np.int64], cluster: Cluster
+) -> dict[int, Number]:
     by_stream = {
         number: cluster.link(stream.device, stream.peer).latency
         for number, stream in enumerate(program.streams)
@@ -188,18 +209,3 @@ def _latencies(program: Program, cluster: Cluster) -> dict[int, Number]:
     }
     streams = program.stream[sends].tolist()
     return {i: by_stream[stream] for i, stream in zip(sends.tolist(), streams)}
-
-
-def _sends_wait(program: Program, cluster: Cluster) -> dict[int, int]:
-    """SEND → the RECV that must be posted (rendezvous) or done (k buffers)."""
-    if cluster.buffering == "eager":
-        return {}
-    if cluster.buffering == "rendezvous":
-        return _of_message(program, program.recv_of, Action.SEND)
-    result: dict[int, int] = {}
-    recv = program.recv_of[program.message]
-    for members in program.by_stream:
-        if len(members) and program.action[members[0]] == Action.SEND:
-            late = members[cluster.buffering :]
-            result |= zip(late.tolist(), recv[members[: len(late)]].tolist())
-    return result

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from pipeproof.sched import Action, Program, Schedule, Trace, lower
 from pipeproof.sched.errors import ParameterError
-from pipeproof.sched.exact import Number
+from pipeproof.sched.exact import Number, column
 from pipeproof.sched.memory import Sizes
 from pipeproof.sim.cluster import Cluster
 from pipeproof.sim.cost import Cost
@@ -113,5 +114,5 @@ def _faster(cluster: Cluster, scale: int) -> Cluster:
 
 def _exact(times: list[Any], scale: int) -> NDArray[Any]:
     if scale == 1:
-        return np.array(times, dtype=object)
+        return column(times)
     return np.array([Fraction(time, scale) for time in times], dtype=object)
