@@ -1,1 +1,14 @@
-"""Running a schedule on real devices, with torch."""
+"""Running a schedule on real devices, with torch.
+
+Knows `sched` and torch, never `sim`.
+"""
+
+from pipeproof.exec.errors import BatchError as BatchError
+from pipeproof.exec.errors import LossError as LossError
+from pipeproof.exec.errors import ModelError as ModelError
+from pipeproof.exec.errors import StepError as StepError
+from pipeproof.exec.examples import EXAMPLES as EXAMPLES
+from pipeproof.exec.examples import Example as Example
+from pipeproof.exec.partition import split_evenly as split_evenly
+from pipeproof.exec.pipeline import Pipeline as Pipeline
+from pipeproof.exec.reference import reference as reference

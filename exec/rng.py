@@ -1,0 +1,58 @@
+"""Randomness that does not depend on how a model is run.
+
+Every unit (the smallest piece a partition may cut between) starts each of its
+runs from a key of (step seed, unit, micro-batch, slice). So dropout masks are
+the same whatever the schedule, with or without recomputation, wherever the cuts
+between stages fall, and on whatever rank a stage runs. The step seed is one draw
+from torch's default generator, whose own stream goes on after that draw.
+
+Python's `random` and numpy's generators are not keyed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+_MASK = (1 << 64) - 1
+
+
+def key(step_seed: int, unit: int, micro_batch: int, slice: int = 0) -> int:
+    """A 64-bit seed; neighbouring arguments give unrelated ones.
+
+    The finaliser is that of splitmix64 (Steele et al. 2014, OOPSLA, figure 15).
+    """
+    z = (
+        step_seed
+        + (unit + 1) * 0x9E3779B97F4A7C15
+        + (micro_batch + 1) * 0xD1B54A32D192ED03
+        + (slice + 1) * 0x8CB92BA72F3D8DD7
+    ) & _MASK
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
+    return z ^ (z >> 31)
+
+
+def generators(device: torch.device) -> list[torch.Generator]:
+    """The default generators that code on this device draws from."""
+    result = [torch.default_generator]
+    if device.type == "cuda":
+        torch.cuda.init()
+        index = torch.cuda.current_device() if device.index is None else device.index
+        result.append(torch.cuda.default_generators[index])
+    return result
+
+
+@contextmanager
+def step_seed(devices: Sequence[torch.device]) -> Iterator[int]:
+    """Draw the seed of a step, and leave every generator as that draw did."""
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    used = {id(g): g for device in devices for g in generators(device)}
+    states = [(generator, generator.get_state()) for generator in used.values()]
+    try:
+        yield seed
+    finally:
+        for generator, state in states:
+            generator.set_state(state)

@@ -1,0 +1,155 @@
+"""One stage: its units, their randomness, and the state they change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pipeproof.exec.batch import Value
+from pipeproof.exec.errors import ModelError
+from pipeproof.exec.rng import generators, key
+
+StageModule = nn.Module | Sequence[nn.Module]
+
+
+def units_of(stage: StageModule) -> list[nn.Module]:
+    """The smallest pieces that a partition may cut between.
+
+    A sequence of modules and an `nn.Sequential` are taken apart, all the way
+    down. A Sequential with a forward or hooks of its own is one unit: only
+    calling it whole runs them.
+    """
+    if isinstance(stage, nn.Module) and not isinstance(stage, nn.ModuleList):
+        plain = (
+            isinstance(stage, nn.Sequential)
+            and type(stage).forward is nn.Sequential.forward
+            and not stage._forward_hooks
+            and not stage._forward_pre_hooks
+            and not stage._backward_hooks
+            and not stage._backward_pre_hooks
+        )
+        if not plain:
+            return [stage]
+    parts: Iterable[nn.Module] = (
+        stage.children() if isinstance(stage, nn.Module) else stage
+    )
+    return [unit for part in parts for unit in units_of(part)]
+
+
+class Stage:
+    """A stage on its device.
+
+    Args:
+        number: of the stage.
+        module: the stage as the user gave it; moved to the device.
+        first_unit: number of its first unit in the whole model.
+        device: where it runs.
+
+    Raises:
+        ModelError: no module in it, or something that is none.
+    """
+
+    def __init__(
+        self, number: int, module: StageModule, first_unit: int, device: torch.device
+    ) -> None:
+        modules = [module] if isinstance(module, nn.Module) else list(module)
+        for part in modules:
+            if not isinstance(part, nn.Module):
+                raise ModelError(
+                    f"stage {number} must be a module or a sequence of modules, found "
+                    f"{type(part).__name__}"
+                )
+        self.number = number
+        self.units = units_of(module)
+        if not self.units:
+            raise ModelError(f"stage {number} is empty: give it at least one module")
+        self.first_unit = first_unit
+        self.device = device
+        for part in modules:
+            part.to(device)
+        unique = {id(unit): unit for unit in self.units}.values()
+        self.parameters = list(
+            {id(p): p for unit in unique for p in unit.parameters()}.values()
+        )
+        self._modules = list(
+            {id(m): m for unit in unique for m in unit.modules()}.values()
+        )
+        self._generators = generators(device)
+        self.changed: set[tuple[int, str]] = set()
+
+    @property
+    def trains(self) -> bool:
+        """Whether any parameter wants a gradient."""
+        return any(parameter.requires_grad for parameter in self.parameters)
+
+    def run(self, value: Value, step_seed: int, micro_batch: int) -> Value:
+        """All units in turn, each from its own key."""
+        current: Value = value
+        for number, unit in enumerate(self.units, start=self.first_unit):
+            seed(self._generators, step_seed, number, micro_batch)
+            current = unit(current)
+        return current
+
+    def checked(self, value: object) -> Value:
+        """A stage's output, if it can cross a boundary.
+
+        Raises:
+            ModelError: anything but a tensor or a tuple of tensors.
+        """
+        tensors = value if isinstance(value, tuple) else (value,)
+        if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
+            found = ", ".join(type(tensor).__name__ for tensor in tensors) or "nothing"
+            raise ModelError(
+                f"stage {self.number} returned {found}: a tensor or a tuple of tensors "
+                "can cross to the next stage"
+            )
+        return value  # type: ignore[return-value]
+
+    @contextmanager
+    def noting_changes(self) -> Iterator[None]:
+        """Note which of the stage's buffers a forward changes."""
+        before = self._versions()
+        yield
+        if before:
+            after = self._versions()
+            self.changed.update(
+                where for where, seen in after.items() if before.get(where) != seen
+            )
+
+    def _versions(self) -> dict[tuple[int, str], tuple[int, int]]:
+        return {
+            (number, name): (id(buffer), buffer._version)
+            for number, module in enumerate(self._modules)
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        }
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Run a forward again without its effect on the stage's buffers.
+
+        The forward before has had that effect already: batch statistics count
+        once.
+        """
+        saved = []
+        for number, name in self.changed:
+            buffer = self._modules[number]._buffers[name]
+            if buffer is not None:
+                saved.append((number, name, buffer, buffer.detach().clone()))
+        yield
+        with torch.no_grad():
+            for number, name, buffer, copy in saved:
+                buffer.copy_(copy)
+                self._modules[number]._buffers[name] = buffer
+
+
+def seed(
+    sources: Sequence[torch.Generator], step_seed: int, unit: int, micro_batch: int
+) -> None:
+    """Start every generator from the key of one run of one unit."""
+    number = key(step_seed, unit, micro_batch)
+    for generator in sources:
+        generator.manual_seed(number)
