@@ -9,6 +9,7 @@ from pipeproof.exec.errors import ModelError as ModelError
 from pipeproof.exec.errors import StepError as StepError
 from pipeproof.exec.examples import EXAMPLES as EXAMPLES
 from pipeproof.exec.examples import Example as Example
+from pipeproof.exec.measure import ActivationMeter as ActivationMeter
 from pipeproof.exec.partition import split_evenly as split_evenly
 from pipeproof.exec.pipeline import Pipeline as Pipeline
 from pipeproof.exec.reference import reference as reference

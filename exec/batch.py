@@ -51,8 +51,7 @@ def rows_of(name: str, value: Value) -> int:
     tensors = (value,) if isinstance(value, Tensor) else value
     if not isinstance(tensors, tuple) or not tensors:
         raise BatchError(
-            f"{name} must be a tensor or a tuple of tensors, got "
-            f"{type(value).__name__}"
+            f"{name} must be a tensor or a tuple of tensors, got {type(value).__name__}"
         )
     rows = set()
     for tensor in tensors:
@@ -84,7 +83,8 @@ def factors(
     """What each micro-batch's loss is multiplied with; None for not at all.
 
     Args:
-        inputs, targets: of each micro-batch.
+        inputs: of each micro-batch.
+        targets: likewise.
         loss_scale: `rows` for a loss that is a mean over rows, `sum` for one that
             is a sum, or the weight of a micro-batch as a function of its targets.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeproof.exec.batch import LossScale, Value, check_scale, factors, rows_of, split
 from pipeproof.exec.errors import BatchError, ModelError
-from pipeproof.exec.rng import step_seed
+from pipeproof.exec.rng import keys, step_seed
 from pipeproof.exec.runtime import LossFn, Runtime, Step
 from pipeproof.exec.stage import Stage, StageModule
 from pipeproof.sched import (
@@ -129,8 +129,9 @@ class Pipeline:
             )
         scale = factors(batch, labels, self._loss_scale)
         with torch.enable_grad(), step_seed(self._devices) as seed:
+            units = sum(len(stage.units) for stage in self.stages)
             step = Step(
-                seed,
+                keys(seed, count, units + 1),
                 [_to(value, self.stages[0].device) for value in batch],
                 [_to(value, self.stages[-1].device) for value in labels],
                 scale,
@@ -226,7 +227,9 @@ def _pass_on(inputs: Value, grads: Sequence[Value | None]) -> None:
     parts = [grad if isinstance(grad, tuple) else (grad,) for grad in grads]
     for tensor, pieces in zip(tensors, zip(*parts)):
         if tensor.requires_grad:
-            tensor.backward(torch.cat([p.to(tensor.device) for p in pieces]))
+            torch.autograd.backward(
+                tensor, torch.cat([p.to(tensor.device) for p in pieces])
+            )
 
 
 def _shares(program: Program) -> Sizes:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeproof.exec.batch import LossScale, Value, check_scale, factors, split
-from pipeproof.exec.rng import generators, step_seed
+from pipeproof.exec.rng import generators, keys, seed, step_seed
 from pipeproof.exec.runtime import LossFn
-from pipeproof.exec.stage import StageModule, seed, units_of
+from pipeproof.exec.stage import StageModule, units_of
 from pipeproof.sched import Kind, Schedule
 
 
@@ -41,7 +41,10 @@ def reference(
         stages: as for `Pipeline`, all on one device; pass a deep copy of those
             that are pipelined.
         schedule: gives micro-batches and orders.
-        loss_fn, inputs, targets, loss_scale: as for `Pipeline`.
+        loss_fn: as for `Pipeline`.
+        inputs: as for `Pipeline.step`.
+        targets: likewise.
+        loss_scale: as for `Pipeline`.
 
     Returns:
         The batch's loss, a detached scalar. Gradients are added to `.grad`.
@@ -63,12 +66,13 @@ def reference(
     grads: dict[int, tuple[Tensor | None, ...]] = {}
     with torch.enable_grad(), step_seed([device]) as step:
         sources = generators(device)
+        seeds = keys(step, schedule.micro_batches, len(units) + 1)
         for micro_batch in _forward_order(schedule):
             value = batch[micro_batch]
             for number, unit in enumerate(units):
-                seed(sources, step, number, micro_batch)
+                seed(sources, seeds[micro_batch][number])
                 value = unit(value)
-            seed(sources, step, len(units), micro_batch)
+            seed(sources, seeds[micro_batch][-1])
             loss = loss_fn(value, labels[micro_batch])
             if (factor := scale[micro_batch]) is not None:
                 loss = loss * factor

@@ -1,7 +1,7 @@
 """Randomness that does not depend on how a model is run.
 
 Every unit (the smallest piece a partition may cut between) starts each of its
-runs from a key of (step seed, unit, micro-batch, slice). So dropout masks are
+runs from a key of (step seed, unit, micro-batch). So dropout masks are
 the same whatever the schedule, with or without recomputation, wherever the cuts
 between stages fall, and on whatever rank a stage runs. The step seed is one draw
 from torch's default generator, whose own stream goes on after that draw.
@@ -14,32 +14,42 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
-_MASK = (1 << 64) - 1
+Keys = list[list[int]]
+"""By micro-batch and unit."""
 
 
-def key(step_seed: int, unit: int, micro_batch: int, slice: int = 0) -> int:
-    """A 64-bit seed; neighbouring arguments give unrelated ones.
+def keys(step_seed: int, micro_batches: int, units: int) -> Keys:
+    """A 64-bit seed for every run of every unit in a step.
 
-    The finaliser is that of splitmix64 (Steele et al. 2014, OOPSLA, figure 15).
+    Neighbouring arguments give unrelated seeds. The finaliser is that of
+    splitmix64 (Steele et al. 2014, OOPSLA, figure 15).
+
+    Args:
+        step_seed: from `step_seed`.
+        micro_batches: in the step.
+        units: of the whole model; the loss counts as one more, the last.
     """
-    z = (
-        step_seed
-        + (unit + 1) * 0x9E3779B97F4A7C15
-        + (micro_batch + 1) * 0xD1B54A32D192ED03
-        + (slice + 1) * 0x8CB92BA72F3D8DD7
-    ) & _MASK
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
-    return z ^ (z >> 31)
+    unit = np.arange(1, units + 1, dtype=np.uint64)[None, :]
+    micro_batch = np.arange(1, micro_batches + 1, dtype=np.uint64)[:, None]
+    z = np.uint64(step_seed) + unit * _UNIT + micro_batch * _MICRO_BATCH
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (z ^ (z >> np.uint64(31))).tolist()  # type: ignore[no-any-return]
+
+
+# Odd, so that no two (unit, micro-batch) of any practical size meet.
+_UNIT = np.uint64(0x9E3779B97F4A7C15)
+_MICRO_BATCH = np.uint64(0xD1B54A32D192ED03)
 
 
 def generators(device: torch.device) -> list[torch.Generator]:
     """The default generators that code on this device draws from."""
     result = [torch.default_generator]
     if device.type == "cuda":
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         index = torch.cuda.current_device() if device.index is None else device.index
         result.append(torch.cuda.default_generators[index])
     return result
@@ -56,3 +66,9 @@ def step_seed(devices: Sequence[torch.device]) -> Iterator[int]:
     finally:
         for generator, state in states:
             generator.set_state(state)
+
+
+def seed(sources: Sequence[torch.Generator], number: int) -> None:
+    """Start every one of these generators from a key."""
+    for generator in sources:
+        generator.manual_seed(number)

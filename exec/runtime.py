@@ -2,7 +2,7 @@
 
     F    input ──stage──▶ output ──detach──▶ what is handed on
            ▲                 │
-           leaf              kept as ACTIVATION: the root of the stage's graph
+           leaf              its end of the graph is kept as ACTIVATION
     B    the root and the gradient that arrived ──autograd──▶ leaf.grad, .grad
 
 The output of a stage is detached, and marked as wanting a gradient where the
@@ -23,17 +23,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from pipeproof.exec.batch import Value, check_loss
 from pipeproof.exec.errors import LossError, ModelError, StepError
-from pipeproof.exec.rng import generators
-from pipeproof.exec.stage import Stage, seed
+from pipeproof.exec.rng import Keys, generators, seed
+from pipeproof.exec.stage import Stage
 from pipeproof.sched import Action, BufferKind, Kind, Op, Program
 from pipeproof.sched.errors import PipeproofError
-from pipeproof.sched.program import Instruction
+from pipeproof.sched.program import Buffer, Instruction
 
 LossFn = Callable[[Any, Any], Tensor]
 Run = Callable[[], None]
+INPUTS = (BufferKind.INPUT, BufferKind.STORED_INPUT)
 
 
 @dataclass
@@ -41,14 +43,14 @@ class Step:
     """What changes from step to step.
 
     Attributes:
-        seed: of all its randomness.
+        keys: seeds of all its randomness, by micro-batch and unit.
         inputs, targets: of each micro-batch, on the first and the last device.
         factors: of each micro-batch's loss; None for not at all.
         losses: of each micro-batch, with its factor, once it is known.
         input_grads: of each micro-batch, where the inputs want a gradient.
     """
 
-    seed: int
+    keys: Keys
     inputs: list[Value]
     targets: list[Value]
     factors: list[float | None]
@@ -75,16 +77,11 @@ class Runtime:
         self._program = program
         self._stages = stages
         self._loss_fn = loss_fn
-        self._loss_unit = stages[-1].first_unit + len(stages[-1].units)
         self._loss_generators = generators(stages[-1].device)
         self._values: list[Any] = [None] * len(program.buffers)
         self._wire: dict[int, Any] = {}
         self._step: Step
         self._autocast = False
-        recomputed = program.schedule.ops
-        self._again = {
-            (op.stage, op.micro_batch) for op in recomputed if op.kind == Kind.R
-        }
         self._runs: list[Run] = [self._bind(instruction) for instruction in program]
 
     def run(self, step: Step) -> None:
@@ -154,7 +151,9 @@ class Runtime:
             "Gradients of some micro-batches are in .grad and others are not: zero "
             "them before the next step."
         )
-        return type(error)(text) if isinstance(error, PipeproofError) else StepError(text)
+        return (
+            type(error)(text) if isinstance(error, PipeproofError) else StepError(text)
+        )
 
     def _bind(self, instruction: Instruction) -> Run:
         match instruction.action:
@@ -162,7 +161,7 @@ class Runtime:
                 runs = [self._bind_op(op, instruction) for op in instruction.ops]
                 if len(runs) == 1:
                     return runs[0]
-                return lambda: [run() for run in runs] and None
+                return lambda: _in_turn(runs)
             case Action.SEND:
                 return self._bind_send(instruction)
             case Action.RECV:
@@ -182,82 +181,83 @@ class Runtime:
         raise AssertionError(f"not bound: {op}")
 
     def _bind_forward(self, op: Op, instruction: Instruction) -> Run:
-        again = (op.stage, op.micro_batch) in self._again
-        stage, values = self._stages[op.stage], self._values
+        stage, values, micro_batch = (
+            self._stages[op.stage],
+            self._values,
+            op.micro_batch,
+        )
         compute = self._bind_stage(op, instruction)
-        out = _find(instruction.writes, BufferKind.OUTPUT, op)
-        stash = _find(instruction.writes, BufferKind.ACTIVATION, op)
-        inputs = _find(instruction.writes, BufferKind.INPUT, op)
-        if inputs < 0:
-            inputs = _find(instruction.writes, BufferKind.STORED_INPUT, op)
+        out = _find(instruction.writes, (BufferKind.OUTPUT,), op)
+        stash = _find(instruction.writes, (BufferKind.ACTIVATION,), op)
+        brought = _find(instruction.writes, INPUTS, op)
 
-        def begin() -> None:
-            """The first stage's own F brings its input in."""
-            if inputs >= 0:
-                values[inputs] = _leaves(self._step.inputs[op.micro_batch])
+        def bring_in() -> None:
+            """The first stage's F brings its own input in."""
+            values[brought] = _handed_on(self._step.inputs[micro_batch])
 
         def keep() -> None:
-            begin()
-            _, root = compute()
-            if stash >= 0:
-                values[stash] = root
+            if brought >= 0:
+                bring_in()
+            output = compute()
+            values[stash] = _root(output)
             if out >= 0:
-                values[out] = _handed_on(root)
+                values[out] = _handed_on(output)
 
         def forget() -> None:
-            begin()
+            if brought >= 0:
+                bring_in()
             with torch.no_grad(), stage.noting_changes():
-                value, root = compute()
+                output = compute()
             if self._autocast:
                 # Casts of weights made here have no graph; cached, they would
                 # cut the weights off from every later forward.
                 torch.clear_autocast_cache()
             if out >= 0:
-                values[out] = _handed_on(root, stage.trains or _wants_grad(value))
+                values[out] = _handed_on(
+                    root, stage.trains or _wants_grad(values[read])
+                )
 
-        return forget if again else keep
+        read = _find(instruction.reads + instruction.writes, INPUTS, op)
+        return keep if stash >= 0 else forget
 
     def _bind_recompute(self, op: Op, instruction: Instruction) -> Run:
         stage, values = self._stages[op.stage], self._values
         compute = self._bind_stage(op, instruction)
-        stash = _find(instruction.writes, BufferKind.ACTIVATION, op)
+        stash = _find(instruction.writes, (BufferKind.ACTIVATION,), op)
 
         def recompute() -> None:
             with stage.unchanged():
-                _, values[stash] = compute()
+                values[stash] = _root(compute())
 
         return recompute
 
-    def _bind_stage(
-        self, op: Op, instruction: Instruction
-    ) -> Callable[[], tuple[Value, Value]]:
-        """The stage's input, and its output (of the last stage: the loss)."""
-        stage, values, micro_batch = self._stages[op.stage], self._values, op.micro_batch
-        read = _find(instruction.reads + instruction.writes, BufferKind.INPUT, op)
-        if read < 0:
-            touched = instruction.reads + instruction.writes
-            read = _find(touched, BufferKind.STORED_INPUT, op)
-        first, last = op.stage == 0, stage is self._stages[-1]
+    def _bind_stage(self, op: Op, instruction: Instruction) -> Callable[[], Value]:
+        """From the stage's input to its output; of the last stage, to the loss."""
+        stage, values, micro_batch = (
+            self._stages[op.stage],
+            self._values,
+            op.micro_batch,
+        )
+        read = _find(instruction.reads + instruction.writes, INPUTS, op)
+        last = stage is self._stages[-1]
 
-        def compute() -> tuple[Value, Value]:
+        def compute() -> Value:
             value = values[read]
             before = _versions(value)
-            output = stage.run(value, self._step.seed, micro_batch)
+            output = stage.run(value, self._step.keys[micro_batch])
             if _versions(value) != before:
-                what = "the batch" if first else f"stage {op.stage - 1}'s output"
+                what = f"stage {op.stage - 1}'s output" if op.stage else "the batch"
                 raise ModelError(
                     f"stage {op.stage} changes its input in place, which is {what}: "
                     "make its first operation work out of place"
                 )
-            if last:
-                return value, self._loss(output, micro_batch)
-            return value, stage.checked(output)
+            return self._loss(output, micro_batch) if last else stage.checked(output)
 
         return compute
 
     def _loss(self, output: Any, micro_batch: int) -> Tensor:
         step = self._step
-        seed(self._loss_generators, step.seed, self._loss_unit, micro_batch)
+        seed(self._loss_generators, step.keys[micro_batch][-1])
         found = self._loss_fn(output, step.targets[micro_batch])
         loss = check_loss(found, micro_batch)
         factor = step.factors[micro_batch]
@@ -269,27 +269,25 @@ class Runtime:
 
     def _bind_backward(self, op: Op, instruction: Instruction) -> Run:
         values = self._values
-        stash = _find(instruction.reads, BufferKind.ACTIVATION, op)
-        read = _find(instruction.reads, BufferKind.INPUT, op)
-        if read < 0:
-            read = _find(instruction.reads, BufferKind.STORED_INPUT, op)
-        arrived = _find(instruction.reads, BufferKind.OUTPUT_GRAD, op)
-        passed = _find(instruction.writes, BufferKind.INPUT_GRAD, op)
+        stash = _find(instruction.reads, (BufferKind.ACTIVATION,), op)
+        read = _find(instruction.reads, INPUTS, op)
+        arrived = _find(instruction.reads, (BufferKind.OUTPUT_GRAD,), op)
+        passed = _find(instruction.writes, (BufferKind.INPUT_GRAD,), op)
         frees = [b.index for b in instruction.frees if _belongs(b, op)]
         first, micro_batch = op.stage == 0, op.micro_batch
         last = op.stage == len(self._stages) - 1
 
         def backward() -> None:
             root = values[stash]
-            if last:
-                if not root.requires_grad:
-                    raise LossError(
-                        f"micro-batch {micro_batch}: the loss depends on nothing that "
-                        "requires a gradient"
-                    )
+            if not last:
+                _backward(root, values[arrived])
+            elif root is not None:
                 torch.autograd.backward(root)
             else:
-                _backward(root, values[arrived])
+                raise LossError(
+                    f"micro-batch {micro_batch}: the loss depends on nothing that "
+                    "requires a gradient"
+                )
             if passed >= 0:
                 values[passed] = _grads(values[read])
             elif first and _wants_grad(values[read]):
@@ -349,7 +347,7 @@ class _Clock:
 
     @staticmethod
     def _event(device: torch.device) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(device))
         return event
 
@@ -375,62 +373,50 @@ class _Clock:
         return times[::2], times[1::2]
 
 
-def _belongs(buffer: Any, op: Op) -> bool:
+def _in_turn(runs: Sequence[Run]) -> None:
+    for run in runs:
+        run()
+
+
+def _belongs(buffer: Buffer, op: Op) -> bool:
     return (buffer.stage, buffer.micro_batch) == (op.stage, op.micro_batch)
 
 
-def _find(buffers: Sequence[Any], kind: BufferKind, op: Op) -> int:
-    """The op's own buffer of this kind; -1 where there is none."""
+def _find(buffers: Sequence[Buffer], kinds: Sequence[BufferKind], op: Op) -> int:
+    """The op's own buffer of one of these kinds; -1 where there is none."""
     for buffer in buffers:
-        if buffer.kind == kind and _belongs(buffer, op):
-            return int(buffer.index)
+        if buffer.kind in kinds and _belongs(buffer, op):
+            return buffer.index
     return -1
 
 
-def _each(value: Value, change: Callable[[Tensor], Any]) -> Any:
-    if isinstance(value, tuple):
-        return tuple(change(tensor) for tensor in value)
-    return change(value)
-
-
-def _differentiable(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 def _wants_grad(value: Value) -> bool:
-    if isinstance(value, tuple):
-        return any(tensor.requires_grad for tensor in value)
-    return value.requires_grad
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    return any(tensor.requires_grad for tensor in value)
 
 
 def _versions(value: Value) -> Any:
-    return _each(value, lambda tensor: tensor._version)
+    if isinstance(value, Tensor):
+        return value._version
+    return [tensor._version for tensor in value]
 
 
-def _leaves(value: Value) -> Value:
-    return _each(value, _leaf)  # type: ignore[no-any-return]
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_(tensor.requires_grad)
-
-
-def _handed_on(root: Value, wants_grad: bool | None = None) -> Value:
-    """A stage's output as the leaf of the next stage's graph.
+def _handed_on(value: Value, wants_grad: bool | None = None) -> Value:
+    """An output as the next stage's input: the leaf of that stage's graph.
 
     Args:
-        root: the output.
+        value: the output.
         wants_grad: whether it may need a gradient, where the output itself does
-            not know, made without a graph as it was.
+            not know because it was made without a graph.
     """
+    if not isinstance(value, Tensor):
+        return tuple(_handed_on(tensor, wants_grad) for tensor in value)  # type: ignore[misc]
     if wants_grad is None:
-        return _leaves(root)
-    return _each(  # type: ignore[no-any-return]
-        root,
-        lambda tensor: tensor.detach().requires_grad_(
-            wants_grad and _differentiable(tensor)
-        ),
-    )
+        wants_grad = value.requires_grad
+    elif wants_grad:
+        wants_grad = value.is_floating_point() or value.is_complex()
+    return value.detach().requires_grad_(wants_grad)
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -444,20 +430,28 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def _grads(value: Value) -> Any:
-    return _each(value, lambda tensor: tensor.grad)
+    if isinstance(value, Tensor):
+        return value.grad
+    return tuple(tensor.grad for tensor in value)
 
 
-def _backward(root: Value, gradient: Any) -> None:
+def _root(output: Value) -> Any:
+    """Where a backward starts: the graph's end, without the output's own data.
+
+    None where the output wants no gradient.
+    """
+    if isinstance(output, Tensor):
+        return get_gradient_edge(output) if output.requires_grad else None
+    return tuple(map(_root, output))
+
+
+def _backward(root: Any, gradient: Any) -> None:
     """Autograd from a stage's output down; what wants no gradient gets none."""
-    if isinstance(root, Tensor):
-        if root.requires_grad and gradient is not None:
+    if type(root) is not tuple:
+        if root is not None and gradient is not None:
             torch.autograd.backward(root, gradient)
         return
-    pairs = [
-        (tensor, grad)
-        for tensor, grad in zip(root, gradient)
-        if tensor.requires_grad and grad is not None
-    ]
+    pairs = [(r, g) for r, g in zip(root, gradient) if r is not None and g is not None]
     if pairs:
-        tensors, grads = zip(*pairs)
-        torch.autograd.backward(tensors, grads)
+        roots, gradients = zip(*pairs)
+        torch.autograd.backward(roots, gradients)

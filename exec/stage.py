@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeproof.exec.batch import Value
 from pipeproof.exec.errors import ModelError
-from pipeproof.exec.rng import generators, key
+from pipeproof.exec.rng import generators, seed
 
 StageModule = nn.Module | Sequence[nn.Module]
 
@@ -67,6 +67,7 @@ class Stage:
         if not self.units:
             raise ModelError(f"stage {number} is empty: give it at least one module")
         self.first_unit = first_unit
+        self._numbered = list(enumerate(self.units, start=first_unit))
         self.device = device
         for part in modules:
             part.to(device)
@@ -77,6 +78,7 @@ class Stage:
         self._modules = list(
             {id(m): m for unit in unique for m in unit.modules()}.values()
         )
+        self._has_buffers = any(module._buffers for module in self._modules)
         self._generators = generators(device)
         self.changed: set[tuple[int, str]] = set()
 
@@ -85,13 +87,18 @@ class Stage:
         """Whether any parameter wants a gradient."""
         return any(parameter.requires_grad for parameter in self.parameters)
 
-    def run(self, value: Value, step_seed: int, micro_batch: int) -> Value:
-        """All units in turn, each from its own key."""
-        current: Value = value
-        for number, unit in enumerate(self.units, start=self.first_unit):
-            seed(self._generators, step_seed, number, micro_batch)
-            current = unit(current)
-        return current
+    def run(self, value: Value, keys: Sequence[int]) -> Value:
+        """All units in turn.
+
+        Args:
+            value: the stage's input.
+            keys: of every unit of the model, for this micro-batch.
+        """
+        sources = self._generators
+        for number, unit in self._numbered:
+            seed(sources, keys[number])
+            value = unit(value)
+        return value
 
     def checked(self, value: object) -> Value:
         """A stage's output, if it can cross a boundary.
@@ -99,6 +106,8 @@ class Stage:
         Raises:
             ModelError: anything but a tensor or a tuple of tensors.
         """
+        if isinstance(value, Tensor):
+            return value
         tensors = value if isinstance(value, tuple) else (value,)
         if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
             found = ", ".join(type(tensor).__name__ for tensor in tensors) or "nothing"
@@ -111,7 +120,7 @@ class Stage:
     @contextmanager
     def noting_changes(self) -> Iterator[None]:
         """Note which of the stage's buffers a forward changes."""
-        before = self._versions()
+        before = self._versions() if self._has_buffers else {}
         yield
         if before:
             after = self._versions()
@@ -144,12 +153,3 @@ class Stage:
             for number, name, buffer, copy in saved:
                 buffer.copy_(copy)
                 self._modules[number]._buffers[name] = buffer
-
-
-def seed(
-    sources: Sequence[torch.Generator], step_seed: int, unit: int, micro_batch: int
-) -> None:
-    """Start every generator from the key of one run of one unit."""
-    number = key(step_seed, unit, micro_batch)
-    for generator in sources:
-        generator.manual_seed(number)
