@@ -35,6 +35,8 @@ from pipeproof.sched.program import Buffer, Instruction
 
 LossFn = Callable[[Any, Any], Tensor]
 Run = Callable[[], None]
+RELEASED_FROM = 1 << 16
+"""Bytes of an output from which on letting go of it early is worth 10 µs."""
 INPUTS = (BufferKind.INPUT, BufferKind.STORED_INPUT)
 
 
@@ -214,7 +216,7 @@ class Runtime:
                 torch.clear_autocast_cache()
             if out >= 0:
                 values[out] = _handed_on(
-                    root, stage.trains or _wants_grad(values[read])
+                    output, stage.trains or _wants_grad(values[read])
                 )
 
         read = _find(instruction.reads + instruction.writes, INPUTS, op)
@@ -436,13 +438,16 @@ def _grads(value: Value) -> Any:
 
 
 def _root(output: Value) -> Any:
-    """Where a backward starts: the graph's end, without the output's own data.
+    """Where a backward starts; None where the output wants no gradient.
 
-    None where the output wants no gradient.
+    The output's own data has been handed on and is needed here no more, so what
+    is worth it is let go: its edge in the graph is enough.
     """
-    if isinstance(output, Tensor):
-        return get_gradient_edge(output) if output.requires_grad else None
-    return tuple(map(_root, output))
+    if not isinstance(output, Tensor):
+        return tuple(map(_root, output))
+    if not output.requires_grad:
+        return None
+    return output if output.nbytes < RELEASED_FROM else get_gradient_edge(output)
 
 
 def _backward(root: Any, gradient: Any) -> None:
