@@ -97,7 +97,10 @@ def factors(
     if callable(loss_scale):
         weights = [float(loss_scale(target)) for target in targets]
     else:
-        weights = [float(rows_of("inputs", value)) for value in inputs]
+        weights = [
+            float(len(value if isinstance(value, Tensor) else value[0]))
+            for value in inputs
+        ]
     for number, weight in enumerate(weights):
         if not math.isfinite(weight) or weight < 0:
             raise LossError(

@@ -83,6 +83,7 @@ class Pipeline:
             schedule, receives="late" if self._shared else "early"
         )
         self.stages = _place(list(stages), schedule, devices)
+        self._units = sum(len(stage.units) for stage in self.stages)
         self._devices = list(dict.fromkeys(stage.device for stage in self.stages))
         self._runtime = Runtime(self.program, self.stages, loss_fn)
         self._trace: Trace | None = None
@@ -129,11 +130,10 @@ class Pipeline:
             )
         scale = factors(batch, labels, self._loss_scale)
         with torch.enable_grad(), step_seed(self._devices) as seed:
-            units = sum(len(stage.units) for stage in self.stages)
             step = Step(
-                keys(seed, count, units + 1),
-                [_to(value, self.stages[0].device) for value in batch],
-                [_to(value, self.stages[-1].device) for value in labels],
+                keys(seed, count, self._units + 1),
+                _to(batch, self.stages[0].device),
+                _to(labels, self.stages[-1].device),
                 scale,
             )
             if record:
@@ -213,10 +213,16 @@ def _refuse_shared(stages: list[Stage]) -> None:
                 )
 
 
-def _to(value: Value, device: torch.device) -> Value:
-    if isinstance(value, tuple):
-        return tuple(tensor.to(device, non_blocking=True) for tensor in value)
-    return value.to(device, non_blocking=True)
+def _to(values: list[Value], device: torch.device) -> list[Value]:
+    def move(tensor: Tensor) -> Tensor:
+        if tensor.device == device:
+            return tensor
+        return tensor.to(device, non_blocking=True)
+
+    return [
+        tuple(map(move, value)) if isinstance(value, tuple) else move(value)
+        for value in values
+    ]
 
 
 def _pass_on(inputs: Value, grads: Sequence[Value | None]) -> None:

@@ -81,10 +81,12 @@ class Runtime:
         self._loss_fn = loss_fn
         self._loss_generators = generators(stages[-1].device)
         self._values: list[Any] = [None] * len(program.buffers)
-        self._wire: dict[int, Any] = {}
         self._step: Step
         self._autocast = False
         self._runs: list[Run] = [self._bind(instruction) for instruction in program]
+        self._busy = [
+            (i, run) for i, run in enumerate(self._runs) if run is not _nothing
+        ]
 
     def run(self, step: Step) -> None:
         """All instructions, in the program's order.
@@ -96,7 +98,7 @@ class Runtime:
         index = -1
         self._begin(step)
         try:
-            for index, run in enumerate(self._runs):  # noqa: B007
+            for index, run in self._busy:  # noqa: B007
                 run()
         except Exception as error:
             raise self._broken(index, error) from error
@@ -127,12 +129,11 @@ class Runtime:
             for device in {stage.device for stage in self._stages}
         )
         for stage in self._stages:
-            stage.changed.clear()
+            stage.begin()
 
     def _end(self) -> None:
         """Let go of every tensor of the step, whether or not it came to its end."""
         self._values[:] = [None] * len(self._values)
-        self._wire.clear()
         del self._step
 
     def _device(self, index: int) -> torch.device:
@@ -167,9 +168,10 @@ class Runtime:
             case Action.SEND:
                 return self._bind_send(instruction)
             case Action.RECV:
-                return self._bind_recv(instruction)
+                return _nothing
             case Action.LOCAL:
-                return self._bind_local(instruction)
+                (source,), (target,) = instruction.reads, instruction.writes
+                return _hand_over(self._values, source.index, target.index)
         raise AssertionError(f"not bound: {instruction.label}")
 
     def _bind_op(self, op: Op, instruction: Instruction) -> Run:
@@ -300,40 +302,19 @@ class Runtime:
         return backward
 
     def _bind_send(self, instruction: Instruction) -> Run:
-        values, wire = self._values, self._wire
-        message = instruction.message
+        """In one process a send puts the tensor where the receive wants it."""
+        values, message = self._values, instruction.message
         assert message is not None
-        number, (buffer,) = message.index, instruction.reads
-        source, read = self._stages[message.source_stage].device, buffer.index
+        read = instruction.reads[0].index
+        write = self._program.writes[message.recv][0]
         target = self._stages[message.target_stage].device
-
-        def hand_over() -> None:
-            wire[number], values[read] = values[read], None
+        if self._stages[message.source_stage].device == target:
+            return _hand_over(values, read, write)
 
         def copy_over() -> None:
-            wire[number], values[read] = _moved(values[read], target), None
+            values[write], values[read] = _moved(values[read], target), None
 
-        return hand_over if source == target else copy_over
-
-    def _bind_recv(self, instruction: Instruction) -> Run:
-        values, wire = self._values, self._wire
-        assert instruction.message is not None
-        number, write = instruction.message.index, instruction.writes[0].index
-
-        def receive() -> None:
-            values[write] = wire.pop(number)
-
-        return receive
-
-    def _bind_local(self, instruction: Instruction) -> Run:
-        values = self._values
-        (source,), (target,) = instruction.reads, instruction.writes
-        read, write = source.index, target.index
-
-        def hand_over() -> None:
-            values[write], values[read] = values[read], None
-
-        return hand_over
+        return copy_over
 
 
 class _Clock:
@@ -373,6 +354,17 @@ class _Clock:
             for mark in self._marks
         ]
         return times[::2], times[1::2]
+
+
+def _nothing() -> None:
+    """What a receive has left to do in one process."""
+
+
+def _hand_over(values: list[Any], read: int, write: int) -> Run:
+    def hand_over() -> None:
+        values[write], values[read] = values[read], None
+
+    return hand_over
 
 
 def _in_turn(runs: Sequence[Run]) -> None:

@@ -39,6 +39,36 @@ def units_of(stage: StageModule) -> list[nn.Module]:
     return [unit for part in parts for unit in units_of(part)]
 
 
+_DRAW_NOTHING = frozenset(
+    {
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+        nn.Embedding,
+        nn.Flatten,
+        nn.GELU,
+        nn.Identity,
+        nn.LayerNorm,
+        nn.Linear,
+        nn.ReLU,
+        nn.SiLU,
+        nn.Sigmoid,
+        nn.Tanh,
+    }
+)
+
+
+def _draws_nothing(unit: nn.Module) -> bool:
+    """Whether a unit certainly uses no randomness, so that seeding can be spared."""
+    return (
+        type(unit) in _DRAW_NOTHING
+        and not unit._forward_hooks
+        and not unit._forward_pre_hooks
+        and not unit._backward_hooks
+        and not unit._backward_pre_hooks
+    )
+
+
 class Stage:
     """A stage on its device.
 
@@ -67,7 +97,7 @@ class Stage:
         if not self.units:
             raise ModelError(f"stage {number} is empty: give it at least one module")
         self.first_unit = first_unit
-        self._numbered = list(enumerate(self.units, start=first_unit))
+        self._plan: list[tuple[int, nn.Module]] = []
         self.device = device
         for part in modules:
             part.to(device)
@@ -87,6 +117,14 @@ class Stage:
         """Whether any parameter wants a gradient."""
         return any(parameter.requires_grad for parameter in self.parameters)
 
+    def begin(self) -> None:
+        """Get ready for a step."""
+        self.changed.clear()
+        self._plan = [
+            (-1 if _draws_nothing(unit) else number, unit)
+            for number, unit in enumerate(self.units, start=self.first_unit)
+        ]
+
     def run(self, value: Value, keys: Sequence[int]) -> Value:
         """All units in turn.
 
@@ -95,8 +133,9 @@ class Stage:
             keys: of every unit of the model, for this micro-batch.
         """
         sources = self._generators
-        for number, unit in self._numbered:
-            seed(sources, keys[number])
+        for number, unit in self._plan:
+            if number >= 0:
+                seed(sources, keys[number])
             value = unit(value)
         return value
 
