@@ -74,7 +74,12 @@ def reference(
                 value = unit(value)
             seed(sources, seeds[micro_batch][-1])
             loss = loss_fn(value, labels[micro_batch])
-            if (factor := scale[micro_batch]) is not None:
+            factor = scale[micro_batch]
+            if factor == 0:  # does not count, whatever it is
+                losses[micro_batch] = torch.zeros_like(loss.detach())
+                grads[micro_batch] = (None,) * len(parameters)
+                continue
+            if factor is not None:
                 loss = loss * factor
             losses[micro_batch] = loss.detach()
             grads[micro_batch] = torch.autograd.grad(

@@ -265,7 +265,10 @@ class Runtime:
         found = self._loss_fn(output, step.targets[micro_batch])
         loss = check_loss(found, micro_batch)
         factor = step.factors[micro_batch]
-        if factor is not None:
+        if factor == 0:
+            # What does not count may be undefined: a mean over no tokens is NaN.
+            loss = torch.zeros_like(loss, requires_grad=False)
+        elif factor is not None:
             loss = loss * factor
         if step.losses[micro_batch] is None:
             step.losses[micro_batch] = loss.detach()
@@ -287,7 +290,7 @@ class Runtime:
                 _backward(root, values[arrived])
             elif root is not None:
                 torch.autograd.backward(root)
-            else:
+            elif self._step.factors[micro_batch] != 0:
                 raise LossError(
                     f"micro-batch {micro_batch}: the loss depends on nothing that "
                     "requires a gradient"

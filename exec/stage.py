@@ -12,7 +12,7 @@ from pipeproof.exec.batch import Value
 from pipeproof.exec.errors import ModelError
 from pipeproof.exec.rng import generators, seed
 
-StageModule = nn.Module | Sequence[nn.Module]
+StageModule = nn.Module | list[nn.Module] | tuple[nn.Module, ...]
 
 
 def units_of(stage: StageModule) -> list[nn.Module]:
@@ -85,7 +85,7 @@ class Stage:
     def __init__(
         self, number: int, module: StageModule, first_unit: int, device: torch.device
     ) -> None:
-        modules = [module] if isinstance(module, nn.Module) else list(module)
+        modules = list(module) if isinstance(module, (list, tuple)) else [module]
         for part in modules:
             if not isinstance(part, nn.Module):
                 raise ModelError(
@@ -111,6 +111,8 @@ class Stage:
         self._has_buffers = any(module._buffers for module in self._modules)
         self._generators = generators(device)
         self.changed: set[tuple[int, str]] = set()
+        self._modes: list[bool] = []
+        self._learning = True
 
     @property
     def trains(self) -> bool:
@@ -119,7 +121,10 @@ class Stage:
 
     def begin(self) -> None:
         """Get ready for a step."""
-        self.changed.clear()
+        modes = [module.training for module in self._modules]
+        if modes != self._modes:
+            self._modes, self._learning = modes, True
+            self.changed.clear()
         self._plan = [
             (-1 if _draws_nothing(unit) else number, unit)
             for number, unit in enumerate(self.units, start=self.first_unit)
@@ -158,37 +163,52 @@ class Stage:
 
     @contextmanager
     def noting_changes(self) -> Iterator[None]:
-        """Note which of the stage's buffers a forward changes."""
-        before = self._versions() if self._has_buffers else {}
-        yield
-        if before:
-            after = self._versions()
-            self.changed.update(
-                where for where, seen in after.items() if before.get(where) != seen
-            )
+        """Note which of the stage's buffers a forward changes.
 
-    def _versions(self) -> dict[tuple[int, str], tuple[int, int]]:
-        return {
-            (number, name): (id(buffer), buffer._version)
-            for number, module in enumerate(self._modules)
-            for name, buffer in module._buffers.items()
-            if buffer is not None
+        The first forward compares values, since batch norm does not tell
+        autograd that it writes to its statistics; later ones compare versions.
+        """
+        if not self._has_buffers:
+            yield
+            return
+        before = {
+            where: (buffer, buffer._version, buffer.clone() if self._learning else None)
+            for where, buffer in self._buffers()
         }
+        yield
+        for where, buffer in self._buffers():
+            earlier, version, copy = before.get(where, (None, 0, None))
+            if (
+                buffer is not earlier
+                or buffer._version != version
+                or (copy is not None and not torch.equal(buffer, copy))
+            ):
+                self.changed.add(where)
+        self._learning = False
+
+    def _buffers(self) -> Iterator[tuple[tuple[int, str], Tensor]]:
+        for number, module in enumerate(self._modules):
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    yield (number, name), buffer
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """Run a forward again without its effect on the stage's buffers.
 
-        The forward before has had that effect already: batch statistics count
-        once.
+        The forward before has had that effect already: running statistics count
+        each micro-batch once. A module whose output depends on what it changed
+        cannot be run again; no module of torch.nn does.
         """
-        saved = []
+        originals = []
         for number, name in self.changed:
-            buffer = self._modules[number]._buffers[name]
-            if buffer is not None:
-                saved.append((number, name, buffer, buffer.detach().clone()))
-        yield
-        with torch.no_grad():
-            for number, name, buffer, copy in saved:
-                buffer.copy_(copy)
-                self._modules[number]._buffers[name] = buffer
+            buffers = self._modules[number]._buffers
+            original = buffers[name]
+            if original is not None:
+                originals.append((buffers, name, original))
+                buffers[name] = original.clone()
+        try:
+            yield
+        finally:
+            for buffers, name, original in originals:
+                buffers[name] = original

@@ -1,0 +1,144 @@
+"""Models and batches for the executor's tests."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeproof.exec import Pipeline, reference
+from pipeproof.exec.rng import keys
+from pipeproof.sched import CATALOG, POLICIES, Schedule, catalog, recompute
+
+DTYPES = (torch.float32, torch.float64)
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> Schedule:
+    """Any row of the catalogue at any small size, with any recompute policy."""
+    name = draw(st.sampled_from(sorted(CATALOG)))
+    devices, micro_batches = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    schedule = catalog.make(name, devices=devices, micro_batches=micro_batches)
+    return recompute(schedule, draw(st.sampled_from(POLICIES)))
+
+
+@st.composite
+def models(draw: st.DrawFn, stages: int, dtype: torch.dtype) -> list[nn.Sequential]:
+    """Stages of linear layers, some with a norm, some with dropout."""
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    width = draw(st.integers(1, 8))
+    result = []
+    for _ in range(stages):
+        layers: list[nn.Module] = []
+        for _ in range(draw(st.integers(1, 3))):
+            layers.append(nn.Linear(width, width))
+            layers.append(draw(st.sampled_from([nn.Tanh, nn.GELU, nn.Identity]))())
+            if draw(st.booleans()):
+                layers.append(nn.LayerNorm(width))
+            if draw(st.booleans()):
+                layers.append(nn.Dropout(0.4))
+        result.append(nn.Sequential(*layers).to(dtype))
+    return result
+
+
+def width_of(stages: Sequence[nn.Module]) -> int:
+    return next(m.in_features for m in stages[0].modules() if isinstance(m, nn.Linear))
+
+
+def batch_of(
+    stages: Sequence[nn.Module], rows: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    inputs, targets = torch.randn(2, rows, width_of(stages), dtype=dtype)
+    return inputs, targets
+
+
+def mlp(stages: int, width: int = 4, dtype: torch.dtype = torch.float64) -> list:
+    torch.manual_seed(0)
+    return [
+        nn.Sequential(nn.Linear(width, width, dtype=dtype), nn.Tanh())
+        for _ in range(stages)
+    ]
+
+
+def grads(stages: Sequence[nn.Module]) -> list[Tensor | None]:
+    return [p.grad for stage in stages for p in stage.parameters()]
+
+
+def same(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> bool:
+    """Bit by bit."""
+    return len(left) == len(right) and all(
+        a is b is None or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in zip(left, right)
+    )
+
+
+def close(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> bool:
+    """Within 1e-12 of the largest entry of each."""
+    return all(
+        (a - b).abs().max() <= 1e-12 * b.abs().max().clamp(min=1e-3)
+        for a, b in zip(left, right, strict=True)
+        if a is not None and b is not None
+    )
+
+
+def against_reference(
+    stages: Sequence[nn.Module],
+    schedule: Schedule,
+    inputs: object,
+    targets: object,
+    loss_fn: object = functional.mse_loss,
+    **options: object,
+) -> tuple[Tensor, Sequence[nn.Module]]:
+    """Run both from one seed; assert that loss, gradients and buffers are equal.
+
+    Returns the loss and the stages of the reference.
+    """
+    twin = copy.deepcopy(stages)
+    pipeline = Pipeline(stages, schedule, loss_fn, **options)
+    torch.manual_seed(11)
+    loss = pipeline.step(inputs, targets)
+    drawn = torch.rand(1)
+    torch.manual_seed(11)
+    expected = reference(twin, schedule, loss_fn, inputs, targets, **options)
+    assert torch.equal(drawn, torch.rand(1)), "the generator goes on the same"
+    assert torch.equal(loss, expected)
+    assert same(grads(stages), grads(twin))
+    for ours, theirs in zip(stages, twin):
+        assert same(list(ours.buffers()), list(theirs.buffers()))
+    return loss, twin
+
+
+class FullBatch(nn.Module):
+    """A unit on the whole batch; dropout with the masks of its micro-batches."""
+
+    def __init__(self, unit: nn.Module, seeds: list[int], sizes: list[int]) -> None:
+        super().__init__()
+        self.unit, self.seeds, self.sizes = unit, seeds, sizes
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self.unit, nn.Dropout):
+            return self.unit(x)
+        masks = []
+        for number, part in zip(self.seeds, x.split(self.sizes)):
+            torch.manual_seed(number)
+            masks.append(functional.dropout(torch.ones_like(part), self.unit.p))
+        return x * torch.cat(masks)
+
+
+def full_batch(
+    stages: Sequence[nn.Sequential], rows: int, micro_batches: int, step_seed: int
+) -> nn.Sequential:
+    """The same model, for one step on the whole batch."""
+    units = [unit for stage in stages for unit in stage]
+    table = keys(step_seed, micro_batches, len(units) + 1)
+    sizes = [len(part) for part in torch.empty(rows).tensor_split(micro_batches)]
+    return nn.Sequential(
+        *(
+            FullBatch(unit, [row[number] for row in table], sizes)
+            for number, unit in enumerate(units)
+        )
+    )
