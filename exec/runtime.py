@@ -16,16 +16,16 @@ needs.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
+from pipeproof.exec import tensors
 from pipeproof.exec.batch import Value, check_loss
+from pipeproof.exec.clock import Clock
 from pipeproof.exec.errors import LossError, ModelError, StepError
 from pipeproof.exec.rng import Keys, generators, seed
 from pipeproof.exec.stage import Stage
@@ -35,8 +35,6 @@ from pipeproof.sched.program import Buffer, Instruction
 
 LossFn = Callable[[Any, Any], Tensor]
 Run = Callable[[], None]
-RELEASED_FROM = 1 << 16
-"""Bytes of an output from which on letting go of it early is worth 10 µs."""
 INPUTS = (BufferKind.INPUT, BufferKind.STORED_INPUT)
 
 
@@ -108,14 +106,14 @@ class Runtime:
     def run_timed(self, step: Step) -> tuple[list[float], list[float]]:
         """As `run`; when each instruction started and ended, in seconds."""
         index = -1
-        clock = _Clock([stage.device for stage in self._stages])
+        clock = Clock([stage.device for stage in self._stages])
         device_of = [self._device(i) for i in range(len(self._program))]
         self._begin(step)
         try:
             for index, run in enumerate(self._runs):
-                clock.start(device_of[index])
+                clock.mark(device_of[index])
                 run()
-                clock.stop(device_of[index])
+                clock.mark(device_of[index])
         except Exception as error:
             raise self._broken(index, error) from error
         finally:
@@ -197,15 +195,15 @@ class Runtime:
 
         def bring_in() -> None:
             """The first stage's F brings its own input in."""
-            values[brought] = _handed_on(self._step.inputs[micro_batch])
+            values[brought] = tensors.handed_on(self._step.inputs[micro_batch])
 
         def keep() -> None:
             if brought >= 0:
                 bring_in()
             output = compute()
-            values[stash] = _root(output)
+            values[stash] = tensors.root(output)
             if out >= 0:
-                values[out] = _handed_on(output)
+                values[out] = tensors.handed_on(output)
 
         def forget() -> None:
             if brought >= 0:
@@ -217,8 +215,8 @@ class Runtime:
                 # cut the weights off from every later forward.
                 torch.clear_autocast_cache()
             if out >= 0:
-                values[out] = _handed_on(
-                    output, stage.trains or _wants_grad(values[read])
+                values[out] = tensors.handed_on(
+                    output, stage.trains or tensors.wants_grad(values[read])
                 )
 
         read = _find(instruction.reads + instruction.writes, INPUTS, op)
@@ -231,7 +229,7 @@ class Runtime:
 
         def recompute() -> None:
             with stage.unchanged():
-                values[stash] = _root(compute())
+                values[stash] = tensors.root(compute())
 
         return recompute
 
@@ -247,9 +245,9 @@ class Runtime:
 
         def compute() -> Value:
             value = values[read]
-            before = _versions(value)
+            before = tensors.versions(value)
             output = stage.run(value, self._step.keys[micro_batch])
-            if _versions(value) != before:
+            if tensors.versions(value) != before:
                 what = f"stage {op.stage - 1}'s output" if op.stage else "the batch"
                 raise ModelError(
                     f"stage {op.stage} changes its input in place, which is {what}: "
@@ -287,7 +285,7 @@ class Runtime:
         def backward() -> None:
             root = values[stash]
             if not last:
-                _backward(root, values[arrived])
+                tensors.backward(root, values[arrived])
             elif root is not None:
                 torch.autograd.backward(root)
             elif self._step.factors[micro_batch] != 0:
@@ -296,9 +294,9 @@ class Runtime:
                     "requires a gradient"
                 )
             if passed >= 0:
-                values[passed] = _grads(values[read])
-            elif first and _wants_grad(values[read]):
-                self._step.input_grads[micro_batch] = _grads(values[read])
+                values[passed] = tensors.grads(values[read])
+            elif first and tensors.wants_grad(values[read]):
+                self._step.input_grads[micro_batch] = tensors.grads(values[read])
             for buffer in frees:
                 values[buffer] = None
 
@@ -315,48 +313,9 @@ class Runtime:
             return _hand_over(values, read, write)
 
         def copy_over() -> None:
-            values[write], values[read] = _moved(values[read], target), None
+            values[write], values[read] = tensors.moved(values[read], target), None
 
         return copy_over
-
-
-class _Clock:
-    """Start and end of each instruction: host time, or events where a GPU works."""
-
-    def __init__(self, devices: Sequence[torch.device]) -> None:
-        self._marks: list[Any] = []
-        self._cuda = {d for d in devices if d.type == "cuda"}
-        for device in self._cuda:
-            torch.cuda.synchronize(device)
-        self._origin = time.perf_counter()
-        self._base = {device: self._event(device) for device in self._cuda}
-
-    @staticmethod
-    def _event(device: torch.device) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(device))
-        return event
-
-    def start(self, device: torch.device) -> None:
-        self._marks.append(self._now(device))
-
-    stop = start
-
-    def _now(self, device: torch.device) -> Any:
-        if device in self._cuda:
-            return device, self._event(device)
-        return time.perf_counter() - self._origin
-
-    def read(self) -> tuple[list[float], list[float]]:
-        for device in self._cuda:
-            torch.cuda.synchronize(device)
-        times = [
-            mark
-            if isinstance(mark, float)
-            else self._base[mark[0]].elapsed_time(mark[1]) / 1e3
-            for mark in self._marks
-        ]
-        return times[::2], times[1::2]
 
 
 def _nothing() -> None:
@@ -385,73 +344,3 @@ def _find(buffers: Sequence[Buffer], kinds: Sequence[BufferKind], op: Op) -> int
         if buffer.kind in kinds and _belongs(buffer, op):
             return buffer.index
     return -1
-
-
-def _wants_grad(value: Value) -> bool:
-    if isinstance(value, Tensor):
-        return value.requires_grad
-    return any(tensor.requires_grad for tensor in value)
-
-
-def _versions(value: Value) -> Any:
-    if isinstance(value, Tensor):
-        return value._version
-    return [tensor._version for tensor in value]
-
-
-def _handed_on(value: Value, wants_grad: bool | None = None) -> Value:
-    """An output as the next stage's input: the leaf of that stage's graph.
-
-    Args:
-        value: the output.
-        wants_grad: whether it may need a gradient, where the output itself does
-            not know because it was made without a graph.
-    """
-    if not isinstance(value, Tensor):
-        return tuple(_handed_on(tensor, wants_grad) for tensor in value)  # type: ignore[misc]
-    if wants_grad is None:
-        wants_grad = value.requires_grad
-    elif wants_grad:
-        wants_grad = value.is_floating_point() or value.is_complex()
-    return value.detach().requires_grad_(wants_grad)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    def move(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        moved = tensor.detach().to(device, non_blocking=True)
-        return moved.requires_grad_(tensor.requires_grad)
-
-    return tuple(map(move, value)) if isinstance(value, tuple) else move(value)
-
-
-def _grads(value: Value) -> Any:
-    if isinstance(value, Tensor):
-        return value.grad
-    return tuple(tensor.grad for tensor in value)
-
-
-def _root(output: Value) -> Any:
-    """Where a backward starts; None where the output wants no gradient.
-
-    The output's own data has been handed on and is needed here no more, so what
-    is worth it is let go: its edge in the graph is enough.
-    """
-    if not isinstance(output, Tensor):
-        return tuple(map(_root, output))
-    if not output.requires_grad:
-        return None
-    return output if output.nbytes < RELEASED_FROM else get_gradient_edge(output)
-
-
-def _backward(root: Any, gradient: Any) -> None:
-    """Autograd from a stage's output down; what wants no gradient gets none."""
-    if type(root) is not tuple:
-        if root is not None and gradient is not None:
-            torch.autograd.backward(root, gradient)
-        return
-    pairs = [(r, g) for r, g in zip(root, gradient) if r is not None and g is not None]
-    if pairs:
-        roots, gradients = zip(*pairs)
-        torch.autograd.backward(roots, gradients)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -110,6 +111,30 @@ def against_reference(
     for ours, theirs in zip(stages, twin):
         assert same(list(ours.buffers()), list(theirs.buffers()))
     return loss, twin
+
+
+class _Keep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, entries: int) -> Tensor:
+        ctx.save_for_backward(x.new_zeros(entries))
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        assert ctx.saved_tensors
+        return grad * 2, grad.sum().reshape(1), None
+
+
+class Keeps(nn.Module):
+    """A stage that keeps `entries` float64 numbers for backward, and no more."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        self.entries = entries
+        self.weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Keep.apply(x, self.weight, self.entries)
 
 
 class FullBatch(nn.Module):

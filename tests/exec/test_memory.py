@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
-from models import schedules
+from models import Keeps, schedules
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,33 +14,12 @@ from pipeproof.exec.examples import Block
 from pipeproof.sched import CATALOG, POLICIES, Schedule, catalog, recompute
 from pipeproof.sim import Cluster, Cost, simulate
 
-SAVED = 1000  # float64 entries that a stage keeps for each micro-batch
-
-
-class Keeps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x.new_zeros(SAVED))
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.saved_tensors  # noqa: B018
-        return grad * 2, grad.sum().reshape(1)
-
-
-class Stage(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return Keeps.apply(x, self.weight)
+SAVED = 1000
 
 
 def measured_peaks(schedule: Schedule) -> list[int]:
     """Peak number of micro-batches whose activations each stage keeps."""
-    stages = [Stage() for _ in range(schedule.stages)]
+    stages = [Keeps(SAVED) for _ in range(schedule.stages)]
     pipeline = Pipeline(stages, schedule, lambda output, _: output.sum())
     x = torch.zeros(schedule.micro_batches, 1, dtype=torch.float64)
     with ActivationMeter(stages) as meter:

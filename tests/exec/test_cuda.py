@@ -1,0 +1,84 @@
+"""The same on a GPU: gradients, the allocator's peak, the trace by events."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import Keeps, grads, mlp, same
+from torch.nn import functional
+
+from pipeproof.exec import EXAMPLES, Pipeline, reference
+from pipeproof.sched import CATALOG, POLICIES, catalog, recompute
+from pipeproof.sim import Cluster, Cost, simulate
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", CATALOG)
+def test_gradients_are_the_reference_bit_by_bit(name: str, policy: str) -> None:
+    schedule = recompute(catalog.make(name, devices=3, micro_batches=4), policy)
+    example = EXAMPLES["gpt"](stages=3, batch=6, dtype=torch.float64)
+    stages = [stage.cuda() for stage in example.stages]
+    twin = copy.deepcopy(stages)
+    inputs, targets = example.inputs.cuda(), example.targets.cuda()
+
+    torch.manual_seed(0)
+    loss = Pipeline(stages, schedule, example.loss_fn, devices=["cuda"]).step(
+        inputs, targets
+    )
+    torch.manual_seed(0)
+    expected = reference(twin, schedule, example.loss_fn, inputs, targets)
+
+    assert torch.equal(loss, expected)
+    assert same(grads(stages), grads(twin))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", CATALOG)
+def test_the_allocator_peaks_where_predicted(name: str, policy: str) -> None:
+    size = 1 << 22
+    schedule = recompute(catalog.make(name, devices=4, micro_batches=8), policy)
+    stages = [Keeps(size // 8) for _ in range(4)]
+    pipeline = Pipeline(stages, schedule, lambda y, _: y.sum(), devices=["cuda"])
+    x = torch.zeros(8, 1, dtype=torch.float64, device="cuda")
+    pipeline.step(x, x)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+
+    pipeline.step(x, x)
+
+    peak = torch.cuda.max_memory_allocated() - before
+    cost, shared = Cost(activation_bytes=size), Cluster(shared_processor=True)
+    predicted = simulate(pipeline.program, cost, shared).memory().peak
+    assert abs(peak - predicted) < size / 4
+
+
+def test_the_trace_comes_from_events_on_the_stream() -> None:
+    schedule = catalog.make("1f1b", devices=2, micro_batches=4)
+    pipeline = Pipeline(mlp(2, 256), schedule, functional.mse_loss, devices=["cuda"])
+    x = torch.ones(64, 256, dtype=torch.float64, device="cuda")
+    pipeline.step(x, x)
+    pipeline.step(x, x, record=True)
+
+    trace = pipeline.trace
+    assert (trace.start <= trace.end).all()
+    assert all(busy > 0 for busy in trace.busy)
+
+
+def test_masks_do_not_depend_on_the_schedule() -> None:
+    losses = []
+    for name, policy in (("gpipe", "never"), ("1f1b", "always")):
+        example = EXAMPLES["gpt"](stages=2, batch=4)
+        schedule = recompute(catalog.make(name, devices=2, micro_batches=4), policy)
+        pipeline = Pipeline(example.stages, schedule, example.loss_fn, devices=["cuda"])
+        torch.manual_seed(0)
+        losses.append(pipeline.step(example.inputs, example.targets))
+
+    assert torch.equal(*losses)
