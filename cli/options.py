@@ -1,0 +1,289 @@
+"""Options that several commands share, and how their values are read.
+
+Each bundle of options is collected into one frozen object, so that commands
+hand on a `Wanted` or `Conditions` instead of twenty arguments.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from functools import wraps
+from typing import Any
+
+import click
+
+Number = int | float | Fraction
+Function = Callable[..., None]
+
+LONGEST_NUMBER = 40
+MAX_SIZES = 10_000
+
+# Spelled out again here, since to import them would slow down every --help; a
+# test holds them to the originals.
+POLICIES = ("never", "always", "except-last", "adaptive")
+UNITS = ("s", "ms", "us", "ns")
+
+_NUMBER = re.compile(
+    r"[+-]?(?:(?P<whole>[0-9]+)|(?P<top>[0-9]+)/(?P<bottom>[0-9]+)"
+    r"|(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=e))(?:e[+-]?[0-9]{1,3})?)",
+    re.ASCII | re.IGNORECASE,
+)
+
+
+def number(text: str) -> Number:
+    """An int, a float or, written 1/3, a Fraction: exact where the text is."""
+    match = _NUMBER.fullmatch(text)
+    if match is None or len(text) > LONGEST_NUMBER:
+        raise click.BadParameter(f"expected a number: 3, 1.5 or 1/3; found {text!r}")
+    if match["whole"]:
+        return int(text)
+    if match["top"]:
+        if not int(match["bottom"]):
+            raise click.BadParameter(f"{text!r} divides by 0")
+        return Fraction(text)
+    return float(text)
+
+
+def per_stage(text: str) -> Number | tuple[Number, ...]:
+    """One number, or one per stage with commas between."""
+    numbers = tuple(map(number, text.split(",")))
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """Several sizes, each once: 2,4,8; 2:64 (doubling); 2:16:2 (in steps of 2)."""
+    result: list[int] = []
+    for word in text.split(","):
+        if not re.fullmatch(r"[0-9]{1,9}(:[0-9]{1,9}){0,2}", word, re.ASCII):
+            raise click.BadParameter(
+                "expected sizes: 2,4,8, or 2:64 (doubling), or 2:16:2 (in steps of "
+                f"2); found {word!r}"
+            )
+        first, *more = map(int, word.split(":"))
+        result += _range(word, first, *more) if more else [first]
+    if len(result) > MAX_SIZES:
+        raise click.BadParameter(f"{len(result):,} sizes exceed {MAX_SIZES:,}")
+    return tuple(dict.fromkeys(result))
+
+
+def _range(word: str, first: int, last: int, step: int | None = None) -> Sequence[int]:
+    if first < 1 or last < first or step == 0:
+        raise click.BadParameter(f"{word} must rise, from at least 1")
+    if step is not None:
+        if (last - first) // step >= MAX_SIZES:
+            raise click.BadParameter(f"{word} has more than {MAX_SIZES:,} sizes")
+        return range(first, last + 1, step)
+    return [first << i for i in range((last // first).bit_length())]
+
+
+def buffering(text: str) -> str | int:
+    """`eager`, `rendezvous`, or a number of messages."""
+    if text in ("eager", "rendezvous"):
+        return text
+    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII):
+        raise click.BadParameter(
+            f"expected eager, rendezvous or a number of messages; found {text!r}"
+        )
+    return int(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What a catalogue's schedule may have beside its two sizes.
+
+    Attributes:
+        chunks, slices, waves, group, backward_order: as their options say; None
+            leaves the schedule its default.
+        remat: policy of `recompute`, or None for the schedule as it is.
+    """
+
+    chunks: int | None
+    slices: int | None
+    waves: int | None
+    group: int | None
+    backward_order: str | None
+    remat: str | None
+
+    def of_generator(self) -> dict[str, Any]:
+        """As `catalog.make` takes them; those not given are None."""
+        return {
+            "chunks": self.chunks,
+            "slices": self.slices,
+            "waves": self.waves,
+            "group": self.group,
+            "backward": self.backward_order,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which schedule a command is about.
+
+    Attributes:
+        source: a name in the catalogue, a path, or `-`.
+        devices, micro_batches: of a name.
+        features: likewise, but `remat`.
+    """
+
+    source: str
+    devices: int | None
+    micro_batches: int | None
+    features: Features
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What simulating assumes; None is the default of `Cost` or `Cluster`."""
+
+    forward: Any
+    input_grad: Any
+    weight_grad: Any
+    backward: Any
+    recompute: Any
+    overlap: Any
+    weight_grad_memory: Number | None
+    weight_bytes: Any
+    gradient_bytes: Any
+    optimizer_bytes: Any
+    activation_bytes: Any
+    boundary_bytes: Any
+    input_bytes: Any
+    link_latency: Number | None
+    link_bandwidth: Number | None
+    buffering: Any
+    transfers: str
+    receives: str
+
+
+_SIZES = [
+    click.option("-p", "--devices", type=int, metavar="P", help="Devices."),
+    click.option(
+        "-m", "--micro-batches", type=int, metavar="M", help="Micro-batches a step."
+    ),
+]
+_FEATURES = [
+    click.option("-v", "--chunks", type=int, metavar="V", help="Chunks per device."),
+    click.option("--slices", type=int, metavar="Q", help="Slices of a micro-batch."),
+    click.option("--waves", type=int, metavar="W", help="Waves of the placement."),
+    click.option(
+        "--group", type=int, metavar="N", help="Micro-batches that go together."
+    ),
+    click.option(
+        "--backward-order",
+        type=click.Choice(["lifo", "fifo"]),
+        help="Order of gpipe's backwards; lifo as published.",
+    ),
+    click.option(
+        "--remat",
+        type=click.Choice(POLICIES),
+        help="Re-materialise activations: the policy of recompute().",
+    ),
+]
+
+
+def _amount(flag: str, text: str) -> Any:
+    return click.option(flag, type=per_stage, metavar="X[,X…]", help=text)
+
+
+def _number(flag: str, text: str) -> Any:
+    return click.option(flag, type=number, metavar="X", help=text)
+
+
+_CONDITIONS = [
+    _amount("--forward", "Time of F; default 1."),
+    _amount("--input-grad", "Time of I; default 1."),
+    _amount("--weight-grad", "Time of W; default 1."),
+    _amount("--backward", "Time of B; default I + W."),
+    _amount("--recompute", "Time of R; default F."),
+    _amount("--overlap", "Joint time of F&B; default F + B."),
+    _number(
+        "--weight-grad-memory",
+        "Part of the activations that I leaves for W; default 1.",
+    ),
+    _amount("--weight-bytes", "Weights."),
+    _amount("--gradient-bytes", "Their gradients."),
+    _amount("--optimizer-bytes", "Optimizer state."),
+    _amount("--activation-bytes", "What a forward keeps, its input included."),
+    _amount("--boundary-bytes", "A stage's output, as it is sent."),
+    _amount("--input-bytes", "A stage's input; default the boundary before it."),
+    _number("--link-latency", "Of every link; default 0."),
+    _number("--link-bandwidth", "Bytes per unit of time; default unlimited."),
+    click.option(
+        "--buffering",
+        type=buffering,
+        metavar="eager|rendezvous|K",
+        help="What a send waits for: nothing (default), its receive, or the K-th "
+        "receive before.",
+    ),
+    click.option(
+        "--transfers",
+        type=click.Choice(["overlapped", "blocking"]),
+        default="overlapped",
+        show_default=True,
+        help="Sends beside the sender's compute, or in its way.",
+    ),
+    click.option(
+        "--receives",
+        type=click.Choice(["early", "late"]),
+        default="early",
+        show_default=True,
+        help="When receives are posted.",
+    ),
+]
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def takes_schedule(function: Function) -> Function:
+    """Give a command NAME|FILE and its sizes, collected as `wanted`."""
+
+    @_with([click.argument("source", metavar="NAME|FILE"), *_SIZES])
+    @takes_features
+    @wraps(function)
+    def collected(
+        *,
+        source: str,
+        devices: int | None,
+        micro_batches: int | None,
+        features: Features,
+        **rest: Any,
+    ) -> None:
+        function(wanted=Wanted(source, devices, micro_batches, features), **rest)
+
+    return collected
+
+
+def takes_features(function: Function) -> Function:
+    """Give a command the options of `Features`, collected as `features`."""
+    return _collect(function, Features, "features", _FEATURES)
+
+
+def takes_conditions(function: Function) -> Function:
+    """Give a command the options of `Conditions`, collected as `conditions`."""
+    return _collect(function, Conditions, "conditions", _CONDITIONS)
+
+
+def _collect(
+    function: Function, bundle: type[Any], name: str, options: list[Any]
+) -> Function:
+    members = [spec.name for spec in fields(bundle)]
+
+    @_with(options)
+    @wraps(function)
+    def collected(**given: Any) -> None:
+        bundled = bundle(**{member: given.pop(member) for member in members})
+        function(**given, **{name: bundled})
+
+    return collected
+
+
+def _with(options: list[Any]) -> Callable[[Function], Function]:
+    def decorate(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
