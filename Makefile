@@ -11,12 +11,13 @@ export PYTHONSAFEPATH := 1
 # Small kernels on few cores: torch's thread pool costs more than it brings.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test test-all lint format dist clean
+.PHONY: help demo test test-all experiments lint format dist clean
 
 help:
 	@echo 'make demo      train a small GPT pipelined and not, compare, write a trace'
 	@echo 'make test      the tests (a few minutes)'
 	@echo 'make test-all  the tests, long ones too'
+	@echo 'make experiments  measure speed, write experiments/results/'
 	@echo 'make lint      formatting, lint, types'
 	@echo 'make format    rewrite files as the formatter wants them'
 	@echo 'make dist      wheel and sdist under dist/'
@@ -42,6 +43,10 @@ test: $(VENV)/ready
 
 test-all: $(VENV)/ready
 	$(BIN)/pytest -m 'slow or not slow'
+
+experiments: $(VENV)/ready
+	$(BIN)/python experiments/simulation_speed.py
+	$(BIN)/python experiments/executor_overhead.py
 
 lint: $(VENV)/ready $(VENV)/typing
 	$(BIN)/ruff format --check

@@ -13,6 +13,7 @@ from pipeproof.exec.errors import BatchError, ModelError
 from pipeproof.exec.rng import keys, step_seed
 from pipeproof.exec.runtime import LossFn, Runtime, Step
 from pipeproof.exec.stage import Stage, StageModule
+from pipeproof.exec.tensors import copied
 from pipeproof.sched import (
     BufferKind,
     Kind,
@@ -214,13 +215,10 @@ def _refuse_shared(stages: list[Stage]) -> None:
 
 
 def _to(values: list[Value], device: torch.device) -> list[Value]:
-    def move(tensor: Tensor) -> Tensor:
-        if tensor.device == device:
-            return tensor
-        return tensor.to(device, non_blocking=True)
-
     return [
-        tuple(map(move, value)) if isinstance(value, tuple) else move(value)
+        tuple(copied(tensor, device) for tensor in value)
+        if isinstance(value, tuple)
+        else copied(value, device)
         for value in values
     ]
 

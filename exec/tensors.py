@@ -45,13 +45,24 @@ def handed_on(value: Value, wants_grad: bool | None = None) -> Value:
     return value.detach().requires_grad_(wants_grad)
 
 
+def copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; itself where it is there already.
+
+    A copy to the host must be waited for: nothing orders the host's reads behind
+    it. Copies between devices are ordered by their streams.
+    """
+    if tensor.device == device:
+        return tensor
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
 def moved(value: Any, device: torch.device) -> Any:
     """A copy on another device, a leaf where the original wants a gradient."""
 
     def move(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
-        copy = tensor.detach().to(device, non_blocking=True)
+        copy = copied(tensor.detach(), device)
         return copy.requires_grad_(tensor.requires_grad)
 
     return tuple(map(move, value)) if isinstance(value, tuple) else move(value)

@@ -3,9 +3,10 @@
 Three ways to the same gradients, in turn, many times: the bare loop (the whole
 model, micro-batch by micro-batch, `loss.backward()`), the pipeline, and the
 least that stages need (a hand-written loop that detaches at each boundary and
-calls backward stage by stage, with none of a framework's duties).
+calls backward stage by stage, with none of a framework's duties), which costs
+more where forwards and backwards alternate.
 
-    make overhead            writes experiments/results/executor_overhead.md
+    make experiments         writes experiments/results/executor_overhead.md
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeproof.exec import Pipeline
-from pipeproof.sched import POLICIES, catalog, recompute
+from pipeproof.sched import POLICIES, catalog, lower, recompute
 
 RESULT = Path(__file__).parent / "results" / "executor_overhead.md"
 STAGES, MICRO_BATCHES = 4, 8
@@ -51,21 +52,40 @@ def bare(stages: list[nn.Sequential], x: Tensor, y: Tensor) -> None:
         loss.backward()
 
 
-def by_hand(stages: list[nn.Sequential], x: Tensor, y: Tensor) -> None:
-    """Detach at each boundary, backward stage by stage."""
-    for a, b in zip(x.tensor_split(MICRO_BATCHES), y.tensor_split(MICRO_BATCHES)):
-        leaves: list[Tensor] = []
-        outputs: list[Tensor] = []
-        value = a
-        for stage in stages:
-            leaf = value.detach().requires_grad_(bool(leaves))
-            value = stage(leaf)
-            leaves.append(leaf)
-            outputs.append(value)
-        loss = functional.mse_loss(value, b) * (len(a) / len(x))
-        loss.backward()
-        for number in range(STAGES - 2, -1, -1):
-            outputs[number].backward(leaves[number + 1].grad)
+Order = list[tuple[int, int, str]]
+"""(micro-batch, stage, kind) of each op, one after the other."""
+
+
+def stage_by_stage() -> Order:
+    """Micro-batch by micro-batch: down all stages and up again."""
+    down = [(s, "F") for s in range(STAGES)]
+    up = [(s, "B") for s in reversed(range(STAGES))]
+    return [(m, s, k) for m in range(MICRO_BATCHES) for s, k in [*down, *up]]
+
+
+def as_scheduled(name: str) -> Order:
+    """The order in which one process runs a schedule."""
+    program = lower(catalog.make(name, devices=STAGES, micro_batches=MICRO_BATCHES))
+    ops = (op for instruction in program for op in instruction.ops)
+    return [(op.micro_batch, op.stage, op.kind.name) for op in ops]
+
+
+def by_hand(stages: list[nn.Sequential], x: Tensor, y: Tensor, order: Order) -> None:
+    """Detach at each boundary, backward stage by stage, and nothing else."""
+    inputs, targets = x.tensor_split(MICRO_BATCHES), y.tensor_split(MICRO_BATCHES)
+    leaves: dict[tuple[int, int], Tensor] = {}
+    outputs: dict[tuple[int, int], Tensor] = {}
+    for m, s, kind in order:
+        if kind == "B":
+            gradient = leaves.pop((m, s + 1)).grad if s < STAGES - 1 else None
+            outputs.pop((m, s)).backward(gradient)
+            continue
+        leaf = outputs[m, s - 1].detach().requires_grad_() if s else inputs[m]
+        output = stages[s](leaf)
+        if s == STAGES - 1:
+            scale = len(leaf) / len(x)
+            output = functional.mse_loss(output, targets[m]) * scale
+        leaves[m, s], outputs[m, s] = leaf, output
 
 
 def medians(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
@@ -88,9 +108,16 @@ def measure(width: int, rows: int, layers: int, rounds: int) -> list[str]:
     """A row of the table for each recompute policy and schedule."""
     stages = model(width, layers)
     x, y = torch.randn(2, rows * MICRO_BATCHES, width)
+    plain, lifo, alternating = (
+        stage_by_stage(),
+        as_scheduled("gpipe"),
+        as_scheduled("1f1b"),
+    )
     ways: dict[str, Callable[[], None]] = {
         "bare loop": lambda: bare(stages, x, y),
-        "by hand, stage by stage": lambda: by_hand(stages, x, y),
+        "by hand, stage by stage": lambda: by_hand(stages, x, y, plain),
+        "by hand, in gpipe's order": lambda: by_hand(stages, x, y, lifo),
+        "by hand, in 1f1b's order": lambda: by_hand(stages, x, y, alternating),
     }
     for name in ("gpipe", "1f1b"):
         for policy in POLICIES if name == "gpipe" else ("never",):
@@ -123,8 +150,9 @@ def main() -> None:
     text = [
         "# Executor overhead",
         "",
-        f"Medians over {arguments.rounds} rounds in turn; {STAGES} stages, "
-        f"{MICRO_BATCHES} micro-batches, one CPU thread, torch {torch.__version__}.",
+        f"Medians over rounds in turn; {STAGES} stages, "
+        f"{MICRO_BATCHES} micro-batches, one CPU thread of a shared x86-64 machine, "
+        f"torch {torch.__version__}.",
         "Extra: time beyond the bare loop per (stage, micro-batch), in microseconds.",
         "With recomputation it includes the forwards that are run again.",
     ]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from pipeproof.sched import CATALOG
 
 ROOT = Path(__file__).parent.parent

@@ -60,6 +60,24 @@ def test_the_allocator_peaks_where_predicted(name: str, policy: str) -> None:
     assert abs(peak - predicted) < size / 4
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_stages_on_the_host_and_on_the_gpu(policy: str) -> None:
+    """A copy to the host that is not waited for reads garbage (fault 50)."""
+    schedule = recompute(catalog.make("1f1b", devices=3, micro_batches=4), policy)
+    stages = mlp(3, 512)
+    twin = copy.deepcopy(stages)
+    x = torch.randn(64, 512, dtype=torch.float64)
+    pipeline = Pipeline(
+        stages, schedule, functional.mse_loss, devices=["cuda", "cpu", "cuda"]
+    )
+
+    pipeline.step(x, x)
+    reference(twin, schedule, functional.mse_loss, x, x)
+
+    for ours, theirs in zip(grads(stages), grads(twin), strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-10, atol=1e-14)
+
+
 def test_the_trace_comes_from_events_on_the_stream() -> None:
     schedule = catalog.make("1f1b", devices=2, micro_batches=4)
     pipeline = Pipeline(mlp(2, 256), schedule, functional.mse_loss, devices=["cuda"])
