@@ -69,12 +69,14 @@ class Pipeline:
         stages: Sequence[StageModule] | nn.Sequential,
         schedule: Schedule,
         loss_fn: LossFn,
-        devices: Sequence[str | torch.device] = ("cpu",),
+        devices: str | torch.device | Sequence[str | torch.device] = "cpu",
         *,
         loss_scale: LossScale = "rows",
     ) -> None:
         check_scale(loss_scale)
         _supported(schedule)
+        if isinstance(devices, (str, torch.device)):
+            devices = [devices]
         self.schedule = schedule
         self._loss_scale = loss_scale
         self._shared = len(devices) == 1
@@ -83,10 +85,10 @@ class Pipeline:
         self.program: Program = lower(
             schedule, receives="late" if self._shared else "early"
         )
-        self.stages = _place(list(stages), schedule, devices)
-        self._units = sum(len(stage.units) for stage in self.stages)
-        self._devices = list(dict.fromkeys(stage.device for stage in self.stages))
-        self._runtime = Runtime(self.program, self.stages, loss_fn)
+        self._stages = _place(list(stages), schedule, devices)
+        self._units = sum(len(stage.units) for stage in self._stages)
+        self._devices = list(dict.fromkeys(stage.device for stage in self._stages))
+        self._runtime = Runtime(self.program, self._stages, loss_fn)
         self._trace: Trace | None = None
 
     @property
@@ -118,8 +120,16 @@ class Pipeline:
         Raises:
             BatchError: fewer rows than micro-batches, or targets of other rows.
             LossError: a loss that is not a scalar, or weights that are none.
+            ModelError: a stage that changes its input in place, or returns what
+                cannot cross to the next.
             StepError: the model or the loss raised; the cause is chained.
+            ParameterError: called inside `torch.inference_mode`.
         """
+        if torch.is_inference_mode_enabled():
+            raise ParameterError(
+                "step computes gradients, and torch.inference_mode forbids them: call "
+                "it outside"
+            )
         count = self.schedule.micro_batches
         batch = split("inputs", inputs, count)
         labels = split("targets", targets, count)
@@ -133,8 +143,8 @@ class Pipeline:
         with torch.enable_grad(), step_seed(self._devices) as seed:
             step = Step(
                 keys(seed, count, self._units + 1),
-                _to(batch, self.stages[0].device),
-                _to(labels, self.stages[-1].device),
+                _to(batch, self._stages[0].device),
+                _to(labels, self._stages[-1].device),
                 scale,
             )
             if record:

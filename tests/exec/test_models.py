@@ -282,6 +282,22 @@ def test_it_works_when_the_caller_turned_gradients_off() -> None:
     assert all(grad is not None for grad in grads(stages))
 
 
+def test_inference_mode_is_refused() -> None:
+    pipeline = Pipeline(mlp(2), schedule(), mse)
+    with (
+        torch.inference_mode(),
+        pytest.raises(ParameterError, match="torch.inference_mode forbids them"),
+    ):
+        pipeline.step(*rows(6))
+
+
+def test_one_device_needs_no_list() -> None:
+    stages = mlp(2)
+    Pipeline(stages, schedule(), mse, devices="cpu").step(*rows(6))
+
+    assert all(grad is not None for grad in grads(stages))
+
+
 def test_batch_sizes_may_change_from_step_to_step() -> None:
     stages = mlp(2)
     pipeline = Pipeline(stages, schedule(), mse)
