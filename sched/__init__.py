@@ -5,14 +5,14 @@ Knows neither torch nor simpy.
 
 from pipeproof.sched import catalog as catalog
 from pipeproof.sched.catalog import CATALOG as CATALOG
-from pipeproof.sched.check import Finding as Finding
-from pipeproof.sched.check import Report as Report
 from pipeproof.sched.check import check as check
 from pipeproof.sched.errors import ParameterError as ParameterError
 from pipeproof.sched.errors import ParseError as ParseError
 from pipeproof.sched.errors import PipeproofError as PipeproofError
 from pipeproof.sched.errors import ScheduleError as ScheduleError
 from pipeproof.sched.errors import UnsupportedError as UnsupportedError
+from pipeproof.sched.findings import Finding as Finding
+from pipeproof.sched.findings import Report as Report
 from pipeproof.sched.ir import B as B
 from pipeproof.sched.ir import F as F
 from pipeproof.sched.ir import I as I

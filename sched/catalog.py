@@ -6,6 +6,7 @@ that all schedules share, so a new row cannot escape any of them.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -111,8 +112,10 @@ def make(name: str, *, devices: int, micro_batches: int, **options: Any) -> Sche
     """
     row = CATALOG.get(name)
     if row is None:
+        close = difflib.get_close_matches(name.lower(), CATALOG, n=1)
+        hint = f"did you mean {close[0]!r}? The" if close else "the"
         raise ParameterError(
-            f"no schedule is called {name!r}: the catalogue has {', '.join(CATALOG)}"
+            f"no schedule is called {name!r}: {hint} catalogue has {', '.join(CATALOG)}"
         )
     given = {key: value for key, value in options.items() if value is not None}
     if unknown := sorted(given.keys() - set(row.options)):

@@ -13,111 +13,9 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched.deps import Index, OpTable, Order, order
-from pipeproof.sched.errors import ScheduleError
-from pipeproof.sched.ir import STAGE_KINDS, Kind, Op, Ops, Schedule
-from pipeproof.sched.text import words_of
-
-SHOWN = 20
-"""Findings that a message spells out before it only counts them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One broken rule.
-
-    Attributes:
-        rule: short name of the rule.
-        device: whose row, or None where no one device is at fault.
-        step: position in that row, counted from 0; None for an op that is missing.
-        op: the op at fault, or the one that is missing.
-        expected: what the rule asks.
-        found: what the schedule has.
-        remedy: what to do.
-    """
-
-    rule: str
-    device: int | None
-    step: int | None
-    op: Op | None
-    expected: str
-    found: str
-    remedy: str
-
-    @property
-    def where(self) -> str:
-        """Device and step, as far as they are known."""
-        if self.device is None:
-            return "schedule"
-        return f"device {self.device}" + (
-            "" if self.step is None else f", step {self.step}"
-        )
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.found}; expected {self.expected}. {self.remedy}."
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything `check` found.
-
-    Attributes:
-        schedule: what was judged.
-        findings: in order of rule, device and step; empty when all is well.
-    """
-
-    schedule: Schedule
-    findings: tuple[Finding, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether the schedule keeps every rule."""
-        return not self.findings
-
-    def raise_if_bad(self) -> None:
-        """Raise what `str` says, if there is a finding.
-
-        Raises:
-            ScheduleError: any rule is broken.
-        """
-        if self.findings:
-            raise ScheduleError(str(self))
-
-    def __str__(self) -> str:
-        if not self.findings:
-            return f"{self.schedule.summary}: complete, ordered and free of cycles"
-        count = len(self.findings)
-        lines = [
-            f"{self.schedule.summary} breaks {count:,} rule{'s' if count > 1 else ''}:"
-        ]
-        for finding in self.findings[:SHOWN]:
-            lines.append(f"  {finding.where}: {finding.found}")
-            lines += self._picture(finding)
-            lines.append(f"    expected: {finding.expected}")
-            lines.append(f"    {finding.remedy}.")
-        if count > SHOWN:
-            lines.append(f"  … and {count - SHOWN:,} more")
-        return "\n".join(lines)
-
-    def _picture(self, finding: Finding) -> list[str]:
-        """The stretch of the device's row around the op, with the op marked."""
-        if finding.device is None or finding.step is None:
-            return []
-        row = self.schedule.row(finding.device)
-        first = max(0, finding.step - 5)
-        while first and row.joined[first]:
-            first -= 1
-        stretch = row[first : finding.step + 6]
-        at = int(np.cumsum(~stretch.joined)[finding.step - first]) - 1
-        words = words_of(stretch, short=_plain(self.schedule, finding.device, stretch))
-        left = "… " if first else ""
-        right = " …" if finding.step + 6 < len(row) else ""
-        head = f"    device {finding.device} | {left}"
-        offset = len(head) + sum(len(word) + 1 for word in words[:at])
-        return [
-            head + " ".join(words) + right,
-            " " * offset + "^" * len(words[at]),
-        ]
+from pipeproof.sched.deps import OpTable, Order, order
+from pipeproof.sched.findings import SHOWN, Finding, Report
+from pipeproof.sched.ir import STAGE_KINDS, Kind, Op, Schedule
 
 
 def check(schedule: Schedule) -> Report:
@@ -137,7 +35,8 @@ def examine(schedule: Schedule) -> Report:
         judge = _Judge(schedule, table)
         findings = list(chain.from_iterable(rule(judge) for rule in RULES))
         if not any(finding.rule == "group" for finding in findings):
-            findings += _cycles(judge)
+            ordered = not any(finding.rule == "order" for finding in findings)
+            findings += _cycles(judge, in_rows=ordered)
     return Report(schedule, tuple(findings))
 
 
@@ -147,16 +46,15 @@ class _Judge:
     table: OpTable
 
     def name(self, index: int) -> str:
-        device, step = self.schedule.locate(int(index))
-        op = self.schedule.ops[int(index)]
-        row = self.schedule.row(device)[step : step + 1]
-        return op.short if _plain(self.schedule, device, row) else str(op)
+        op = self.schedule.ops[index]
+        device = int(self.schedule.device_of_op[index])
+        return op.short if self.schedule.only_stage[device] == op.stage else str(op)
 
     def at(
         self, rule: str, index: int, *, expected: str, found: str, remedy: str
     ) -> Finding:
-        device, step = self.schedule.locate(int(index))
-        op = self.schedule.ops[int(index)]
+        device, step = self.schedule.locate(index)
+        op = self.schedule.ops[index]
         return Finding(rule, device, step, op, expected, found, remedy)
 
     def home(self, op: Op) -> int:
@@ -234,7 +132,7 @@ def _placed(judge: _Judge) -> Iterator[Finding]:
         yield judge.at(
             "placement",
             index,
-            expected=f"stage {op.stage} on device {where}, where the placement holds it",
+            expected=f"stage {op.stage} on device {where}, as the placement says",
             found=f"{op} runs on device {int(device[index])}",
             remedy=f"Move it to device {where}, or change the placement",
         )
@@ -273,7 +171,7 @@ def _once(judge: _Judge) -> Iterator[Finding]:
 def _complete(judge: _Judge) -> Iterator[Finding]:
     """F once; B, or I and W; R at most where there is an F and a backward."""
     table = judge.table
-    has = {kind: table.get(kind) >= 0 for kind in Kind if kind not in STAGE_KINDS}
+    has = {kind: table.has(kind) for kind in Kind if kind not in STAGE_KINDS}
     yield from _missing(judge, Kind.F, ~has[Kind.F], "a forward")
     neither = ~has[Kind.B] & ~has[Kind.I] & ~has[Kind.W]
     yield from _missing(judge, Kind.B, neither, "a backward: B, or I and W")
@@ -346,70 +244,64 @@ def _reduced(judge: _Judge) -> Iterator[Finding]:
 
 
 def _in_order(judge: _Judge) -> Iterator[Finding]:
-    """On one device, an op stands behind what it needs of the same stage."""
-    table = judge.table
-    forward = table.get(Kind.F)
-    backward = table.get(Kind.B, Kind.I)
-    yield from _behind(judge, forward, backward)
-    yield from _behind(judge, table.get(Kind.I), table.get(Kind.W))
-    if Kind.R in table.by_kind:
-        again = table.get(Kind.R)
-        yield from _behind(judge, forward, again)
-        yield from _behind(judge, again, backward)
-    away, back = table.get(Kind.OFFLOAD), table.get(Kind.RELOAD)
-    yield from _behind(judge, forward, away)
-    yield from _behind(judge, away, back)
-    yield from _behind(judge, back, backward)
-    yield from _behind(judge, forward[:, :-1], forward[:, 1:])
-    yield from _behind(judge, backward[:, 1:], backward[:, :-1])
-    yield from _stages_last(judge)
-
-
-def _behind(judge: _Judge, before: Index, after: Index) -> Iterator[Finding]:
-    schedule = judge.schedule
-    device = schedule.device_of_op
-    both = (before >= 0) & (after >= 0)
-    first, second = before[both], after[both]
-    wrong = (first > second) & (device[first] == device[second])
-    for needed, index in zip(first[wrong].tolist(), second[wrong].tolist()):
-        early, late = judge.name(index), judge.name(needed)
+    """On one device, an op stands behind all that it needs."""
+    schedule, ops = judge.schedule, judge.schedule.ops
+    before, after = judge.table.dependencies
+    late = np.flatnonzero(before > after)
+    before, after = before[late], after[late]
+    device, node = schedule.device_of_op, schedule.node_of_op
+    wrong = (device[before] == device[after]) & (node[before] != node[after])
+    wrong &= ~np.isin(ops.kind[after], list(STAGE_KINDS))
+    before, after = before[wrong], after[wrong]
+    by_place = np.lexsort((before, after))
+    for needed, index in zip(before[by_place].tolist(), after[by_place].tolist()):
+        early, needs = judge.name(index), judge.name(needed)
+        own = "its own " if ops[needed][1:] == ops[index][1:] else ""
         yield judge.at(
             "order",
             index,
-            expected=f"{late} first, at step {schedule.locate(needed)[1]} now",
-            found=f"{early} runs before its own {late}",
-            remedy=f"Move {late} ahead of {early}, or drop both",
+            expected=f"{needs} first, at step {schedule.locate(needed)[1]} now",
+            found=f"{early} runs before {own}{needs}",
+            remedy=f"Move {needs} ahead of {early}" + (", or drop both" if own else ""),
         )
+    yield from _stages_last(judge)
 
 
 def _stages_last(judge: _Judge) -> Iterator[Finding]:
-    """REDUCE and STEP come after a stage's last backward on their device."""
+    """REDUCE comes after a stage's last backward on its device, STEP after both."""
     schedule, ops = judge.schedule, judge.schedule.ops
     stage_ops = np.flatnonzero(np.isin(ops.kind, list(STAGE_KINDS)))
     finished = judge.table.get(Kind.B, Kind.W)
+    reduced = {
+        (int(schedule.device_of_op[index]), ops[index][1:]): index
+        for index in stage_ops.tolist()
+        if ops.kind[index] == Kind.REDUCE
+    }
     for index in stage_ops.tolist():
-        op = ops[index]
+        op, device = ops[index], int(schedule.device_of_op[index])
+        name = judge.name(index)
         first = op.micro_batch * schedule.micro_batches
         own = finished[first : first + schedule.micro_batches, :, op.stage]
         own = own[own >= 0]
-        own = own[schedule.device_of_op[own] == schedule.device_of_op[index]]
-        if len(own) and (last := int(own.max())) > index:
+        own = own[schedule.device_of_op[own] == device]
+        last = int(own.max(initial=-1))
+        if op.kind == Kind.STEP:
+            last = max(last, reduced.get((device, op[1:]), -1))
+        if last > index:
             yield judge.at(
                 "order",
                 index,
-                expected=f"{op} after its last contribution, {judge.name(last)}",
-                found=f"{op} runs before {judge.name(last)} of its stage",
-                remedy=f"Move {op} behind step {schedule.locate(last)[1]}",
+                expected=f"{name} after all of its stage, {judge.name(last)} too",
+                found=f"{name} runs before {judge.name(last)} of its stage",
+                remedy=f"Move {name} behind step {schedule.locate(last)[1]}",
             )
 
 
 def _groups(judge: _Judge) -> Iterator[Finding]:
     """No op of an overlap group needs another of the same group."""
-    from pipeproof.sched.deps import dependencies
-
     if not judge.schedule.ops.joined.any():
         return
-    before, after = dependencies(judge.table)
+    before, after = judge.table.dependencies
     node = judge.schedule.node_of_op
     same = node[before] == node[after]
     for needed, index in zip(before[same].tolist(), after[same].tolist()):
@@ -422,20 +314,30 @@ def _groups(judge: _Judge) -> Iterator[Finding]:
         )
 
 
-def _cycles(judge: _Judge) -> Iterator[Finding]:
-    """Device order and dependencies together have no cycle."""
+def _cycles(judge: _Judge, *, in_rows: bool) -> Iterator[Finding]:
+    """Device order and dependencies together have no cycle.
+
+    Args:
+        judge: the schedule and its tables.
+        in_rows: report one inside a single row too; the rule of order has named
+            those that it found.
+    """
     schedule = judge.schedule
     graph = order(schedule, judge.table)
     stuck = graph.level < 0
     if not stuck.any():
         return
     ring = _ring(graph, stuck)
-    names = []
-    for node in [*ring, ring[0]]:
-        index = int(graph.first_op[node])
-        names.append(f"{schedule.ops[index]} (device {schedule.locate(index)[0]})")
-    if len({schedule.locate(int(graph.first_op[node]))[0] for node in ring}) == 1:
-        return  # inside one row: the rule of order has named it
+    devices = schedule.device_of_op[graph.first_op[ring]]
+    if not in_rows and len(set(devices.tolist())) == 1:
+        return
+    names = [
+        f"{schedule.ops[index]} (device {schedule.locate(index)[0]})"
+        for index in graph.first_op[[*ring, ring[0]]].tolist()
+    ]
+    if len(names) > SHOWN:
+        left_out = f"({len(names) - SHOWN + 1:,} more)"
+        names[SHOWN // 2 : 1 - SHOWN // 2] = [left_out]
     yield judge.at(
         "cycle",
         int(graph.first_op[ring[0]]),
@@ -456,17 +358,6 @@ def _ring(graph: Order, stuck: NDArray[np.bool_]) -> list[int]:
         walk[node] = len(walk)
         node = int(waits_for[node])
     return list(walk)[walk[node] :][::-1]
-
-
-def _plain(schedule: Schedule, device: int, row: Ops) -> bool:
-    """Whether stages need no naming: the device holds one, and runs only that."""
-    holds = {
-        stage
-        for pipe in schedule.placement.pipes
-        for stage, d in enumerate(pipe)
-        if d == device
-    }
-    return len(holds) == 1 and bool((row.stage == holds.pop()).all())
 
 
 RULES: tuple[Callable[[_Judge], Iterator[Finding]], ...] = (

@@ -15,7 +15,9 @@ The default chain of micro-batch m through stages s (and slices q)::
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,30 +45,44 @@ class OpTable:
     @classmethod
     def of(cls, schedule: Schedule) -> OpTable:
         """Tables of a schedule whose numbers are all in range."""
-        shape = schedule.all_micro_batches, schedule.slices, schedule.stages
+        result = cls(schedule, {})
         ops = schedule.ops
-        by_kind: dict[Kind, Index] = {}
         for kind in Kind:
             where = np.flatnonzero(ops.kind == kind)
             if kind in STAGE_KINDS or not len(where):
                 continue
-            table = np.full(shape, ABSENT, dtype=np.int64)
+            table = np.full(result.shape, ABSENT, dtype=np.int64)
             last_first = where[::-1]
             table[
                 ops.micro_batch[last_first],
                 ops.slice[last_first],
                 ops.stage[last_first],
             ] = last_first
-            by_kind[kind] = table
-        return cls(schedule, by_kind)
+            result.by_kind[kind] = table
+        return result
+
+    def has(self, kind: Kind) -> NDArray[np.bool_]:
+        """Where there is an op of this kind."""
+        if kind in self.by_kind:
+            return self.by_kind[kind] >= 0
+        return np.zeros(self.shape, dtype=np.bool_)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Micro-batches of all steps, slices, stages."""
+        schedule = self.schedule
+        return schedule.all_micro_batches, schedule.slices, schedule.stages
+
+    @cached_property
+    def dependencies(self) -> tuple[Index, Index]:
+        """Every pair (before, after) of op indices that the ops themselves order.
+
+        Pairs with an op that is missing are left out: `check` reports the gap.
+        """
+        return _dependencies(self)
 
     def get(self, *kinds: Kind) -> Index:
         """Index of the op of the first of these kinds that is there, else -1."""
-        shape = (
-            self.schedule.all_micro_batches,
-            self.schedule.slices,
-            self.schedule.stages,
-        )
         result: Index | None = None
         for kind in kinds:
             table = self.by_kind.get(kind)
@@ -74,14 +90,12 @@ class OpTable:
                 result = (
                     table if result is None else np.where(result < 0, table, result)
                 )
-        return np.full(shape, ABSENT, dtype=np.int64) if result is None else result
+        if result is None:
+            result = np.full(self.shape, ABSENT, dtype=np.int64)
+        return result
 
 
-def dependencies(table: OpTable) -> tuple[Index, Index]:
-    """Every pair (before, after) of op indices that the ops themselves order.
-
-    Pairs with an op that is missing are left out: `check` reports the gap.
-    """
+def _dependencies(table: OpTable) -> tuple[Index, Index]:
     forward = table.get(Kind.F)
     backward = table.get(*BACKWARD_KINDS)
     pairs = [
@@ -118,6 +132,9 @@ def _of_stages(table: OpTable) -> list[tuple[Index, Index]]:
     if not len(stage_ops):
         return []
     finished = table.get(Kind.B, Kind.W)
+    reduced: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index in np.flatnonzero(ops.kind == Kind.REDUCE).tolist():
+        reduced[int(ops.stage[index]), int(ops.micro_batch[index])].append(index)
     pairs: list[tuple[Index, Index]] = []
     for after in stage_ops.tolist():
         stage, step = int(ops.stage[after]), int(ops.micro_batch[after])
@@ -125,12 +142,8 @@ def _of_stages(table: OpTable) -> list[tuple[Index, Index]]:
         before: Index = finished[first : first + schedule.micro_batches, :, stage]
         before = before[before >= 0]
         if ops.kind[after] == Kind.STEP:
-            same = (ops.kind[stage_ops] == Kind.REDUCE) & (
-                ops.stage[stage_ops] == stage
-            )
-            reduced = stage_ops[same & (ops.micro_batch[stage_ops] == step)]
-            if len(reduced):
-                before = reduced
+            if (stage, step) in reduced:
+                before = np.array(reduced[stage, step])
             else:
                 device = schedule.device_of_op
                 before = before[device[before] == device[after]]
@@ -164,7 +177,7 @@ def order(schedule: Schedule, table: OpTable) -> Order:
 
     node = schedule.node_of_op
     first_op = np.flatnonzero(~schedule.ops.joined)
-    before, after = dependencies(table)
+    before, after = table.dependencies
     before, after = node[before], node[after]
     apart = before != after
     device = schedule.device_of_op[first_op]

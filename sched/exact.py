@@ -21,7 +21,13 @@ def plain(number: Any) -> Number:
     if isinstance(number, np.generic):
         number = number.item()
     whole = getattr(number, "denominator", 0) == 1
-    return int(number) if whole else number  # type: ignore[no-any-return]
+    result: Number = int(number) if whole else number
+    return result
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a Number: a truth value is none, nor is numpy's."""
+    return isinstance(value, (int, float, Fraction)) and not isinstance(value, bool)
 
 
 def ratio(part: Any, whole: Any) -> Number:
@@ -41,9 +47,10 @@ def mean(values: Sequence[Number]) -> Number:
 
 def column(numbers: Sequence[Any]) -> NDArray[Any]:
     """An array that keeps them as they are: int64, float64, or objects."""
-    if any(isinstance(number, float) for number in numbers):
+    kinds = set(map(type, numbers))
+    if any(issubclass(kind, float) for kind in kinds):
         return np.array([float(number) for number in numbers])
-    whole = all(isinstance(number, int) for number in numbers)
-    if whole and all(abs(number) < 2**62 for number in numbers):
+    whole = all(issubclass(kind, int) for kind in kinds)
+    if whole and max(map(abs, numbers), default=0) < 2**62:
         return np.array(numbers, dtype=np.int64)
     return np.array(numbers, dtype=object)

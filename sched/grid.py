@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,7 +38,7 @@ def draw(trace: Trace, tick: Number | None = None) -> str:
         tick = _tick(trace, lasting)
     if tick <= 0:
         raise ParameterError(f"tick must be above 0, got {tick}")
-    columns = math.ceil(trace.makespan / tick)
+    columns = _column(trace.makespan, tick)
     if columns > MAX_COLUMNS:
         raise ParameterError(
             f"{columns:,} columns of {tick} are too many to read: give a larger tick"
@@ -48,8 +48,8 @@ def draw(trace: Trace, tick: Number | None = None) -> str:
         [None] * columns for _ in range(program.schedule.devices)
     ]
     for index in lasting.tolist():
-        first = math.ceil(trace.start[index] / tick)
-        last = math.ceil(trace.end[index] / tick)
+        first = _column(trace.start[index], tick)
+        last = _column(trace.end[index], tick)
         row = cells[program.device[index]]
         for column in range(first, min(last, columns)):
             row[column] = "-"
@@ -66,6 +66,14 @@ def draw(trace: Trace, tick: Number | None = None) -> str:
         ]
         lines.append(f"device {device:>{digits}} | {' '.join(words)}".rstrip())
     return "\n".join(lines)
+
+
+def _column(time: Any, tick: Number) -> int:
+    """The first column whose left edge is not before this time."""
+    place: Number = time / tick
+    if isinstance(place, float):
+        place = round(place, 6)  # 0.1 + 0.2 is one tick of 0.3
+    return math.ceil(place)
 
 
 def _tick(trace: Trace, lasting: np.ndarray) -> Number:

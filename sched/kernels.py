@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-COMPILE_FROM = 400_000
+COMPILE_FROM = 3_000_000
 """Below this the plain loop is done before numba is loaded."""
 
 
@@ -24,7 +24,11 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any] | None:
         import numba
     except ImportError:
         return None
-    return numba.njit(cache=True)(function)  # type: ignore[no-any-return]
+    try:
+        compiled: Callable[..., Any] = numba.njit(cache=True)(function)
+    except RuntimeError:  # no directory to keep it in
+        compiled = numba.njit(function)
+    return compiled
 
 
 def run(
@@ -58,7 +62,8 @@ def levels(
 
     Args:
         nodes: how many there are.
-        before, after: the edges.
+        before: the nodes that edges leave.
+        after: the nodes that they enter.
 
     Returns:
         int64 per node; -1 for nodes on a cycle or behind one.

@@ -38,7 +38,7 @@ def spans(trace: Trace) -> list[Number]:
         if not len(mine):
             result.append(0)
             continue
-        result.append(plain(max(trace.end[mine]) - min(trace.start[mine])))
+        result.append(plain(trace.end[mine].max() - trace.start[mine].min()))
     return result
 
 
@@ -89,15 +89,19 @@ class Gap:
         program = trace.program
         text = (
             f"device {self.device} idles {_show(self.end - self.start)} until "
-            f"{_show(self.end)}: {program.label(self.waiting)} waits"
+            f"{_show(self.end)}: {program.label(self.waiting)}"
         )
-        if self.waits_for < 0:
-            return f"{text} for a send of its own device"
-        return (
-            f"{text} for {program.label(self.waits_for)} on device "
-            f"{int(program.device[self.waits_for])}, which ends at "
-            f"{_show(trace.end[self.waits_for])}"
-        )
+        if self.waits_for >= 0:
+            return (
+                f"{text} waits for {program.label(self.waits_for)} on device "
+                f"{int(program.device[self.waits_for])}, which ends at "
+                f"{_show(trace.end[self.waits_for])}"
+            )
+        if any(
+            program.action[i] == Action.SEND for i in program.waits_for[self.waiting]
+        ):
+            return f"{text} waits for a send of its own device"
+        return f"{text} comes late, though all it needs is there"
 
 
 def _show(time: Any) -> str:
@@ -109,47 +113,93 @@ def gaps(trace: Trace, device: int) -> list[Gap]:
     program = trace.program
     mine = program.by_stream[device]  # compute streams come first, by device
     mine = mine[program.action[mine] == Action.COMPUTE]
+    causes = _Causes(trace)
     result = []
     free_at: Any = 0
     for index in mine.tolist():
         if trace.start[index] > free_at:
-            waits_for = _producer(trace, index)
-            result.append(
-                Gap(device, plain(free_at), plain(trace.start[index]), index, waits_for)
-            )
+            start, end = plain(free_at), plain(trace.start[index])
+            result.append(Gap(device, start, end, index, _elsewhere(causes, index)))
         free_at = trace.end[index]
     return result
 
 
-def _producer(trace: Trace, index: int) -> int:
-    """The op whose message an instruction waited for longest."""
-    program = trace.program
-    waits = program.waits_for[index]
-    if not waits:
+def _elsewhere(causes: _Causes, index: int) -> int:
+    """The op on another device that an op was waiting for, or -1."""
+    program = causes.program
+    cause = causes.of_start(index)
+    if cause < 0:
         return -1
-    last = max(waits, key=lambda other: trace.end[other])
-    if program.action[last] != Action.RECV:
-        return -1
-    send = int(program.send_of[program.message[last]])
-    return program.waits_for[send][0]
+    if program.action[cause] == Action.RECV:
+        send = int(program.send_of[program.message[cause]])
+        return program.waits_for[send][0]
+    return cause if program.device[cause] != program.device[index] else -1
 
 
 def critical_path(trace: Trace) -> list[int]:
     """See `Trace.critical_path`."""
-    program = trace.program
-    if not len(program):
+    if not len(trace.program):
         return []
-    before = np.full(len(program), -1, dtype=np.int64)
-    for members in program.by_stream:
-        before[members[1:]] = members[:-1]
+    causes = _Causes(trace)
     index = int(np.argmax(trace.end))
     path = []
     while index >= 0:
         path.append(index)
-        candidates = program.waits_for[index]
-        if before[index] >= 0:
-            candidates.append(int(before[index]))
-        if program.action[index] == Action.RECV:
-            candidates.append(int(program.send_of[program.message[index]]))
-        index = max(candidates, key=lambda other: (trace.end[other], other), default=-1)
+        index = causes.of_end(index)
     return path[::-1]
+
+
+class _Causes:
+    """Why an instruction started, or a receive ended, no earlier than it did."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.program = program = trace.program
+        self._start, self._end = trace.start, trace.end
+        self._before = np.full(len(program), -1, dtype=np.int64)
+        for members in program.by_stream:
+            self._before[members[1:]] = members[:-1]
+
+    def of_end(self, index: int) -> int:
+        """The instruction that held up the end of another one; -1 for none."""
+        if self.program.action[index] == Action.RECV:
+            cause = self.of_start(index)
+            if cause < 0 or self._end[index] > self._start[index]:
+                return int(self.program.send_of[self.program.message[index]])
+            return cause
+        return self.of_start(index)
+
+    def of_start(self, index: int) -> int:
+        """The instruction that held up the start of another one; -1 for none."""
+        needed = self._needed(index)
+        cause = max(needed, key=lambda other: (self._end[other], other), default=-1)
+        held_up = self._start[index] > (self._end[cause] if cause >= 0 else 0)
+        if held_up and (other := self._held_up_by(index)) >= 0:
+            return other
+        return cause
+
+    def _needed(self, index: int) -> list[int]:
+        """What the program itself makes it wait for."""
+        needed = self.program.waits_for[index]
+        if self._before[index] >= 0:
+            needed.append(int(self._before[index]))
+        return needed
+
+    def _held_up_by(self, index: int) -> int:
+        """What only the transport or a shared processor makes it wait for."""
+        program, now = self.program, self._start[index]
+        if program.action[index] == Action.COMPUTE:
+            before = int(np.searchsorted(program.computes, index)) - 1
+            other = int(program.computes[before]) if before >= 0 else -1
+            return other if other >= 0 and self._end[other] == now else -1
+        if program.action[index] != Action.SEND:
+            return -1
+        # A rendezvous waits for what its receive waits for; a buffer of k, for an
+        # earlier receive of the same link.
+        recv = int(program.recv_of[program.message[index]])
+        for other in self._needed(recv):
+            if self._end[other] == now:
+                return other
+        earlier = int(self._before[recv])
+        while earlier >= 0 and self._end[earlier] > now:
+            earlier = int(self._before[earlier])
+        return earlier if earlier >= 0 and self._end[earlier] == now else -1

@@ -6,6 +6,7 @@ ones have a second, in reverse, with its own replica of every stage's weights.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pipeproof.sched.errors import ParameterError, ParseError, at_least_one
 
 MAX_STAGES = 1 << 20
+MAX_PIPES = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +25,8 @@ class Placement:
         pipes: for each pipe, the device of each stage in order.
 
     Raises:
-        ParameterError: no pipe, no stage, a device below 0, or pipes that
-            disagree on the number of stages.
+        ParameterError: no pipe, no stage, a device below 0, pipes that disagree
+            on the number of stages, or more pipes than anyone needs.
     """
 
     pipes: tuple[tuple[int, ...], ...]
@@ -32,6 +34,10 @@ class Placement:
     def __post_init__(self) -> None:
         if not self.pipes or not self.pipes[0]:
             raise ParameterError("a placement needs at least one pipe of one stage")
+        if len(self.pipes) > MAX_PIPES:
+            raise ParameterError(
+                f"a placement has at most {MAX_PIPES:,} pipes, got {len(self.pipes):,}"
+            )
         for number, devices in enumerate(self.pipes):
             if len(devices) != len(self.pipes[0]):
                 raise ParameterError(
@@ -54,15 +60,11 @@ class Placement:
         """Devices 0 … n-1 that the map names (an unused one between counts)."""
         return 1 + max(max(pipe) for pipe in self.pipes)
 
-    def share(self, pipe: int, stage: int) -> int:
-        """How many stages of this pipe the stage's device holds.
+    def shares(self) -> tuple[tuple[int, ...], ...]:
+        """For each (pipe, stage), how many of the pipe's stages its device holds.
 
         A stage is that fraction of its device's share of the model.
         """
-        return self.pipes[pipe].count(self.pipes[pipe][stage])
-
-    def shares(self) -> tuple[tuple[int, ...], ...]:
-        """`share` of every (pipe, stage)."""
         result = []
         for pipe in self.pipes:
             held: dict[int, int] = {}
@@ -115,7 +117,18 @@ class Placement:
                     return "v" if per_device == 2 else f"wave {per_device // 2}"
         elif self.stages == devices and self == Placement.bidirectional(devices):
             return "bidirectional"
+        return self._map()
+
+    def _map(self) -> str:
         return "[" + " | ".join(" ".join(map(str, pipe)) for pipe in self.pipes) + "]"
+
+    def format(self, devices: int) -> str:
+        """What `parse` reads back where there are this many devices.
+
+        A ready-made name stands for all of them, so where some are unused the
+        whole map is written.
+        """
+        return str(self) if self.devices == devices else self._map()
 
     @classmethod
     def parse(cls, text: str, devices: int) -> Placement:
@@ -127,8 +140,15 @@ class Placement:
             devices: P, for the ready-made ones.
 
         Raises:
-            ParseError: none of these.
+            ParseError: none of these, or none that can be.
         """
+        try:
+            return cls._parse(text, devices)
+        except ParameterError as error:
+            raise ParseError(f"placement: {error}") from None
+
+    @classmethod
+    def _parse(cls, text: str, devices: int) -> Placement:
         if match := re.fullmatch(r"(looped|wave) ([1-9][0-9]{0,6})", text):
             make = cls.looped if match[1] == "looped" else cls.wave
             return make(devices, int(match[2]))
@@ -137,9 +157,11 @@ class Placement:
             return named.get(text, cls.bidirectional)(devices)
         if re.fullmatch(r"\[[0-9 |]*\]", text):
             pipes = [pipe.split() for pipe in text[1:-1].split("|")]
-            words = [word for pipe in pipes for word in pipe]
-            if len(words) > MAX_STAGES or any(len(word) > 7 for word in words):
-                raise ParseError(f"placement: more than {MAX_STAGES:,} stages")
+            if sum(map(len, pipes)) > MAX_STAGES:
+                raise ParameterError(f"more than {MAX_STAGES:,} stages")
+            for word in (word for pipe in pipes for word in pipe):
+                if len(word) > 7 or (word[0] == "0" and word != "0"):
+                    raise ParameterError(f"expected a device, found {word[:40]!r}")
             return cls(tuple(tuple(map(int, pipe)) for pipe in pipes))
         raise ParseError(
             f"placement: expected linear, looped V, v, wave W, bidirectional or "
@@ -149,7 +171,7 @@ class Placement:
     @classmethod
     def of(cls, pipes: Sequence[Sequence[int]]) -> Placement:
         """A placement from any sequences of device numbers."""
-        return cls(tuple(tuple(int(device) for device in pipe) for pipe in pipes))
+        return cls(tuple(tuple(map(operator.index, pipe)) for pipe in pipes))
 
 
 def _bounded(devices: int, chunks: int) -> None:

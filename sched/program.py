@@ -177,15 +177,16 @@ class Lists:
 
     Attributes:
         offsets: int64, length instructions + 1.
-        values: int32; list i is `values[offsets[i]:offsets[i + 1]]`.
+        values: list i is `values[offsets[i]:offsets[i + 1]]`.
     """
 
     offsets: NDArray[np.int64]
-    values: Column
+    values: NDArray[Any]
 
     def __getitem__(self, index: int) -> list[int]:
         low, high = self.offsets[index], self.offsets[index + 1]
-        return self.values[low:high].tolist()
+        values: list[int] = self.values[low:high].tolist()
+        return values
 
     def to_lists(self) -> list[list[int]]:
         """All of them, as Python lists."""
@@ -308,23 +309,12 @@ class Program:
         """The COMPUTE instructions."""
         return np.flatnonzero(self.action == Action.COMPUTE)
 
-    def on_stream(self, stream: int) -> NDArray[np.int64]:
-        """A stream's instructions, in order."""
-        return np.flatnonzero(self.stream == stream)
-
     @cached_property
     def by_stream(self) -> Sequence[NDArray[np.int64]]:
         """Each stream's instructions, in order."""
         order = np.argsort(self.stream, kind="stable")
         counts = np.bincount(self.stream, minlength=len(self.streams))
         return np.split(order, np.cumsum(counts)[:-1])
-
-    @cached_property
-    def compute_kinds(self) -> NDArray[Any]:
-        """Kind of the first op of each instruction; -1 where it has none."""
-        kinds = np.full(len(self), -1, dtype=np.int8)
-        kinds[self.computes] = self.schedule.ops.kind[self.first_op[self.computes]]
-        return kinds
 
     def label(self, index: int, *, short: bool = False) -> str:
         """The op (or group) or the message an instruction is about."""
@@ -359,3 +349,11 @@ class Program:
 
 COMPUTED = frozenset({Kind.F, Kind.B, Kind.I, Kind.W, Kind.R})
 """Kinds that become a COMPUTE instruction."""
+
+
+def side_by_side(rows: int, *columns: NDArray[Any] | int) -> Column:
+    """Columns as one table of int32; a single number fills its column."""
+    table = np.empty((rows, len(columns)), dtype=np.int32)
+    for place, values in enumerate(columns):
+        table[:, place] = values
+    return table

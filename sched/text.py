@@ -16,16 +16,18 @@ step other than 0. `(0F1&3B0)` is an overlap group. With more than one pipe a
 line `pipes: 0-3 | 4-7` says which micro-batches travel which. Blank lines and
 lines that open with `#` are skipped; `slices` and `steps` default to 1.
 
-Reading never runs code, accepts ASCII only, and bounds every size before it
-allocates.
+Reading never runs code, accepts ASCII only (but in the name), and bounds every
+size before it allocates.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeproof.sched.errors import ParameterError, ParseError
 from pipeproof.sched.ir import (
@@ -36,17 +38,18 @@ from pipeproof.sched.ir import (
     Op,
     Ops,
     Schedule,
+    check_name,
 )
 from pipeproof.sched.placement import Placement
 
 MAX_TEXT_BYTES = 1 << 26
-MAX_MICRO_BATCHES = 1 << 26
+MAX_MICRO_BATCHES = 1 << 22
 
 _WORDS = {kind.name: kind for kind in Kind}
 _NUMBER = "0|[1-9][0-9]{0,9}"
 _OP = re.compile(rf"({_NUMBER})([A-Z]+)(?:({_NUMBER})(?:\.({_NUMBER}))?)?", re.ASCII)
 _DEVICE = re.compile(rf"device ({_NUMBER}) \|(.*)", re.ASCII)
-_HEADER = re.compile(r"([a-z][a-z-]*): *(.*?) *", re.ASCII)
+_HEADER = re.compile(r"([a-z][a-z-]*):(.*)", re.ASCII)
 _KEYS = ("name", "devices", "placement", "micro-batches", "slices", "steps", "pipes")
 
 
@@ -55,7 +58,7 @@ def format_schedule(schedule: Schedule) -> str:
     head = [
         f"name: {schedule.name}",
         f"devices: {schedule.devices}",
-        f"placement: {schedule.placement}",
+        f"placement: {schedule.placement.format(schedule.devices)}",
         f"micro-batches: {schedule.micro_batches}",
         f"slices: {schedule.slices}",
         f"steps: {schedule.steps}",
@@ -114,19 +117,20 @@ def parse_schedule(text: str) -> Schedule:
         )
     header: dict[str, tuple[int, str]] = {}
     rows: list[Ops] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip() or line.startswith("#"):
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removesuffix("\r")
+        if not line.strip(" ") or line.startswith("#"):
             continue
         if match := _DEVICE.fullmatch(line):
             if int(match[1]) != len(rows):
                 raise _wrong(number, line, 7, f"device {len(rows)}", match[1])
-            rows.append(_parse_row(number, line, match.start(2)))
+            rows.append(parse_row(number, line, match.start(2)))
         elif (match := _HEADER.fullmatch(line)) and not rows:
             if match[1] not in _KEYS:
                 raise _wrong(number, line, 0, f"one of {', '.join(_KEYS)}", match[1])
             if match[1] in header:
                 raise _wrong(number, line, 0, "each header once", match[1])
-            header[match[1]] = number, match[2]
+            header[match[1]] = number, match[2].strip(" ")
         else:
             expected = "`device N | ops`" if rows else "`key: value` or `device N | …`"
             raise _wrong(number, line, 0, expected, line)
@@ -162,27 +166,38 @@ def _assemble(header: dict[str, tuple[int, str]], rows: list[Ops]) -> Schedule:
             f"{steps} steps of {micro_batches} micro-batches exceed "
             f"{MAX_MICRO_BATCHES:,}"
         )
+    slices = size("slices", 1)
+    line, name = header.get("name", (0, "schedule"))
+    with _at_line(line):
+        check_name(name)
     line, value = header["placement"]
-    try:
+    with _at_line(line):
         placement = Placement.parse(value, devices)
+    pipe_of = _parse_pipes(header, len(placement.pipes), micro_batches * steps)
+    with _at_line(line):
         return Schedule.of(
             rows,
-            name=header["name"][1] if "name" in header else "schedule",
+            name=name,
             placement=placement,
             micro_batches=micro_batches,
-            slices=size("slices", 1),
+            slices=slices,
             steps=steps,
-            pipe_of=_parse_pipes(header, len(placement.pipes), micro_batches * steps),
+            pipe_of=pipe_of,
         )
+
+
+@contextmanager
+def _at_line(number: int) -> Iterator[None]:
+    """Say on which line a header breaks a rule of what it describes."""
+    try:
+        yield
     except (ParseError, ParameterError) as error:
-        if str(error).startswith("line "):
-            raise
-        raise ParseError(f"line {line}: {error}") from None
+        raise ParseError(f"line {number}: {error}") from None
 
 
 def _parse_pipes(
     header: dict[str, tuple[int, str]], pipes: int, micro_batches: int
-) -> np.ndarray | None:
+) -> NDArray[np.int16] | None:
     if "pipes" not in header:
         return None
     line, value = header["pipes"]
@@ -211,7 +226,12 @@ def _parse_pipes(
     return result
 
 
-def _parse_row(number: int, line: str, start: int) -> Ops:
+def parse_row(number: int, line: str, start: int) -> Ops:
+    """The ops of a line from `start` on; its number is for messages.
+
+    Raises:
+        ParseError: with line and column, what was expected and found.
+    """
     ops: list[Op] = []
     joined: list[bool] = []
     for column, word in _words(line, start):
@@ -221,11 +241,12 @@ def _parse_row(number: int, line: str, start: int) -> Ops:
                 raise _wrong(number, line, column, "a group as (0F1&3B0)", word)
         else:
             parts = [word]
+        column += len(parts) > 1  # the parenthesis
         for index, part in enumerate(parts):
             ops.append(_parse_op(number, line, column, part))
             joined.append(index > 0)
-    row = Ops.of(ops)
-    return Ops(*row.columns()[:4], np.array(joined, dtype=np.bool_))
+            column += len(part) + 1
+    return Ops.of(ops).grouped(np.array(joined, dtype=np.bool_))
 
 
 def _words(line: str, start: int) -> Iterator[tuple[int, str]]:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from pipeproof.sched import metrics
+from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, mean, ratio
 from pipeproof.sched.grid import draw
 from pipeproof.sched.memory import Curve, Ledger, Sizes
@@ -87,8 +88,10 @@ class Trace:
 
     @cached_property
     def peak_activations(self) -> list[Number]:
-        """Most activations alive at once on each device, in micro-batches of its
-        share of the model. Stored inputs that wait for recompute count 0.
+        """Most activations alive at once on each device.
+
+        In micro-batches of the device's share of the model; a stored input that
+        waits for recompute counts 0.
         """
         return Ledger(self, self.sizes.activations).peaks()
 
@@ -108,8 +111,10 @@ class Trace:
         """Bytes alive over time, by class, on one device or on all together.
 
         Raises:
-            ParameterError: the costs give no bytes.
+            ParameterError: the costs give no bytes, or there is no such device.
         """
+        if device is not None:
+            self._there(device)
         return self._bytes.curve(device)
 
     def link_bytes(self) -> dict[tuple[int, int], Number]:
@@ -121,14 +126,25 @@ class Trace:
         return metrics.link_bytes(self)
 
     def critical_path(self) -> list[int]:
-        """Instructions from the start of the step to its end, each of which
-        started when the one before it was done.
+        """Instructions from the start of the step to its end, one behind the other.
+
+        Each could not end earlier because of the one before it.
         """
         return metrics.critical_path(self)
 
     def gaps(self, device: int) -> list[metrics.Gap]:
-        """Idle times of a device between its ops, and what each waited for."""
+        """Idle times of a device before its ops, and what each waited for.
+
+        Raises:
+            ParameterError: there is no such device.
+        """
+        self._there(device)
         return metrics.gaps(self, device)
+
+    def _there(self, device: int) -> None:
+        devices = self.program.schedule.devices
+        if not 0 <= device < devices:
+            raise ParameterError(f"devices are 0 … {devices - 1}, got {device}")
 
     def grid(self, tick: Number | None = None) -> str:
         """One line a device, one column a tick.

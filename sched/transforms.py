@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pipeproof.sched.deps import Index, OpTable
 from pipeproof.sched.errors import ParameterError
-from pipeproof.sched.ir import BACKWARD_KINDS, Kind, Ops, Schedule
+from pipeproof.sched.ir import BACKWARD_KINDS, Kind, Ops, Schedule, op
 
 Policy = Literal["never", "always", "except-last", "adaptive"]
 POLICIES: tuple[Policy, ...] = ("never", "always", "except-last", "adaptive")
@@ -72,7 +72,8 @@ def _without_recompute(schedule: Schedule) -> Schedule:
     keep = schedule.ops.kind != Kind.R
     if keep.all():
         return schedule
-    inside = schedule.ops.joined & (schedule.ops.kind == Kind.R)
+    joined = schedule.ops.joined
+    inside = (joined | np.append(joined[1:], False)) & ~keep
     if inside.any():
         device, step = schedule.locate(int(np.flatnonzero(inside)[0]))
         raise ParameterError(
@@ -112,11 +113,7 @@ def _insert(schedule: Schedule, backward: Index) -> Schedule:
     first_of_node = np.flatnonzero(~schedule.ops.joined)
     place = first_of_node[schedule.node_of_op[backward]]
     ops = schedule.ops.take(backward)
-    added = Ops(
-        np.full(len(ops), Kind.R, dtype=np.int8),
-        *(column.copy() for column in ops.columns()[1:4]),
-        np.zeros(len(ops), dtype=np.bool_),
-    )
+    added = Ops.of([op(Kind.R, ops.stage, ops.micro_batch, ops.slice)])
     rows = []
     for device in range(schedule.devices):
         span = _span(schedule, device)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeproof.sched.deps import OpTable, dependencies, order
+from pipeproof.sched.deps import OpTable, order
 from pipeproof.sched.exact import Number, plain
 from pipeproof.sched.program import Program
 from pipeproof.sim.cluster import Cluster
@@ -26,16 +26,19 @@ def lower_bound(
     Orders of the ops on their devices are free; placement and costs are given.
     Time and memory linear in the ops.
 
+    On a shared processor the work is that of all devices.
+
     Args:
         program: whose ops to bound.
-        cost, cluster: as in `simulate`; bandwidths count as unlimited.
+        cost: as in `simulate`.
+        cluster: likewise; bandwidths count as unlimited.
     """
     cost, cluster = cost or Cost(), cluster or Cluster()
     schedule = program.schedule
     table = OpTable.of(schedule)
     graph = order(schedule, table)
     node = schedule.node_of_op
-    before, after = (node[ends] for ends in dependencies(table))
+    before, after = (node[ends] for ends in table.dependencies)
     device = schedule.device_of_op[graph.first_op]
     time: list[Any] = [0] * len(graph.first_op)
     computes = program.computes
@@ -66,4 +69,6 @@ def lower_bound(
         for d in range(schedule.devices)
         if (mine := np.flatnonzero(device == d).tolist())
     ]
+    if cluster.shared_processor:
+        work.append(sum(time))
     return plain(max([chain, *work]))

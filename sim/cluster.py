@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Literal
 
 from pipeproof.sched.errors import ParameterError
-from pipeproof.sched.exact import Number
+from pipeproof.sched.exact import Number, is_number
 
 Buffering = Literal["eager", "rendezvous"] | int
 
@@ -33,14 +33,17 @@ class Link:
     bandwidth: Number | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.latency < math.inf:
+        if not is_number(self.latency) or not 0 <= self.latency < math.inf:
             raise ParameterError(
-                f"link latency must be a finite time of at least 0, got {self.latency}"
+                f"link latency must be a finite time of at least 0, got "
+                f"{self.latency!r}"
             )
-        if self.bandwidth is not None and not self.bandwidth > 0:
+        if self.bandwidth is None:
+            return
+        if not is_number(self.bandwidth) or not self.bandwidth > 0:
             raise ParameterError(
                 f"link bandwidth must be above 0 bytes per unit of time, got "
-                f"{self.bandwidth}: None means that bytes cost no time"
+                f"{self.bandwidth!r}: None means that bytes cost no time"
             )
 
     def occupied(self, size: Number) -> Number:
@@ -78,12 +81,18 @@ class Cluster:
 
     def __post_init__(self) -> None:
         Link(self.link_latency, self.link_bandwidth)
-        number = isinstance(self.buffering, int) and self.buffering >= 1
-        if self.buffering not in ("eager", "rendezvous") and not number:
+        count = self.buffering
+        if isinstance(count, bool) or (
+            count not in ("eager", "rendezvous")
+            and not (isinstance(count, int) and count >= 1)
+        ):
             raise ParameterError(
                 f"buffering must be 'eager', 'rendezvous' or a number of messages "
                 f"of at least 1, got {self.buffering!r}"
             )
+        for pair, link in self.links.items():
+            if not isinstance(link, Link):
+                raise ParameterError(f"links: expected a Link for {pair}, got {link!r}")
 
     def link(self, source: int, target: int) -> Link:
         """The link from one device to another."""

@@ -17,12 +17,10 @@ from numpy.typing import NDArray
 
 from pipeproof.sched import BufferKind, Kind, Program, Schedule
 from pipeproof.sched.errors import ParameterError
-from pipeproof.sched.exact import Number, column, plain
+from pipeproof.sched.exact import Number, column, is_number, plain
 from pipeproof.sched.memory import Sizes
 
 PerStage = Number | Sequence[Number]
-
-_TIMES = ("forward", "input_grad", "weight_grad", "backward", "recompute", "overlap")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +75,21 @@ class Cost:
     def __post_init__(self) -> None:
         for spec in fields(self):
             value = getattr(self, spec.name)
-            if value is None:
+            if value is None and spec.default is None:
                 continue
-            given = [value] if _is_number(value) else list(value)
+            if isinstance(value, (np.ndarray, np.generic)):
+                value = value.tolist()
+            per_stage = isinstance(value, Sequence) and not isinstance(value, str)
+            per_stage = per_stage and spec.name != "weight_grad_memory"
+            given = tuple(value) if per_stage else (value,)
             for number in given:
-                if not _is_number(number) or not math.isfinite(number) or number < 0:
+                if not is_number(number) or not math.isfinite(number) or number < 0:
                     raise ParameterError(
                         f"{spec.name} must be a finite number of at least 0, or one "
                         f"per stage, got {number!r}"
                     )
+            # A caller's list could change behind our back.
+            object.__setattr__(self, spec.name, given if per_stage else value)
         if self.weight_grad_memory > 1:
             raise ParameterError(
                 f"weight_grad_memory is a part of the activations, from 0 to 1, got "
@@ -164,7 +168,7 @@ class Cost:
         self, name: str, value: PerStage, schedule: Schedule, *, per_share: bool
     ) -> list[list[Number]]:
         """(pipe, stage) → number."""
-        if not isinstance(value, (int, float, Fraction)):
+        if not isinstance(value, int | float | Fraction):
             if len(value) != schedule.stages:
                 raise ParameterError(
                     f"{name} has {len(value)} numbers for {schedule.stages} stages: "
@@ -236,12 +240,13 @@ class Cost:
         if self.activation_bytes is None:
             return boundary, inputs, [[0] * schedule.stages for _ in inputs]
         full = self._bytes("activation_bytes", schedule, per_share=True)
-        for stage, (all_of_it, of_input) in enumerate(zip(full[0], inputs[0])):
-            if of_input > all_of_it:
-                raise ParameterError(
-                    f"stage {stage}: an input of {of_input} bytes exceeds the "
-                    f"{all_of_it} activation_bytes that include it"
-                )
+        for rows in zip(full, inputs):
+            for stage, (all_of_it, of_input) in enumerate(zip(*rows)):
+                if of_input > all_of_it:
+                    raise ParameterError(
+                        f"stage {stage}: an input of {of_input} bytes exceeds the "
+                        f"{all_of_it} activation_bytes that include it"
+                    )
         net = [[plain(a - b) for a, b in zip(*rows)] for rows in zip(full, inputs)]
         return boundary, inputs, net
 
@@ -273,10 +278,6 @@ def divide(number: Number, by: int) -> Number:
     if by == 1:
         return number
     return plain(Fraction(number, by) if isinstance(number, int) else number / by)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, Fraction)) and not isinstance(value, bool)
 
 
 def _over(table: list[list[Number]], by: int) -> list[list[Number]]:

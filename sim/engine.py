@@ -12,8 +12,8 @@ ints stay exact.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import numpy as np
 import simpy
@@ -77,8 +77,10 @@ class _Engine:
         self._latency = _latencies(program, sends, cluster)
 
     def run(self) -> None:
-        ready = [i for i, count in enumerate(self._conditions) if count == 0]
-        self._settle([i for i in ready if self._begin(i)])
+        ended: list[int] = []
+        for index in [i for i, count in enumerate(self._conditions) if count == 0]:
+            self._go(index, ended)
+        self._settle(ended)
         self._env.run()
         if None in self.end:
             raise DeadlockError(self._explain())
@@ -91,20 +93,27 @@ class _Engine:
         duration = self._durations[index]
         if not duration:
             return True
-        event = self._env.timeout(duration, index)
-        event.callbacks.append(self._over)
+        self._in(duration, self._over, index)
         return False
+
+    def _in(
+        self, delay: Any, callback: Callable[[simpy.Event], None], index: int
+    ) -> None:
+        event = self._env.timeout(delay, index)
+        assert event.callbacks is not None  # it has not happened yet
+        event.callbacks.append(callback)
 
     def _half(self, recv: int) -> bool:
         self._halves[recv] -= 1
         return self._halves[recv] == 0
 
     def _over(self, event: simpy.Event) -> None:
-        self._settle([event.value])
+        self._settle([cast(int, event.value)])
 
     def _arrived(self, event: simpy.Event) -> None:
-        if self._half(event.value):
-            self._settle([event.value])
+        recv = cast(int, event.value)
+        if self._half(recv):
+            self._settle([recv])
 
     def _settle(self, ended: list[int]) -> None:
         """End these, and whatever then starts and takes no time."""
@@ -117,22 +126,21 @@ class _Engine:
             for following in self._next[index]:
                 conditions[following] -= 1
                 if conditions[following] == 0:
-                    if self._begin(following):
-                        ended.append(following)
-                    self._admit(following, ended)
+                    self._go(following, ended)
 
     def _depart(self, send: int) -> bool:
         """The message is off; True if its receive ends at once."""
         recv, latency = self._recv_of[send], self._latency[send]
         if not latency:
             return self._half(recv)
-        event = self._env.timeout(latency, recv)
-        event.callbacks.append(self._arrived)
+        self._in(latency, self._arrived, recv)
         return False
 
-    def _admit(self, started: int, ended: list[int]) -> None:
-        """A posted receive lets its send begin, where the transport asks for it."""
-        send = self._next_of_start.get(started)
+    def _go(self, index: int, ended: list[int]) -> None:
+        """Start an instruction, and the send that a receive admits by that."""
+        if self._begin(index):
+            ended.append(index)
+        send = self._next_of_start.get(index)
         if send is not None:
             self._conditions[send] -= 1
             if self._conditions[send] == 0 and self._begin(send):
@@ -177,12 +185,12 @@ def _edges(program: Program, cluster: Cluster) -> Edges:
     after.append(program.waits_for.owner)
     if isinstance(cluster.buffering, int):
         # k buffers: a send waits until the receive k messages before is done.
-        recv_of = program.recv_of[program.message]
         for members in program.by_stream:
             if len(members) and program.action[members[0]] == Action.SEND:
                 late = members[cluster.buffering :]
+                early = program.message[members[: len(late)]]
                 after.append(late)
-                before.append(recv_of[members[: len(late)]].astype(np.int64))
+                before.append(program.recv_of[early].astype(np.int64))
     return np.concatenate(before), np.concatenate(after)
 
 

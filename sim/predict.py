@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -50,12 +51,16 @@ def simulate(
         cluster.link_latency,
         *(link.latency for link in cluster.links.values()),
     ]
-    scale = _whole([*set(durations), *latencies])
+    scale = _whole([*durations, *latencies])
     if scale is None:
-        start, end = play(program, durations, cluster)
+        floats = list(map(float, durations))
+        start, end = play(program, floats, _with_latencies(cluster, float))
         times = np.array(start, dtype=np.float64), np.array(end, dtype=np.float64)
     else:
-        start, end = play(program, _scaled(durations, scale), _faster(cluster, scale))
+        whole = [int(time * scale) for time in durations]
+        start, end = play(
+            program, whole, _with_latencies(cluster, lambda time: int(time * scale))
+        )
         times = _exact(start, scale), _exact(end, scale)
     notes = ("all devices share one processor",) if cluster.shared_processor else ()
     return Trace(program, *times, "predicted", sizes, notes)
@@ -91,25 +96,17 @@ def _whole(numbers: list[Any]) -> int | None:
     SimPy orders its events by time, and ints compare ten times as fast as
     Fractions.
     """
-    if any(isinstance(number, float) for number in numbers):
+    if any(issubclass(kind, float) for kind in set(map(type, numbers))):
         return None
-    return math.lcm(1, *(Fraction(number).denominator for number in numbers))
+    return math.lcm(1, *(Fraction(number).denominator for number in set(numbers)))
 
 
-def _scaled(durations: Sequence[Any], scale: int) -> Sequence[Any]:
-    return durations if scale == 1 else [int(time * scale) for time in durations]
-
-
-def _faster(cluster: Cluster, scale: int) -> Cluster:
-    from dataclasses import replace
-
-    if scale == 1:
-        return cluster
+def _with_latencies(cluster: Cluster, change: Callable[[Any], Number]) -> Cluster:
     links = {
-        pair: replace(link, latency=link.latency * scale)
+        pair: replace(link, latency=change(link.latency))
         for pair, link in cluster.links.items()
     }
-    return replace(cluster, link_latency=cluster.link_latency * scale, links=links)
+    return replace(cluster, link_latency=change(cluster.link_latency), links=links)
 
 
 def _exact(times: list[Any], scale: int) -> NDArray[Any]:

@@ -286,7 +286,7 @@ def test_inference_mode_is_refused() -> None:
     pipeline = Pipeline(mlp(2), schedule(), mse)
     with (
         torch.inference_mode(),
-        pytest.raises(ParameterError, match="torch.inference_mode forbids them"),
+        pytest.raises(ParameterError, match=r"torch\.inference_mode forbids them"),
     ):
         pipeline.step(*rows(6))
 

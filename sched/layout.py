@@ -1,0 +1,223 @@
+"""The order of all instructions of a program, and the stream of each.
+
+One canonical order that knows no costs: ops by the tick at which each could run
+if every op took one tick and links were free, devices in turn within a tick. A
+message's SEND and RECV stand together in it, beside an op that the policy of
+lowering chooses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeproof.sched.deps import Index, OpTable, Order
+from pipeproof.sched.ir import BACKWARD_KINDS, Kind, Schedule
+from pipeproof.sched.program import Action, MessageKind, Stream, StreamKind
+
+BEFORE, AT, BEHIND = 0, 1, 2
+"""Where instructions go: before the op of their step, the op, behind it."""
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The compute instructions to be: lone ops and overlap groups.
+
+    Attributes:
+        of_op: the node of each op.
+        first_op, ops: first op and number of ops of each node.
+        device: of each node.
+        rank: place of each node in the canonical order.
+        following: the next node on the same device, or -1.
+    """
+
+    of_op: Index
+    first_op: Index
+    ops: Index
+    device: NDArray[np.int32]
+    rank: Index
+    following: Index
+
+    @classmethod
+    def of(cls, schedule: Schedule, graph: Order) -> Nodes:
+        """The nodes of an order without cycles."""
+        first = graph.first_op
+        device = schedule.device_of_op[first]
+        rank = np.empty(len(first), dtype=np.int64)
+        rank[np.argsort(graph.level, kind="stable")] = np.arange(len(first))
+        following = np.arange(1, len(first) + 1)
+        last = np.append(device[1:] != device[:-1], True)
+        following[last] = -1
+        sizes = np.diff(np.append(first, len(schedule)))
+        return cls(schedule.node_of_op, first, sizes, device, rank, following)
+
+
+@dataclass(frozen=True)
+class Hops:
+    """Tensors passed between neighbouring stages, in the order of production.
+
+    Attributes:
+        kind: of `MessageKind`.
+        source_op, target_op: the ops that produce and consume it.
+        source, target: the nodes of these.
+        source_device, target_device: where they run.
+    """
+
+    kind: NDArray[np.int8]
+    source_op: Index
+    target_op: Index
+    source: Index
+    target: Index
+    source_device: NDArray[np.int32]
+    target_device: NDArray[np.int32]
+
+    @cached_property
+    def remote(self) -> NDArray[np.bool_]:
+        """Which of them cross devices, and so are messages."""
+        crosses: NDArray[np.bool_] = self.source_device != self.target_device
+        return crosses
+
+    @cached_property
+    def pair(self) -> Index:
+        """A number for each ordered pair of devices."""
+        devices = 1 + max(
+            int(self.source_device.max(initial=0)),
+            int(self.target_device.max(initial=0)),
+        )
+        return self.source_device.astype(np.int64) * devices + self.target_device
+
+
+def hops_of(schedule: Schedule, table: OpTable, nodes: Nodes) -> Hops:
+    """Activations down the stages and gradients up, in the order of production."""
+    forward, backward = table.get(Kind.F), table.get(*BACKWARD_KINDS)
+    down = forward[..., :-1].ravel(), forward[..., 1:].ravel()
+    up = backward[..., 1:].ravel(), backward[..., :-1].ravel()
+    source_op, target_op = (np.concatenate(ends) for ends in zip(down, up))
+    kind = np.repeat(
+        np.array([MessageKind.ACTIVATION, MessageKind.GRADIENT], dtype=np.int8),
+        [len(down[0]), len(up[0])],
+    )
+    by_production = np.lexsort((source_op, nodes.rank[nodes.of_op[source_op]]))
+    source_op, target_op = source_op[by_production], target_op[by_production]
+    source, target = nodes.of_op[source_op], nodes.of_op[target_op]
+    return Hops(
+        kind[by_production],
+        source_op,
+        target_op,
+        source,
+        target,
+        nodes.device[source],
+        nodes.device[target],
+    )
+
+
+def steps_of(hops: Hops, nodes: Nodes, blocking: bool, late: bool) -> Index:
+    """The rank of the op beside which each hop is appended."""
+    if not late:
+        return nodes.rank[hops.source]
+    step = nodes.rank[hops.target].copy()
+    if blocking:
+        following = nodes.following[hops.source]
+        has_one = following >= 0
+        step[has_one] = np.minimum(step[has_one], nodes.rank[following[has_one]])
+    # First in, first out: no later than any later message of the same link.
+    by_pair = np.argsort(hops.pair, kind="stable")
+    _, starts = np.unique(hops.pair[by_pair], return_index=True)
+    for members in np.split(by_pair, starts[1:]):
+        step[members] = np.minimum.accumulate(step[members][::-1])[::-1]
+    return step
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The order of all instructions.
+
+    Attributes:
+        stream, action, node, hop: per instruction; node or hop is -1.
+        compute: the instruction of each node.
+        out, into: the instructions that hand each hop on and bring it in; both
+            are its LOCAL where it stays on the device.
+        streams: as in `Program`.
+    """
+
+    stream: NDArray[np.int32]
+    action: NDArray[np.int8]
+    node: Index
+    hop: Index
+    compute: Index
+    out: Index
+    into: Index
+    streams: tuple[Stream, ...]
+
+
+def lay_out(
+    schedule: Schedule, nodes: Nodes, hops: Hops, steps: Index, phase_of_messages: int
+) -> Layout:
+    """Put every instruction in its place.
+
+    Args:
+        schedule: what is lowered.
+        nodes: its computes.
+        hops: its tensors under way.
+        steps: for each hop, the rank of the op beside which it is handed on.
+        phase_of_messages: BEFORE that op, or BEHIND it.
+    """
+    streams, send_stream, recv_stream = _streams(schedule, hops)
+    remote, local = np.flatnonzero(hops.remote), np.flatnonzero(~hops.remote)
+    all_nodes = np.arange(len(nodes.rank))
+    local_node = nodes.rank[hops.source[local]]
+    # One block each: computes, hand-overs on a device, sends, receives.
+    step = np.concatenate([nodes.rank, local_node, steps[remote], steps[remote]])
+    sizes = [len(all_nodes), len(local), len(remote), len(remote)]
+    phase = np.repeat([AT, BEHIND, phase_of_messages, phase_of_messages], sizes)
+    hop = np.concatenate([np.full(len(all_nodes), -1), local, remote, remote])
+    actions = [Action.COMPUTE, Action.LOCAL, Action.SEND, Action.RECV]
+    action = np.repeat(np.array(actions, dtype=np.int8), sizes)
+    stream = np.concatenate(
+        [
+            nodes.device,
+            hops.source_device[local],
+            send_stream[remote],
+            recv_stream[remote],
+        ]
+    )
+    node = np.concatenate([all_nodes, np.full(sum(sizes[1:]), -1)])
+    # By step, phase, hop and action, in one number: sorted once, not four times.
+    key = ((step * 3 + phase) * (len(hops.kind) + 1) + hop + 1) * len(Action) + action
+    place = np.argsort(key)
+    where = np.empty(len(place), dtype=np.int64)
+    where[place] = np.arange(len(place))
+    bounds = np.cumsum(sizes)
+    out = np.empty(len(hops.kind), dtype=np.int64)
+    into = np.empty_like(out)
+    out[local] = into[local] = where[bounds[0] : bounds[1]]
+    out[remote] = where[bounds[1] : bounds[2]]
+    into[remote] = where[bounds[2] :]
+    return Layout(
+        stream[place].astype(np.int32),
+        action[place],
+        node[place],
+        hop[place],
+        where[: bounds[0]],
+        out,
+        into,
+        streams,
+    )
+
+
+def _streams(schedule: Schedule, hops: Hops) -> tuple[tuple[Stream, ...], Index, Index]:
+    """All streams, and for each hop that of its SEND and of its RECV."""
+    remote = np.flatnonzero(hops.remote)
+    _, example, number = np.unique(
+        hops.pair[remote], return_index=True, return_inverse=True
+    )
+    streams = [Stream(device, StreamKind.COMPUTE) for device in range(schedule.devices)]
+    ends = hops.source_device[remote[example]], hops.target_device[remote[example]]
+    for a, b in zip(*(devices.tolist() for devices in ends)):
+        streams += [Stream(a, StreamKind.SEND, b), Stream(b, StreamKind.RECV, a)]
+    send = np.full(len(hops.kind), -1, dtype=np.int64)
+    send[remote] = schedule.devices + 2 * number
+    return tuple(streams), send, send + 1

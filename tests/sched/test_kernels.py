@@ -1,0 +1,61 @@
+import networkx as nx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeproof.sched import catalog, check, kernels, lower
+from pipeproof.sched.kernels import levels
+
+graphs = st.integers(1, 12).flatmap(
+    lambda nodes: st.tuples(
+        st.just(nodes),
+        st.lists(st.tuples(st.integers(0, nodes - 1), st.integers(0, nodes - 1))),
+    )
+)
+
+
+def of(nodes: int, edges: list[tuple[int, int]]) -> list[int]:
+    before, after = np.array(edges, dtype=np.int64).reshape(-1, 2).T
+    return levels(nodes, before, after).tolist()
+
+
+def test_a_diamond_and_a_cycle_with_a_tail() -> None:
+    assert of(4, [(0, 1), (0, 2), (1, 3), (2, 3)]) == [0, 1, 1, 2]
+    assert of(5, [(0, 1), (1, 2), (2, 1), (2, 3)]) == [0, -1, -1, -1, 0]
+
+
+@given(graph=graphs)
+def test_level_is_the_longest_path(graph: tuple[int, list[tuple[int, int]]]) -> None:
+    nodes, edges = graph
+    drawn = nx.DiGraph(edges)
+    drawn.add_nodes_from(range(nodes))
+    looped = {n for ring in nx.simple_cycles(drawn) for n in ring}
+    stuck = looped.union(*(nx.descendants(drawn, n) for n in looped))
+    free = drawn.subgraph(set(drawn) - stuck)
+    expected = {
+        n: nx.dag_longest_path_length(free.subgraph(nx.ancestors(free, n) | {n}))
+        for n in free
+    }
+
+    assert of(nodes, edges) == [expected.get(n, -1) for n in range(nodes)]
+
+
+@settings(max_examples=20)
+@given(graph=graphs)
+def test_compiled_and_plain_agree(graph: tuple[int, list[tuple[int, int]]]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "COMPILE_FROM", 0)
+        compiled = of(*graph)
+    assert compiled == of(*graph)
+
+
+def test_works_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "COMPILE_FROM", 0)
+    monkeypatch.setitem(__import__("sys").modules, "numba", None)
+    kernels._compiled.cache_clear()
+    schedule = catalog.make("1f1b", devices=3, micro_batches=5)
+
+    assert check(schedule).ok
+    assert len(lower(schedule)) > 30
+    kernels._compiled.cache_clear()
