@@ -8,33 +8,76 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from pipeproof.sched.errors import ParameterError
-from pipeproof.sched.exact import Number
+from pipeproof.sched.exact import Number, ratio
 from pipeproof.sched.gen import gpipe, naive, one_f_one_b
 from pipeproof.sched.ir import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Sizes and times for which a formula is asked.
+
+    Attributes:
+        p: devices.
+        m: micro-batches.
+        options: what the generator takes beside.
+        forward: F, time of a device's whole share, as for I and W.
+        input_grad: I.
+        weight_grad: W.
+        overlap: joint time of F and B where they overlap; default their sum.
+    """
+
+    p: int
+    m: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    forward: Number = 1
+    input_grad: Number = 1
+    weight_grad: Number = 1
+    overlap: Number | None = None
+
+    @property
+    def backward(self) -> Any:
+        """B = I + W."""
+        return self.input_grad + self.weight_grad
+
+    @property
+    def ideal(self) -> Any:
+        """M (F + B): the time a device computes, if nothing overlaps."""
+        return self.m * (self.forward + self.backward)
+
+
+IdleOf = Literal["step", "span", "device"]
+"""Which idle time a formula gives: of a device in the step, in the mean
+(`makespan - ideal`); inside the longest span (`span - ideal`); or of the device
+that idles most inside its own span."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """A published schedule.
 
-    The formulas hold exactly for equal stages and free links.
+    The formulas are for equal stages and free links, without recomputation.
 
     Attributes:
         name: in the catalogue.
         generator: (devices, micro_batches, options…) → Schedule.
         summary: when to use it, in a line.
         source: paper, section, arXiv id.
-        constraints: what the sizes must fulfil, in words.
-        bubble: `bubble_fraction`, as people write it.
+        constraints: what the sizes must fulfil, in words; `none` if nothing.
+        bubble: the idle time over what it is measured in, as people write it.
         peak: `peak_activations` of device d, likewise.
-        bubble_fraction: the same of (p, m), exact.
-        peak_activations: the same of (p, m, d), without recomputation.
+        idle: the formula of the idle time.
+        peak_of: the formula of the peak on device d, in micro-batches of its share.
+        idle_of: which idle time it is.
+        holds: where both formulas are exact.
+        bounds: where they are not, between what the idle time lies; None for no
+            upper bound.
+        allows: whether the generator takes these sizes; it raises if not.
     """
 
     name: str
@@ -44,54 +87,72 @@ class Row:
     constraints: str
     bubble: str
     peak: str
-    bubble_fraction: Callable[[int, int], Fraction]
-    peak_activations: Callable[[int, int, int], Number]
+    idle: Callable[[Case], Number]
+    peak_of: Callable[[Case, int], Number]
+    idle_of: IdleOf = "step"
+    holds: Callable[[Case], bool] = lambda case: True
+    bounds: Callable[[Case], tuple[Number, Number | None]] = lambda case: (0, None)
+    allows: Callable[[Case], bool] = lambda case: True
 
     @property
     def options(self) -> tuple[str, ...]:
         """What the generator takes beside the two sizes."""
         return tuple(inspect.signature(self.generator).parameters)[2:]
 
+    def make(self, case: Case) -> Schedule:
+        """The schedule of these sizes."""
+        return self.generator(case.p, case.m, **case.options)
 
-def _fill_drain(p: int, m: int) -> Fraction:
-    return Fraction(p - 1, m + p - 1)
+    def bubble_fraction(self, p: int, m: int) -> Number:
+        """Idle / (idle + ideal) with F = I = W, of the idle time of `idle_of`."""
+        case = Case(p, m)
+        idle = self.idle(case)
+        return ratio(idle, idle + case.ideal)
+
+    def peak_activations(self, p: int, m: int, d: int) -> Number:
+        """The peak on device d, with F = I = W."""
+        return self.peak_of(Case(p, m), d)
+
+
+def _fill_drain(case: Case) -> Number:
+    return (case.p - 1) * (case.forward + case.backward)  # type: ignore[no-any-return]
 
 
 CATALOG: dict[str, Row] = {
     row.name: row
     for row in (
         Row(
-            "naive",
-            naive,
-            "the baseline: what a split without a pipeline costs",
-            "Huang et al. 2018, 1811.06965, fig. 2(b)",
-            "none",
-            "(p-1)/p",
-            "1",
-            lambda p, m: Fraction(p - 1, p),
-            lambda p, m, d: 1,
+            name="naive",
+            generator=naive,
+            summary="the baseline: what a split without a pipeline costs",
+            source="Huang et al. 2018, 1811.06965, fig. 2(b)",
+            constraints="none",
+            bubble="(p-1)/p",
+            peak="1",
+            idle=lambda case: (case.p - 1) * case.ideal,
+            peak_of=lambda case, d: 1,
         ),
         Row(
-            "gpipe",
-            gpipe,
-            "simplest; with recomputation, lightest on short pipelines",
-            "Huang et al. 2018, 1811.06965, 2.2-2.3",
-            "none",
-            "(p-1)/(m+p-1)",
-            "m",
-            _fill_drain,
-            lambda p, m, d: m,
+            name="gpipe",
+            generator=gpipe,
+            summary="simplest; with recomputation, lightest on short pipelines",
+            source="Huang et al. 2018, 1811.06965, 2.2-2.3",
+            constraints="none",
+            bubble="(p-1)/(m+p-1)",
+            peak="m",
+            idle=_fill_drain,
+            peak_of=lambda case, d: case.m,
         ),
         Row(
-            "1f1b",
-            one_f_one_b,
-            "the default: GPipe's bubble, activations bounded by the pipeline",
-            "Narayanan et al. 2021, 2104.04473, 2.2.1",
-            "none",
-            "(p-1)/(m+p-1)",
-            "min(p-d, m)",
-            _fill_drain,
-            lambda p, m, d: min(p - d, m),
+            name="1f1b",
+            generator=one_f_one_b,
+            summary="the default: GPipe's bubble, activations bounded by the pipeline",
+            source="Narayanan et al. 2021, 2104.04473, 2.2.1",
+            constraints="none",
+            bubble="(p-1)/(m+p-1)",
+            peak="min(p-d, m)",
+            idle=_fill_drain,
+            peak_of=lambda case, d: min(case.p - d, case.m),
         ),
     )
 }
