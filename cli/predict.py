@@ -7,8 +7,12 @@ from typing import Any
 
 from pipeproof.cli.options import Conditions
 from pipeproof.cli.output import full
+from pipeproof.cli.progress import bar, watched
 from pipeproof.sched import Schedule, Trace, lower
 from pipeproof.sim import Cluster, Cost, simulate
+
+LONG = 200_000
+"""Ops from which on a simulation takes seconds, and shows how far it is."""
 
 
 def cost_of(conditions: Conditions) -> Cost:
@@ -38,7 +42,10 @@ def predict(schedule: Schedule, conditions: Conditions) -> Trace:
         transfers=conditions.transfers,  # type: ignore[arg-type]
         receives=conditions.receives,  # type: ignore[arg-type]
     )
-    return simulate(program, cost, cluster)
+    if len(schedule) < LONG or not watched():
+        return simulate(program, cost, cluster)
+    with bar("simulating") as move:
+        return simulate(program, cost, cluster, progress=move)
 
 
 def figures(trace: Trace) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ import click
 from pipeproof.cli.options import Conditions, Features
 from pipeproof.cli.output import emit_json, emit_table, full, shown
 from pipeproof.cli.predict import figures, predict
+from pipeproof.cli.progress import tracked
 from pipeproof.cli.source import make
 from pipeproof.sched import CATALOG, ParameterError, PipeproofError, Trace
 
@@ -41,7 +41,7 @@ def tabulate(
         raise ParameterError(
             f"{len(cells):,} cells exceed {MAX_CELLS:,}: sweep in parts"
         )
-    entries = list(_entries(_with_progress(cells), features, conditions))
+    entries = list(_entries(tracked(cells, "simulating"), features, conditions))
     if as_json:
         emit_json({"cells": entries})
     else:
@@ -88,12 +88,3 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
         shown(entry["makespan"]),
         "",
     )
-
-
-def _with_progress(cells: list[T]) -> Iterable[T]:
-    if not sys.stderr.isatty():
-        return cells
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(cells, "simulating", console=Console(file=sys.stderr), transient=True)

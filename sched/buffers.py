@@ -124,6 +124,12 @@ class Buffers:
         gradient = self._new(BufferKind.GRADIENT, self.last[example])
         self.table[-1][:, 3:5] = -1, 0
         self.writes.append((self._at(self.last), gradient[number]))
+        reduces = np.flatnonzero(self.schedule.ops.kind == Kind.REDUCE)
+        mine = self.schedule.device_of_op[reduces].astype(np.int64)
+        mine = mine * self.schedule.stages + self.schedule.ops.stage[reduces]
+        place = np.searchsorted(key[example], mine)
+        self.reads.append((self._at(reduces), gradient[place]))
+        self.writes.append((self._at(reduces), gradient[place]))
 
     def reuse(self) -> Pairs:
         """Let arriving tensors take over the slots of freed ones, and wait for it.

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.deps import OpTable, Order, order
+from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.findings import SHOWN, Finding, Report
 from pipeproof.sched.ir import STAGE_KINDS, Kind, Op, Schedule
 
@@ -23,7 +24,15 @@ def check(schedule: Schedule) -> Report:
 
     Takes time linear in the ops. All findings come together; `raise_if_bad`
     turns them into one error.
+
+    Raises:
+        ParameterError: something other than a schedule.
     """
+    if not isinstance(schedule, Schedule):
+        raise ParameterError(
+            f"check judges a Schedule, found {type(schedule).__name__}: a Program is "
+            "judged by the schedule that it was lowered from"
+        )
     return schedule.report
 
 

@@ -24,14 +24,16 @@ BEFORE, AT, BEHIND = 0, 1, 2
 
 @dataclass(frozen=True)
 class Nodes:
-    """The compute instructions to be: lone ops and overlap groups.
+    """The instructions that ops become: lone ops and overlap groups.
 
     Attributes:
         of_op: the node of each op.
         first_op, ops: first op and number of ops of each node.
         device: of each node.
         rank: place of each node in the canonical order.
-        following: the next node on the same device, or -1.
+        reduces: whether it is a REDUCE, and so runs beside the compute stream.
+        previous, following: the node before and behind it on its device's compute
+            stream, or -1.
     """
 
     of_op: Index
@@ -39,6 +41,8 @@ class Nodes:
     ops: Index
     device: NDArray[np.int32]
     rank: Index
+    reduces: NDArray[np.bool_]
+    previous: Index
     following: Index
 
     @classmethod
@@ -48,11 +52,36 @@ class Nodes:
         device = schedule.device_of_op[first]
         rank = np.empty(len(first), dtype=np.int64)
         rank[np.argsort(graph.level, kind="stable")] = np.arange(len(first))
-        following = np.arange(1, len(first) + 1)
-        last = np.append(device[1:] != device[:-1], True)
-        following[last] = -1
+        reduces: NDArray[np.bool_] = schedule.ops.kind[first] == Kind.REDUCE
+        previous, following = _neighbours(device, ~reduces)
         sizes = np.diff(np.append(first, len(schedule)))
-        return cls(schedule.node_of_op, first, sizes, device, rank, following)
+        return cls(
+            schedule.node_of_op,
+            first,
+            sizes,
+            device,
+            rank,
+            reduces,
+            previous,
+            following,
+        )
+
+
+def _neighbours(
+    device: NDArray[np.int32], counts: NDArray[np.bool_]
+) -> tuple[Index, Index]:
+    """For each node the nearest that counts before and behind it on its device."""
+    size = len(device)
+    place = np.arange(size)
+    before = np.maximum.accumulate(np.where(counts, place, -1))
+    before = np.concatenate([[-1], before[:-1]])
+    behind = np.minimum.accumulate(np.where(counts, place, size)[::-1])[::-1]
+    behind = np.append(behind[1:], size)
+    for near, outside in ((before, -1), (behind, size)):
+        there = near != outside
+        there[there] = device[near[there]] == device[there]
+        near[~there] = -1
+    return before, behind
 
 
 @dataclass(frozen=True)
@@ -160,25 +189,29 @@ def lay_out(
 
     Args:
         schedule: what is lowered.
-        nodes: its computes.
+        nodes: its ops and groups.
         hops: its tensors under way.
         steps: for each hop, the rank of the op beside which it is handed on.
         phase_of_messages: BEFORE that op, or BEHIND it.
     """
     streams, send_stream, recv_stream = _streams(schedule, hops)
+    node_stream, streams = _with_reductions(nodes, streams)
     remote, local = np.flatnonzero(hops.remote), np.flatnonzero(~hops.remote)
     all_nodes = np.arange(len(nodes.rank))
     local_node = nodes.rank[hops.source[local]]
-    # One block each: computes, hand-overs on a device, sends, receives.
-    step = np.concatenate([nodes.rank, local_node, steps[remote], steps[remote]])
+    # One block each: nodes, hand-overs on a device, sends, receives.
+    step = np.concatenate(
+        [_meeting(schedule, nodes), local_node, steps[remote], steps[remote]]
+    )
     sizes = [len(all_nodes), len(local), len(remote), len(remote)]
     phase = np.repeat([AT, BEHIND, phase_of_messages, phase_of_messages], sizes)
     hop = np.concatenate([np.full(len(all_nodes), -1), local, remote, remote])
     actions = [Action.COMPUTE, Action.LOCAL, Action.SEND, Action.RECV]
     action = np.repeat(np.array(actions, dtype=np.int8), sizes)
+    action[: len(all_nodes)][nodes.reduces] = Action.REDUCE
     stream = np.concatenate(
         [
-            nodes.device,
+            node_stream,
             hops.source_device[local],
             send_stream[remote],
             recv_stream[remote],
@@ -187,7 +220,7 @@ def lay_out(
     node = np.concatenate([all_nodes, np.full(sum(sizes[1:]), -1)])
     # By step, phase, hop and action, in one number: sorted once, not four times.
     key = ((step * 3 + phase) * (len(hops.kind) + 1) + hop + 1) * len(Action) + action
-    place = np.argsort(key)
+    place = np.argsort(key, kind="stable")
     where = np.empty(len(place), dtype=np.int64)
     where[place] = np.arange(len(place))
     bounds = np.cumsum(sizes)
@@ -221,3 +254,30 @@ def _streams(schedule: Schedule, hops: Hops) -> tuple[tuple[Stream, ...], Index,
     send = np.full(len(hops.kind), -1, dtype=np.int64)
     send[remote] = schedule.devices + 2 * number
     return tuple(streams), send, send + 1
+
+
+def _meeting(schedule: Schedule, nodes: Nodes) -> Index:
+    """The rank of each node; of a REDUCE, the last of those that meet in it.
+
+    All devices so come to their common reductions in one order, and no two can
+    wait for each other in different ones.
+    """
+    rank = nodes.rank.copy()
+    stage = schedule.ops.stage[nodes.first_op]
+    latest = np.zeros(schedule.stages, dtype=np.int64)
+    np.maximum.at(latest, stage[nodes.reduces], rank[nodes.reduces])
+    rank[nodes.reduces] = latest[stage[nodes.reduces]]
+    return rank
+
+
+def _with_reductions(
+    nodes: Nodes, streams: tuple[Stream, ...]
+) -> tuple[NDArray[np.int32], tuple[Stream, ...]]:
+    """The stream of each node, and all streams, those that REDUCE runs on last."""
+    stream = nodes.device.copy()
+    if not nodes.reduces.any():
+        return stream, streams
+    devices, number = np.unique(nodes.device[nodes.reduces], return_inverse=True)
+    stream[nodes.reduces] = len(streams) + number
+    added = [Stream(device, StreamKind.REDUCE) for device in devices.tolist()]
+    return stream, (*streams, *added)

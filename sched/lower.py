@@ -38,7 +38,7 @@ from pipeproof.sched.layout import (
     lay_out,
     steps_of,
 )
-from pipeproof.sched.program import COMPUTED, Action, Lists, Program, side_by_side
+from pipeproof.sched.program import LOWERED, Action, Lists, Program, side_by_side
 
 Transfers = Literal["overlapped", "blocking"]
 Receives = Literal["early", "late"]
@@ -77,7 +77,7 @@ def lower(
     steps = steps_of(hops, nodes, blocking, late)
     layout = lay_out(schedule, nodes, hops, steps, BEFORE if late else BEHIND)
     buffers = Buffers(schedule, table, nodes, hops, layout)
-    waits = _waits(nodes, hops, layout)
+    waits = [*_waits(nodes, hops, layout), _reductions(nodes, layout)]
     if blocking:
         waits.append(_blocking(nodes, hops, layout))
     if late:
@@ -89,7 +89,7 @@ def lower(
 
 def _supported(schedule: Schedule) -> None:
     kinds = {Kind(kind) for kind in np.unique(schedule.ops.kind).tolist()}
-    if missing := sorted(kind.name for kind in kinds - COMPUTED):
+    if missing := sorted(kind.name for kind in kinds - LOWERED):
         raise UnsupportedError(
             f"{schedule.summary}: {', '.join(missing)} can be written and checked, "
             "but not lowered to a program yet"
@@ -121,6 +121,12 @@ def _blocking(nodes: Nodes, hops: Hops, layout: Layout) -> Waits:
     return layout.compute[following[blocked]], layout.out[blocked]
 
 
+def _reductions(nodes: Nodes, layout: Layout) -> Waits:
+    """A REDUCE waits for the device's ops before it; none behind it waits for it."""
+    reducing = np.flatnonzero(nodes.reduces & (nodes.previous >= 0))
+    return layout.compute[reducing], layout.compute[nodes.previous[reducing]]
+
+
 def _just_in_time(nodes: Nodes, hops: Hops, layout: Layout, steps: Index) -> Waits:
     """A receive waits for the device's last op before its step."""
     remote = np.flatnonzero(hops.remote)
@@ -128,8 +134,9 @@ def _just_in_time(nodes: Nodes, hops: Hops, layout: Layout, steps: Index) -> Wai
     place = nodes.device.astype(np.int64) * stride + nodes.rank
     device = hops.target_device[remote]
     wanted = device.astype(np.int64) * stride + steps[remote]
-    last = np.searchsorted(place, wanted) - 1
-    there = (last >= 0) & (nodes.device[last] == device)
+    computes = np.flatnonzero(~nodes.reduces)
+    last = computes[np.searchsorted(place[computes], wanted) - 1]
+    there = (nodes.device[last] == device) & (place[last] < wanted)
     return layout.into[remote[there]], layout.compute[last[there]]
 
 

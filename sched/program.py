@@ -52,6 +52,7 @@ class StreamKind(IntEnum):
     RECV = 2
     TO_HOST = 3
     FROM_HOST = 4
+    REDUCE = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,8 +348,8 @@ class Program:
         return text
 
 
-COMPUTED = frozenset({Kind.F, Kind.B, Kind.I, Kind.W, Kind.R})
-"""Kinds that become a COMPUTE instruction."""
+LOWERED = frozenset({Kind.F, Kind.B, Kind.I, Kind.W, Kind.R, Kind.REDUCE})
+"""Kinds that become instructions."""
 
 
 def side_by_side(rows: int, *columns: NDArray[Any] | int) -> Column:

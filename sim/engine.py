@@ -12,7 +12,9 @@ ints stay exact.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import count, pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -34,8 +36,18 @@ class DeadlockError(PipeproofError):
     """A simulated program in which nothing can go on."""
 
 
+Progress = Callable[[int, int], None]
+"""Told how many of how many events are over."""
+
+REPORT_EVERY = 20_000
+"""Events between two such calls."""
+
+
 def play(
-    program: Program, durations: Sequence[Number], cluster: Cluster
+    program: Program,
+    durations: Sequence[Number],
+    cluster: Cluster,
+    progress: Progress | None = None,
 ) -> tuple[list[Any], list[Any]]:
     """Start and end of each instruction.
 
@@ -43,12 +55,13 @@ def play(
         program: what to play.
         durations: per instruction; for a SEND, how long it occupies its link.
         cluster: latencies, buffering, and whether devices share a processor.
+        progress: called now and then while it plays.
 
     Raises:
         DeadlockError: naming the instructions that wait for each other.
     """
     engine = _Engine(program, durations, cluster)
-    engine.run()
+    engine.run(progress)
     return engine.start, engine.end
 
 
@@ -56,18 +69,18 @@ class _Engine:
     def __init__(
         self, program: Program, durations: Sequence[Number], cluster: Cluster
     ) -> None:
-        count = len(program)
-        self.start: list[Any] = [None] * count
-        self.end: list[Any] = [None] * count
+        size = len(program)
+        self.start: list[Any] = [None] * size
+        self.end: list[Any] = [None] * size
         self._program = program
         self._env = simpy.Environment(initial_time=0)
         self._durations = durations
         self._after_end = _edges(program, cluster)
         self._after_start = _admitted_by_start(program, cluster)
-        self._next = _grouped(count, self._after_end)
+        self._next = _grouped(size, self._after_end)
         self._next_of_start = dict(zip(*map(np.ndarray.tolist, self._after_start)))
-        conditions = np.bincount(self._after_end[1], minlength=count)
-        conditions += np.bincount(self._after_start[1], minlength=count)
+        conditions = np.bincount(self._after_end[1], minlength=size)
+        conditions += np.bincount(self._after_start[1], minlength=size)
         self._conditions: list[int] = conditions.tolist()
         # A receive ends when it is posted and its message is there.
         self._halves = dict.fromkeys(_where(program, Action.RECV).tolist(), 2)
@@ -76,14 +89,28 @@ class _Engine:
         self._recv_of = dict(zip(sends.tolist(), recvs.tolist()))
         self._latency = _latencies(program, sends, cluster)
 
-    def run(self) -> None:
+    def run(self, progress: Progress | None) -> None:
         ended: list[int] = []
-        for index in [i for i, count in enumerate(self._conditions) if count == 0]:
+        for index in [i for i, left in enumerate(self._conditions) if left == 0]:
             self._go(index, ended)
         self._settle(ended)
-        self._env.run()
+        if progress is None:
+            self._env.run()
+        else:
+            self._run_watched(progress)
         if None in self.end:
             raise DeadlockError(self._explain())
+
+    def _run_watched(self, progress: Progress) -> None:
+        total = sum(1 for duration in self._durations if duration)
+        total += sum(1 for latency in self._latency.values() if latency)
+        for done in count():
+            if self._env.peek() == math.inf:
+                progress(total, total)
+                return
+            if done % REPORT_EVERY == 0:
+                progress(done, total)
+            self._env.step()
 
     def _begin(self, index: int) -> bool:
         """Start an instruction; True if it ends at once."""
@@ -183,6 +210,9 @@ def _edges(program: Program, cluster: Cluster) -> Edges:
     after = [members[1:] for members in streams]
     before.append(program.waits_for.values.astype(np.int64))
     after.append(program.waits_for.owner)
+    for waits, starts in _meetings(program):
+        before.append(waits)
+        after.append(starts)
     if isinstance(cluster.buffering, int):
         # k buffers: a send waits until the receive k messages before is done.
         for members in program.by_stream:
@@ -192,6 +222,31 @@ def _edges(program: Program, cluster: Cluster) -> Edges:
                 after.append(late)
                 before.append(program.recv_of[early].astype(np.int64))
     return np.concatenate(before), np.concatenate(after)
+
+
+def _meetings(program: Program) -> list[Edges]:
+    """A REDUCE starts on all devices at once: what one waits for, all wait for."""
+    reducing = _where(program, Action.REDUCE)
+    stage = program.schedule.ops.stage[program.first_op[reducing]]
+    needs = {index: program.waits_for[index] for index in reducing.tolist()}
+    for members in program.by_stream:
+        if len(members) and program.action[members[0]] == Action.REDUCE:
+            for one, following in pairwise(members.tolist()):
+                needs[following].append(one)
+    result: list[Edges] = []
+    for number in np.unique(stage).tolist():
+        group = reducing[stage == number].tolist()
+        pairs = [
+            (need, other)
+            for one in group
+            for need in needs[one]
+            for other in group
+            if other != one
+        ]
+        if pairs:
+            ends = np.array(pairs, dtype=np.int64)
+            result.append((ends[:, 0], ends[:, 1]))
+    return result
 
 
 def _admitted_by_start(program: Program, cluster: Cluster) -> Edges:

@@ -17,13 +17,15 @@ from pipeproof.sched.exact import Number, column
 from pipeproof.sched.memory import Sizes
 from pipeproof.sim.cluster import Cluster
 from pipeproof.sim.cost import Cost
-from pipeproof.sim.engine import play
+from pipeproof.sim.engine import Progress, play
 
 
 def simulate(
     schedule: Schedule | Program,
     cost: Cost | None = None,
     cluster: Cluster | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> Trace:
     """Predict when everything runs and what memory it takes.
 
@@ -32,6 +34,7 @@ def simulate(
             wanted.
         cost: default 1 for each of forward, input gradient and weight gradient.
         cluster: default free links.
+        progress: called now and then with how many of how many events are over.
 
     Returns:
         A trace in the cost's unit of time: exact where all numbers were ints or
@@ -54,12 +57,15 @@ def simulate(
     scale = _whole([*durations, *latencies])
     if scale is None:
         floats = list(map(float, durations))
-        start, end = play(program, floats, _with_latencies(cluster, float))
+        start, end = play(program, floats, _with_latencies(cluster, float), progress)
         times = np.array(start, dtype=np.float64), np.array(end, dtype=np.float64)
     else:
         whole = [int(time * scale) for time in durations]
         start, end = play(
-            program, whole, _with_latencies(cluster, lambda time: int(time * scale))
+            program,
+            whole,
+            _with_latencies(cluster, lambda time: int(time * scale)),
+            progress,
         )
         times = _exact(start, scale), _exact(end, scale)
     notes = ("all devices share one processor",) if cluster.shared_processor else ()

@@ -24,7 +24,7 @@ from pipeproof.sched import (
     lower,
     overlap,
 )
-from pipeproof.sched.program import Lists
+from pipeproof.sched.program import Lists, StreamKind
 from pipeproof.sim import Cluster, Cost, DeadlockError, Link, simulate
 
 POLICIES = st.fixed_dictionaries(
@@ -265,3 +265,54 @@ def test_no_program_deadlocks(schedule: Schedule, policies: Any, k: int) -> None
     program = lower(schedule, **policies)
     for buffering in ("eager", "rendezvous", k):
         assert simulate(program, Cost(), Cluster(buffering=buffering)).makespan > 0
+
+
+def test_progress_is_told_and_changes_nothing() -> None:
+    told: list[tuple[int, int]] = []
+    schedule = catalog.make("1f1b", devices=2, micro_batches=3)
+    cluster = Cluster(link_latency=1)
+
+    watched = simulate(
+        schedule, None, cluster, progress=lambda *done: told.append(done)
+    )
+
+    assert watched.end.tolist() == simulate(schedule, None, cluster).end.tolist()
+    assert told == [(0, 18), (18, 18)]  # 12 ops and 6 messages under way
+
+
+def reductions(order_of_last: str) -> Schedule:
+    """Two pipes on two devices; device 1 lists its reductions in another order."""
+    return Schedule.parse(
+        f"""\
+devices: 2
+placement: bidirectional
+micro-batches: 3
+pipes: 0 2 | 1
+
+device 0 | 0F0 1F1 0F2 1B1 0B0 0B2 0REDUCE 1REDUCE
+device 1 | 0F1 1F0 1B0 0B1 1F2 1B2 {order_of_last}
+"""
+    )
+
+
+@pytest.mark.parametrize("last", ["0REDUCE 1REDUCE", "1REDUCE 0REDUCE"])
+def test_devices_meet_in_their_reductions_in_one_order(last: str) -> None:
+    program = lower(reductions(last))
+    listed = [
+        program.label(i)
+        for stream, members in zip(program.streams, program.by_stream, strict=True)
+        if stream.kind == StreamKind.REDUCE
+        for i in members.tolist()
+    ]
+
+    assert listed[:2] == listed[2:]
+
+
+def test_a_reduction_starts_when_the_last_replica_is_there() -> None:
+    program = lower(reductions("0REDUCE 1REDUCE"))
+    trace = simulate(program, Cost(forward=1, backward=2))
+    reduced = np.flatnonzero(program.action == Action.REDUCE)
+
+    done = [trace.end[program.by_stream[d]].max() for d in range(2)]
+    assert done[0] != done[1]
+    assert set(trace.start[reduced].tolist()) == {max(done)}
