@@ -181,11 +181,30 @@ def order(schedule: Schedule, table: OpTable) -> Order:
     before, after = node[before], node[after]
     apart = before != after
     device = schedule.device_of_op[first_op]
-    neighbours = np.flatnonzero(device[:-1] == device[1:])
-    edges_from = np.concatenate([before[apart], neighbours])
-    edges_to = np.concatenate([after[apart], neighbours + 1])
+    # A REDUCE runs beside the compute stream: what comes behind need not wait.
+    previous, _ = neighbours(device, schedule.ops.kind[first_op] != Kind.REDUCE)
+    behind = np.flatnonzero(previous >= 0)
+    edges_from = np.concatenate([before[apart], previous[behind]])
+    edges_to = np.concatenate([after[apart], behind])
     level = levels(len(first_op), edges_from, edges_to)
     return Order(level, first_op, edges_from, edges_to)
+
+
+def neighbours(
+    device: NDArray[np.int32], counts: NDArray[np.bool_]
+) -> tuple[Index, Index]:
+    """For each node the nearest that counts before and behind it on its device."""
+    size = len(device)
+    place = np.arange(size)
+    before = np.maximum.accumulate(np.where(counts, place, -1))
+    before = np.concatenate([[-1], before[:-1]])
+    behind = np.minimum.accumulate(np.where(counts, place, size)[::-1])[::-1]
+    behind = np.append(behind[1:], size)
+    for near, outside in ((before, -1), (behind, size)):
+        there = near != outside
+        there[there] = device[near[there]] == device[there]
+        near[~there] = -1
+    return before, behind
 
 
 def csr(rows: int, row: NDArray[Any], value: NDArray[Any]) -> tuple[Index, Index]:

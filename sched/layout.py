@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched.deps import Index, OpTable, Order
+from pipeproof.sched.deps import Index, OpTable, Order, neighbours
 from pipeproof.sched.ir import BACKWARD_KINDS, Kind, Schedule
 from pipeproof.sched.program import Action, MessageKind, Stream, StreamKind
 
@@ -53,7 +53,7 @@ class Nodes:
         rank = np.empty(len(first), dtype=np.int64)
         rank[np.argsort(graph.level, kind="stable")] = np.arange(len(first))
         reduces: NDArray[np.bool_] = schedule.ops.kind[first] == Kind.REDUCE
-        previous, following = _neighbours(device, ~reduces)
+        previous, following = neighbours(device, ~reduces)
         sizes = np.diff(np.append(first, len(schedule)))
         return cls(
             schedule.node_of_op,
@@ -65,23 +65,6 @@ class Nodes:
             previous,
             following,
         )
-
-
-def _neighbours(
-    device: NDArray[np.int32], counts: NDArray[np.bool_]
-) -> tuple[Index, Index]:
-    """For each node the nearest that counts before and behind it on its device."""
-    size = len(device)
-    place = np.arange(size)
-    before = np.maximum.accumulate(np.where(counts, place, -1))
-    before = np.concatenate([[-1], before[:-1]])
-    behind = np.minimum.accumulate(np.where(counts, place, size)[::-1])[::-1]
-    behind = np.append(behind[1:], size)
-    for near, outside in ((before, -1), (behind, size)):
-        there = near != outside
-        there[there] = device[near[there]] == device[there]
-        near[~there] = -1
-    return before, behind
 
 
 @dataclass(frozen=True)

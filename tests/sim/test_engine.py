@@ -316,3 +316,24 @@ def test_a_reduction_starts_when_the_last_replica_is_there() -> None:
     done = [trace.end[program.by_stream[d]].max() for d in range(2)]
     assert done[0] != done[1]
     assert set(trace.start[reduced].tolist()) == {max(done)}
+
+
+def test_ops_behind_a_reduction_need_not_wait_for_it() -> None:
+    """Device 1 adds to stage 0 only after what device 0 does behind its REDUCE."""
+    schedule = Schedule.parse(
+        """\
+devices: 2
+placement: bidirectional
+micro-batches: 2
+pipes: 0 | 1
+
+device 0 | 0F0 0B0 0REDUCE 1F1 1B1 1REDUCE
+device 1 | 1F0 1B0 0F1 0B1 0REDUCE 1REDUCE
+"""
+    )
+    trace = simulate(schedule, Cost(forward=1, backward=1))
+
+    assert trace.grid().splitlines() == [
+        "device 0 | 0F0 ... ... 0B0 1F1 1B1 ...",
+        "device 1 | ... 1F0 1B0 0F1 ... ... 0B1",
+    ]
