@@ -153,6 +153,7 @@ class Conditions:
     input_bytes: Any
     link_latency: Number | None
     link_bandwidth: Number | None
+    host_bandwidth: Number | None
     buffering: Any
     transfers: str
     receives: str
@@ -211,6 +212,7 @@ _CONDITIONS = [
     _amount("--input-bytes", "A stage's input; default the boundary before it."),
     _number("--link-latency", "Of every link; default 0."),
     _number("--link-bandwidth", "Bytes per unit of time; default unlimited."),
+    _number("--host-bandwidth", "Of OFFLOAD and RELOAD; default unlimited."),
     click.option(
         "--buffering",
         type=buffering,

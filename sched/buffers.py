@@ -40,6 +40,8 @@ class Buffers:
         self.backward = self.ops.get(*BACKWARD_KINDS).ravel()
         weight = self.ops.get(Kind.W).ravel()
         again = self.ops.get(Kind.R).ravel()
+        self.away = self.ops.get(Kind.OFFLOAD).ravel()
+        self.back = self.ops.get(Kind.RELOAD).ravel()
         self.split = weight >= 0
         self.last = np.where(self.split, weight, self.backward)
         self.writer = np.where(again >= 0, again, forward)
@@ -72,16 +74,50 @@ class Buffers:
     def _stashes(self) -> None:
         activation = self._new(BufferKind.ACTIVATION, self.forward)
         self.writes.append((self._at(self.writer), activation))
-        self.reads.append((self._at(self.backward), activation))
-        self.frees.append((self._at(self.backward), activation))
+        held = self._through_host(activation)
+        self.reads.append((self._at(self.backward), held))
+        self.frees.append((self._at(self.backward), held))
         split = self.split
         stash = self._new(BufferKind.WEIGHT_STASH, self.forward[split])
-        self.writes += [
-            (self._at(self.writer[split]), stash),
-            (self._at(self.backward[split]), stash),
-        ]
-        self.reads.append((self._at(self.weight[split]), stash))
-        self.frees.append((self._at(self.weight[split]), stash))
+        self.writes.append((self._at(self.writer[split]), stash))
+        held = self._through_host(stash, split)
+        self.writes.append((self._at(self.backward[split]), held))
+        self.reads.append((self._at(self.weight[split]), held))
+        self.frees.append((self._at(self.weight[split]), held))
+
+    def _through_host(
+        self, buffers: Index, of: NDArray[np.bool_] | None = None
+    ) -> Index:
+        """Where what these buffers hold lies after a reload.
+
+        Args:
+            buffers: one for each forward, or for those of a mask.
+            of: that mask.
+        """
+        away, back = self.away, self.back
+        if of is not None:
+            away, back = away[of], back[of]
+        moved = away >= 0
+        if not moved.any():
+            return buffers
+        away, back = self._at(away[moved]), self._at(back[moved])
+        kind = np.concatenate(self.table)[buffers[moved], 0]
+        host = self._like(BufferKind.HOST, buffers[moved])
+        again = self._like(kind, buffers[moved])
+        self.reads += [(away, buffers[moved]), (back, host)]
+        self.frees += [(away, buffers[moved]), (back, host)]
+        self.writes += [(away, host), (back, again)]
+        held = buffers.copy()
+        held[moved] = again
+        return held
+
+    def _like(self, kind: BufferKind | NDArray[np.int32], buffers: Index) -> Index:
+        """A buffer of this kind for each of these, belonging to the same."""
+        rows = np.concatenate(self.table)[buffers].copy()
+        rows[:, 0], rows[:, 5] = kind, -1
+        self.table.append(rows)
+        self.count += len(rows)
+        return np.arange(self.count - len(rows), self.count)
 
     def _inputs(self) -> None:
         """Inputs arrive, but for the first stage's, which its F brings in."""
@@ -93,9 +129,10 @@ class Buffers:
         self.reads += [
             (self._at(self.forward[~first]), inputs[~first]),
             (self._at(self.again[recomputed]), inputs[recomputed]),
-            (self._at(self.last), inputs),
         ]
-        self.frees.append((self._at(self.last), inputs))
+        held = self._through_host(inputs)
+        self.reads.append((self._at(self.last), held))
+        self.frees.append((self._at(self.last), held))
         self.input_of_op = np.full(len(self.schedule), -1, dtype=np.int64)
         self.input_of_op[self.forward] = inputs
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeproof.sched.deps import OpTable, Order, order
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.findings import SHOWN, Finding, Report
-from pipeproof.sched.ir import STAGE_KINDS, Kind, Op, Schedule
+from pipeproof.sched.ir import BESIDE_KINDS, STAGE_KINDS, Kind, Op, Schedule
 
 
 def check(schedule: Schedule) -> Report:
@@ -307,7 +307,7 @@ def _stages_last(judge: _Judge) -> Iterator[Finding]:
 
 
 def _groups(judge: _Judge) -> Iterator[Finding]:
-    """No op of an overlap group needs another of the same group."""
+    """Ops of an overlap group compute, and none needs another of its group."""
     if not judge.schedule.ops.joined.any():
         return
     before, after = judge.table.dependencies
@@ -320,6 +320,17 @@ def _groups(judge: _Judge) -> Iterator[Finding]:
             expected="ops of an overlap group to be independent of each other",
             found=f"{judge.name(index)} needs {judge.name(needed)} of its own group",
             remedy="Take one of them out of the group",
+        )
+    ops = judge.schedule.ops
+    alone = np.bincount(node)[node] == 1
+    beside = np.isin(ops.kind, [*BESIDE_KINDS, *STAGE_KINDS]) & ~alone
+    for index in np.flatnonzero(beside).tolist():
+        yield judge.at(
+            "group",
+            index,
+            expected="ops that compute in an overlap group: they share the device",
+            found=f"{judge.name(index)} runs beside the compute stream anyway",
+            remedy="Take it out of the group",
         )
 
 

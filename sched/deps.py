@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched.ir import BACKWARD_KINDS, STAGE_KINDS, Kind, Schedule
+from pipeproof.sched.ir import BACKWARD_KINDS, BESIDE_KINDS, STAGE_KINDS, Kind, Schedule
 
 Index = NDArray[np.int64]
 ABSENT = -1
@@ -181,13 +181,22 @@ def order(schedule: Schedule, table: OpTable) -> Order:
     before, after = node[before], node[after]
     apart = before != after
     device = schedule.device_of_op[first_op]
-    # A REDUCE runs beside the compute stream: what comes behind need not wait.
-    previous, _ = neighbours(device, schedule.ops.kind[first_op] != Kind.REDUCE)
+    kind = schedule.ops.kind[first_op]
+    computes = ~np.isin(kind, BESIDE_KINDS)
+    edges_from, edges_to = [before[apart]], [after[apart]]
+    previous, _ = neighbours(device, computes)
+    for copies in (Kind.OFFLOAD, Kind.RELOAD):  # each on a stream, in order
+        mine = kind == copies
+        ahead, _ = neighbours(device, mine)
+        following = np.flatnonzero(mine & (ahead >= 0))
+        edges_from.append(ahead[following])
+        edges_to.append(following)
     behind = np.flatnonzero(previous >= 0)
-    edges_from = np.concatenate([before[apart], previous[behind]])
-    edges_to = np.concatenate([after[apart], behind])
-    level = levels(len(first_op), edges_from, edges_to)
-    return Order(level, first_op, edges_from, edges_to)
+    edges_from.append(previous[behind])
+    edges_to.append(behind)
+    sources, targets = np.concatenate(edges_from), np.concatenate(edges_to)
+    level = levels(len(first_op), sources, targets)
+    return Order(level, first_op, sources, targets)
 
 
 def neighbours(

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from pipeproof.sched.errors import ParameterError, at_least_one
 from pipeproof.sched.ops import BACKWARD_KINDS as BACKWARD_KINDS
+from pipeproof.sched.ops import BESIDE_KINDS as BESIDE_KINDS
 from pipeproof.sched.ops import MAX_NUMBER as MAX_NUMBER
 from pipeproof.sched.ops import RESERVED_WORDS as RESERVED_WORDS
 from pipeproof.sched.ops import STAGE_KINDS as STAGE_KINDS

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.deps import Index, OpTable, Order, neighbours
-from pipeproof.sched.ir import BACKWARD_KINDS, Kind, Schedule
+from pipeproof.sched.ir import BACKWARD_KINDS, BESIDE_KINDS, Kind, Schedule
 from pipeproof.sched.program import Action, MessageKind, Stream, StreamKind
 
 BEFORE, AT, BEHIND = 0, 1, 2
@@ -31,7 +31,8 @@ class Nodes:
         first_op, ops: first op and number of ops of each node.
         device: of each node.
         rank: place of each node in the canonical order.
-        reduces: whether it is a REDUCE, and so runs beside the compute stream.
+        kind: of its first op.
+        beside: whether it runs beside the compute stream.
         previous, following: the node before and behind it on its device's compute
             stream, or -1.
     """
@@ -41,7 +42,8 @@ class Nodes:
     ops: Index
     device: NDArray[np.int32]
     rank: Index
-    reduces: NDArray[np.bool_]
+    kind: NDArray[np.int8]
+    beside: NDArray[np.bool_]
     previous: Index
     following: Index
 
@@ -52,8 +54,9 @@ class Nodes:
         device = schedule.device_of_op[first]
         rank = np.empty(len(first), dtype=np.int64)
         rank[np.argsort(graph.level, kind="stable")] = np.arange(len(first))
-        reduces: NDArray[np.bool_] = schedule.ops.kind[first] == Kind.REDUCE
-        previous, following = neighbours(device, ~reduces)
+        kind = schedule.ops.kind[first]
+        beside = np.isin(kind, BESIDE_KINDS)
+        previous, following = neighbours(device, ~beside)
         sizes = np.diff(np.append(first, len(schedule)))
         return cls(
             schedule.node_of_op,
@@ -61,7 +64,8 @@ class Nodes:
             sizes,
             device,
             rank,
-            reduces,
+            kind,
+            beside,
             previous,
             following,
         )
@@ -178,7 +182,7 @@ def lay_out(
         phase_of_messages: BEFORE that op, or BEHIND it.
     """
     streams, send_stream, recv_stream = _streams(schedule, hops)
-    node_stream, streams = _with_reductions(nodes, streams)
+    node_stream, streams = _with_streams_beside(nodes, streams)
     remote, local = np.flatnonzero(hops.remote), np.flatnonzero(~hops.remote)
     all_nodes = np.arange(len(nodes.rank))
     local_node = nodes.rank[hops.source[local]]
@@ -191,7 +195,8 @@ def lay_out(
     hop = np.concatenate([np.full(len(all_nodes), -1), local, remote, remote])
     actions = [Action.COMPUTE, Action.LOCAL, Action.SEND, Action.RECV]
     action = np.repeat(np.array(actions, dtype=np.int8), sizes)
-    action[: len(all_nodes)][nodes.reduces] = Action.REDUCE
+    for beside, what in BESIDE.items():
+        action[: len(all_nodes)][nodes.kind == beside] = what[0]
     stream = np.concatenate(
         [
             node_stream,
@@ -246,21 +251,30 @@ def _meeting(schedule: Schedule, nodes: Nodes) -> Index:
     wait for each other in different ones.
     """
     rank = nodes.rank.copy()
-    stage = schedule.ops.stage[nodes.first_op]
+    reduces = nodes.kind == Kind.REDUCE
+    stage = schedule.ops.stage[nodes.first_op[reduces]]
     latest = np.zeros(schedule.stages, dtype=np.int64)
-    np.maximum.at(latest, stage[nodes.reduces], rank[nodes.reduces])
-    rank[nodes.reduces] = latest[stage[nodes.reduces]]
+    np.maximum.at(latest, stage, rank[reduces])
+    rank[reduces] = latest[stage]
     return rank
 
 
-def _with_reductions(
+BESIDE = {
+    Kind.OFFLOAD: (Action.COPY, StreamKind.TO_HOST),
+    Kind.RELOAD: (Action.COPY, StreamKind.FROM_HOST),
+    Kind.REDUCE: (Action.REDUCE, StreamKind.REDUCE),
+}
+"""What the kinds that run beside the compute stream become, and where."""
+
+
+def _with_streams_beside(
     nodes: Nodes, streams: tuple[Stream, ...]
 ) -> tuple[NDArray[np.int32], tuple[Stream, ...]]:
-    """The stream of each node, and all streams, those that REDUCE runs on last."""
+    """The stream of each node, and all streams, those beside the others last."""
     stream = nodes.device.copy()
-    if not nodes.reduces.any():
-        return stream, streams
-    devices, number = np.unique(nodes.device[nodes.reduces], return_inverse=True)
-    stream[nodes.reduces] = len(streams) + number
-    added = [Stream(device, StreamKind.REDUCE) for device in devices.tolist()]
-    return stream, (*streams, *added)
+    for kind, (_, where) in BESIDE.items():
+        mine = nodes.kind == kind
+        devices, number = np.unique(nodes.device[mine], return_inverse=True)
+        stream[mine] = len(streams) + number
+        streams += tuple(Stream(device, where) for device in devices.tolist())
+    return stream, streams

@@ -27,7 +27,7 @@ import numpy as np
 from pipeproof.sched.buffers import Buffers
 from pipeproof.sched.deps import Index, OpTable, csr, order
 from pipeproof.sched.errors import ParameterError, UnsupportedError
-from pipeproof.sched.ir import Kind, Schedule
+from pipeproof.sched.ir import BACKWARD_KINDS, Kind, Schedule
 from pipeproof.sched.layout import (
     BEFORE,
     BEHIND,
@@ -77,7 +77,7 @@ def lower(
     steps = steps_of(hops, nodes, blocking, late)
     layout = lay_out(schedule, nodes, hops, steps, BEFORE if late else BEHIND)
     buffers = Buffers(schedule, table, nodes, hops, layout)
-    waits = [*_waits(nodes, hops, layout), _reductions(nodes, layout)]
+    waits = [*_waits(nodes, hops, layout), *_beside(table, nodes, layout)]
     if blocking:
         waits.append(_blocking(nodes, hops, layout))
     if late:
@@ -93,6 +93,12 @@ def _supported(schedule: Schedule) -> None:
         raise UnsupportedError(
             f"{schedule.summary}: {', '.join(missing)} can be written and checked, "
             "but not lowered to a program yet"
+        )
+    both = OpTable.of(schedule)
+    if (both.has(Kind.R) & both.has(Kind.OFFLOAD)).any():
+        raise UnsupportedError(
+            f"{schedule.summary}: activations that are both offloaded and recomputed "
+            "are not lowered; do one of the two for each micro-batch"
         )
     if schedule.steps > 1:
         raise UnsupportedError(
@@ -121,10 +127,24 @@ def _blocking(nodes: Nodes, hops: Hops, layout: Layout) -> Waits:
     return layout.compute[following[blocked]], layout.out[blocked]
 
 
-def _reductions(nodes: Nodes, layout: Layout) -> Waits:
-    """A REDUCE waits for the device's ops before it; none behind it waits for it."""
-    reducing = np.flatnonzero(nodes.reduces & (nodes.previous >= 0))
-    return layout.compute[reducing], layout.compute[nodes.previous[reducing]]
+def _beside(table: OpTable, nodes: Nodes, layout: Layout) -> list[Waits]:
+    """Copies and reductions wait for the device's ops before them.
+
+    None behind them waits, but for a backward that needs what is reloaded.
+    """
+    beside = np.flatnonzero(nodes.beside & (nodes.previous >= 0))
+    waits = [(layout.compute[beside], layout.compute[nodes.previous[beside]])]
+    if Kind.RELOAD in table.by_kind:
+        back = table.get(Kind.RELOAD)
+        there = back >= 0
+        reload = layout.compute[nodes.of_op[back[there]]]
+        for other, after in (
+            (table.get(Kind.OFFLOAD), False),
+            (table.get(*BACKWARD_KINDS), True),
+        ):
+            ends = layout.compute[nodes.of_op[other[there]]]
+            waits.append((ends, reload) if after else (reload, ends))
+    return waits
 
 
 def _just_in_time(nodes: Nodes, hops: Hops, layout: Layout, steps: Index) -> Waits:
@@ -134,7 +154,7 @@ def _just_in_time(nodes: Nodes, hops: Hops, layout: Layout, steps: Index) -> Wai
     place = nodes.device.astype(np.int64) * stride + nodes.rank
     device = hops.target_device[remote]
     wanted = device.astype(np.int64) * stride + steps[remote]
-    computes = np.flatnonzero(~nodes.reduces)
+    computes = np.flatnonzero(~nodes.beside)
     last = computes[np.searchsorted(place[computes], wanted) - 1]
     there = (nodes.device[last] == device) & (place[last] < wanted)
     return layout.into[remote[there]], layout.compute[last[there]]

@@ -65,8 +65,8 @@ class Curve:
 
     @cached_property
     def total(self) -> NDArray[Any]:
-        """All classes together."""
-        columns = list(self.by_class.values())
+        """All classes together, but for what lies on the host."""
+        columns = [line for name, line in self.by_class.items() if name != HOST]
         return sum(columns[1:], start=columns[0])
 
     @property
@@ -78,6 +78,9 @@ class Curve:
         """Each class when the total first is at its peak."""
         where = int(np.argmax(self.total))
         return {name: plain(line[where]) for name, line in self.by_class.items()}
+
+
+HOST = BufferKind.HOST.name.lower()
 
 
 def lifetimes(program: Program) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -139,9 +142,11 @@ class Ledger:
         return Curve(np.concatenate([start, time]), lines)
 
     def peaks(self) -> list[Number]:
-        """The most alive at once on each device."""
-        by_device = np.argsort(self._device, kind="stable")
-        counts = np.bincount(self._device, minlength=self._devices)
+        """The most alive at once on each device, without what lies on the host."""
+        here = np.flatnonzero(self._kind != BufferKind.HOST)
+        device = self._device[here]
+        by_device = here[np.argsort(device, kind="stable")]
+        counts = np.bincount(device, minlength=self._devices)
         changes = np.split(self._change[by_device], np.cumsum(counts)[:-1])
         held = [
             sum(row[device] for row in self._resident.values())

@@ -47,6 +47,10 @@ class Kind(IntEnum):
 STAGE_KINDS = frozenset({Kind.REDUCE, Kind.STEP})
 """Kinds of a stage only; the others also have a micro-batch and a slice."""
 
+BESIDE_KINDS = (Kind.OFFLOAD, Kind.RELOAD, Kind.REDUCE)
+"""Kinds that run beside the compute stream: what stands behind them on their
+device waits for one only if it needs its result."""
+
 BACKWARD_KINDS = (Kind.B, Kind.I)
 """Kinds that turn the gradient of a stage's output into that of its input."""
 

@@ -306,6 +306,14 @@ class Program:
         return np.array([s.device for s in self.streams], dtype=np.int32)[self.stream]
 
     @cached_property
+    def op_kind(self) -> NDArray[np.int8]:
+        """Kind of the first op of each instruction; -1 where it has none."""
+        kinds = np.full(len(self), -1, dtype=np.int8)
+        has_op = self.first_op >= 0
+        kinds[has_op] = self.schedule.ops.kind[self.first_op[has_op]]
+        return kinds
+
+    @cached_property
     def computes(self) -> NDArray[np.int64]:
         """The COMPUTE instructions."""
         return np.flatnonzero(self.action == Action.COMPUTE)
@@ -348,7 +356,7 @@ class Program:
         return text
 
 
-LOWERED = frozenset({Kind.F, Kind.B, Kind.I, Kind.W, Kind.R, Kind.REDUCE})
+LOWERED = frozenset(Kind) - {Kind.STEP}
 """Kinds that become instructions."""
 
 

@@ -66,6 +66,8 @@ class Cluster:
         links: (source, target) → Link, where one differs from the rest.
         buffering: what a send waits for: `eager`, nothing; `rendezvous`, its
             receive to be posted; k, the receive k messages before to be done.
+        host_bandwidth: of each device to and from its host, bytes per unit of time,
+            for OFFLOAD and RELOAD; None means that copies cost no time.
         shared_processor: all devices are one, which runs their ops in the
             program's order: what several stages on one processor amount to.
 
@@ -77,10 +79,12 @@ class Cluster:
     link_bandwidth: Number | None = None
     links: Mapping[tuple[int, int], Link] = field(default_factory=dict)
     buffering: Buffering = "eager"
+    host_bandwidth: Number | None = None
     shared_processor: bool = False
 
     def __post_init__(self) -> None:
         Link(self.link_latency, self.link_bandwidth)
+        Link(bandwidth=self.host_bandwidth)
         count = self.buffering
         if isinstance(count, bool) or (
             count not in ("eager", "rendezvous")

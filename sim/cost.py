@@ -226,7 +226,14 @@ class Cost:
             BufferKind.OUTPUT_GRAD: gradient_of_output,
             BufferKind.INPUT_GRAD: _flat(before)[place],
         }
-        return Sizes(activations, _choose(kind, by_kind), self._resident(schedule))
+        weights = _choose(kind, by_kind)
+        # An OFFLOAD frees buffers and writes their host copies, in one order.
+        copying = np.flatnonzero(program.op_kind == Kind.OFFLOAD)
+        copies = program.writes.values[np.isin(program.writes.owner, copying)]
+        weights[copies] = weights[
+            program.frees.values[np.isin(program.frees.owner, copying)]
+        ]
+        return Sizes(activations, weights, self._resident(schedule))
 
     def _boundaries(
         self, schedule: Schedule

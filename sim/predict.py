@@ -15,7 +15,7 @@ from pipeproof.sched import Action, Program, Schedule, Trace, lower
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, column
 from pipeproof.sched.memory import Sizes
-from pipeproof.sim.cluster import Cluster
+from pipeproof.sim.cluster import Cluster, Link
 from pipeproof.sim.cost import Cost
 from pipeproof.sim.engine import Progress, play
 
@@ -78,21 +78,36 @@ def _durations(
     result: list[Number] = [0] * len(program)
     for index, time in zip(program.computes.tolist(), cost.durations(program)):
         result[index] = time
-    has_bandwidth = cluster.link_bandwidth is not None or any(
-        link.bandwidth is not None for link in cluster.links.values()
-    )
-    if not has_bandwidth:
-        return result
+    links = [
+        cluster.link_bandwidth,
+        *(link.bandwidth for link in cluster.links.values()),
+    ]
+    if any(bandwidth is not None for bandwidth in links):
+        for index, size in _copied(program, Action.SEND, sizes, "link").items():
+            stream = program.streams[program.stream[index]]
+            assert stream.peer is not None
+            result[index] = cluster.link(stream.device, stream.peer).occupied(size)
+    if cluster.host_bandwidth is not None:
+        host = Link(bandwidth=cluster.host_bandwidth)
+        for index, size in _copied(program, Action.COPY, sizes, "host").items():
+            result[index] = host.occupied(size)
+    return result
+
+
+def _copied(
+    program: Program, action: Action, sizes: Sizes, what: str
+) -> dict[int, Number]:
+    """The bytes that each instruction of this kind reads."""
     if sizes.bytes is None:
         raise ParameterError(
-            "a link bandwidth needs bytes to send: give the Cost boundary_bytes"
+            f"a {what} bandwidth needs bytes to send: give the Cost "
+            f"{'boundary' if what == 'link' else 'activation'}_bytes"
         )
-    sends = np.flatnonzero(program.action == Action.SEND)
-    buffers = program.reads.values[program.reads.offsets[sends]]
-    for index, size in zip(sends.tolist(), sizes.bytes[buffers].tolist()):
-        stream = program.streams[program.stream[index]]
-        assert stream.peer is not None
-        result[index] = cluster.link(stream.device, stream.peer).occupied(size)
+    mine = np.isin(program.reads.owner, np.flatnonzero(program.action == action))
+    result: dict[int, Number] = {}
+    owners, read = program.reads.owner[mine], sizes.bytes[program.reads.values[mine]]
+    for index, size in zip(owners.tolist(), read.tolist()):
+        result[index] = result.get(index, 0) + size
     return result
 
 

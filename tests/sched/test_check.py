@@ -302,3 +302,19 @@ def test_a_million_findings_take_linear_time() -> None:
     report = check(Schedule.of([[B(0, range(m)), F(0, range(m))]]))
 
     assert len(report.findings) == m
+
+
+def test_copies_are_no_part_of_an_overlap_group() -> None:
+    schedule = Schedule.parse(
+        """\
+devices: 1
+placement: linear
+micro-batches: 2
+
+device 0 | 0F0 (0F1&0OFFLOAD0) 0B1 0RELOAD0 0B0
+"""
+    )
+    (finding,) = check(schedule).findings
+
+    assert finding.rule == "group"
+    assert finding.found == "OFFLOAD0 runs beside the compute stream anyway"
