@@ -98,7 +98,7 @@ def factors(
         weights = [float(loss_scale(target)) for target in targets]
     else:
         weights = [
-            float(len(value if isinstance(value, Tensor) else value[0]))
+            float((value if isinstance(value, Tensor) else value[0]).shape[0])
             for value in inputs
         ]
     for number, weight in enumerate(weights):

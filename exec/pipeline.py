@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeproof.exec.batch import LossScale, Value, check_scale, factors, rows_of, split
 from pipeproof.exec.errors import BatchError, ModelError
-from pipeproof.exec.rng import keys, step_seed
+from pipeproof.exec.rng import step_seed
 from pipeproof.exec.runtime import LossFn, Runtime, Step
 from pipeproof.exec.stage import Stage, StageModule
 from pipeproof.exec.tensors import copied
@@ -86,7 +86,6 @@ class Pipeline:
             schedule, receives="late" if self._shared else "early"
         )
         self._stages = _place(list(stages), schedule, devices)
-        self._units = sum(len(stage.units) for stage in self._stages)
         self._devices = list(dict.fromkeys(stage.device for stage in self._stages))
         self._runtime = Runtime(self.program, self._stages, loss_fn)
         self._trace: Trace | None = None
@@ -142,7 +141,7 @@ class Pipeline:
         scale = factors(batch, labels, self._loss_scale)
         with torch.enable_grad(), step_seed(self._devices) as seed:
             step = Step(
-                keys(seed, count, self._units + 1),
+                seed,
                 _to(batch, self._stages[0].device),
                 _to(labels, self._stages[-1].device),
                 scale,

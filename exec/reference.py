@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeproof.exec.batch import LossScale, Value, check_scale, factors, split
-from pipeproof.exec.rng import generators, keys, seed, step_seed
+from pipeproof.exec.rng import generators, key, seed, step_seed
 from pipeproof.exec.runtime import LossFn
 from pipeproof.exec.stage import StageModule, units_of
 from pipeproof.sched import Kind, Schedule
@@ -66,13 +66,12 @@ def reference(
     grads: dict[int, tuple[Tensor | None, ...]] = {}
     with torch.enable_grad(), step_seed([device]) as step:
         sources = generators(device)
-        seeds = keys(step, schedule.micro_batches, len(units) + 1)
         for micro_batch in _forward_order(schedule):
             value = batch[micro_batch]
             for number, unit in enumerate(units):
-                seed(sources, seeds[micro_batch][number])
+                seed(sources, key(step, number, micro_batch))
                 value = unit(value)
-            seed(sources, seeds[micro_batch][-1])
+            seed(sources, key(step, len(units), micro_batch))
             loss = loss_fn(value, labels[micro_batch])
             factor = scale[micro_batch]
             if factor == 0:  # does not count, whatever it is

@@ -14,35 +14,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
-Keys = list[list[int]]
-"""By micro-batch and unit."""
+_MASK = (1 << 64) - 1
 
 
-def keys(step_seed: int, micro_batches: int, units: int) -> Keys:
-    """A 64-bit seed for every run of every unit in a step.
+def key(step_seed: int, unit: int, micro_batch: int) -> int:
+    """A 64-bit seed for one run of one unit; neighbours get unrelated ones.
 
-    Neighbouring arguments give unrelated seeds. The finaliser is that of
-    splitmix64 (Steele et al. 2014, OOPSLA, figure 15).
+    The finaliser is that of splitmix64 (Steele et al. 2014, OOPSLA, figure 15).
 
     Args:
         step_seed: from `step_seed`.
-        micro_batches: in the step.
-        units: of the whole model; the loss counts as one more, the last.
+        unit: counted through the whole model; the loss is one more, the last.
+        micro_batch: in the step.
     """
-    unit = np.arange(1, units + 1, dtype=np.uint64)[None, :]
-    micro_batch = np.arange(1, micro_batches + 1, dtype=np.uint64)[:, None]
-    z = np.uint64(step_seed) + unit * _UNIT + micro_batch * _MICRO_BATCH
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (z ^ (z >> np.uint64(31))).tolist()  # type: ignore[no-any-return]
-
-
-# Odd, so that no two (unit, micro-batch) of any practical size meet.
-_UNIT = np.uint64(0x9E3779B97F4A7C15)
-_MICRO_BATCH = np.uint64(0xD1B54A32D192ED03)
+    # Odd factors, so that no two (unit, micro-batch) of any practical size meet.
+    z = step_seed + (unit + 1) * 0x9E3779B97F4A7C15
+    z = (z + (micro_batch + 1) * 0xD1B54A32D192ED03) & _MASK
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
+    return z ^ (z >> 31)
 
 
 def generators(device: torch.device) -> list[torch.Generator]:

@@ -27,7 +27,7 @@ from pipeproof.exec import tensors
 from pipeproof.exec.batch import Value, check_loss
 from pipeproof.exec.clock import Clock
 from pipeproof.exec.errors import LossError, ModelError, StepError
-from pipeproof.exec.rng import Keys, generators, seed
+from pipeproof.exec.rng import generators, key, seed
 from pipeproof.exec.stage import Stage
 from pipeproof.sched import Action, BufferKind, Kind, Op, Program
 from pipeproof.sched.errors import PipeproofError
@@ -43,14 +43,14 @@ class Step:
     """What changes from step to step.
 
     Attributes:
-        keys: seeds of all its randomness, by micro-batch and unit.
+        seed: of all its randomness.
         inputs, targets: of each micro-batch, on the first and the last device.
         factors: of each micro-batch's loss; None for not at all.
         losses: of each micro-batch, with its factor, once it is known.
         input_grads: of each micro-batch, where the inputs want a gradient.
     """
 
-    keys: Keys
+    seed: int
     inputs: list[Value]
     targets: list[Value]
     factors: list[float | None]
@@ -77,6 +77,7 @@ class Runtime:
         self._program = program
         self._stages = stages
         self._loss_fn = loss_fn
+        self._loss_unit = stages[-1].first_unit + len(stages[-1].units)
         self._loss_generators = generators(stages[-1].device)
         self._values: list[Any] = [None] * len(program.buffers)
         self._step: Step
@@ -246,7 +247,7 @@ class Runtime:
         def compute() -> Value:
             value = values[read]
             before = tensors.versions(value)
-            output = stage.run(value, self._step.keys[micro_batch])
+            output = stage.run(value, self._step.seed, micro_batch)
             if tensors.versions(value) != before:
                 what = f"stage {op.stage - 1}'s output" if op.stage else "the batch"
                 raise ModelError(
@@ -259,7 +260,7 @@ class Runtime:
 
     def _loss(self, output: Any, micro_batch: int) -> Tensor:
         step = self._step
-        seed(self._loss_generators, step.keys[micro_batch][-1])
+        seed(self._loss_generators, key(step.seed, self._loss_unit, micro_batch))
         found = self._loss_fn(output, step.targets[micro_batch])
         loss = check_loss(found, micro_batch)
         factor = step.factors[micro_batch]

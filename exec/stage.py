@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeproof.exec.batch import Value
 from pipeproof.exec.errors import ModelError
-from pipeproof.exec.rng import generators, seed
+from pipeproof.exec.rng import generators, key, seed
 
 StageModule = nn.Module | list[nn.Module] | tuple[nn.Module, ...]
 
@@ -130,17 +130,18 @@ class Stage:
             for number, unit in enumerate(self.units, start=self.first_unit)
         ]
 
-    def run(self, value: Value, keys: Sequence[int]) -> Value:
+    def run(self, value: Value, step_seed: int, micro_batch: int) -> Value:
         """All units in turn.
 
         Args:
             value: the stage's input.
-            keys: of every unit of the model, for this micro-batch.
+            step_seed: of all randomness in the step.
+            micro_batch: whose input it is.
         """
         sources = self._generators
         for number, unit in self._plan:
             if number >= 0:
-                seed(sources, keys[number])
+                seed(sources, key(step_seed, number, micro_batch))
             value = unit(value)
         return value
 

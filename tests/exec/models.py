@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeproof.exec import Pipeline, reference
-from pipeproof.exec.rng import keys
+from pipeproof.exec.rng import key
 from pipeproof.sched import CATALOG, POLICIES, Schedule, catalog, recompute
 
 DTYPES = (torch.float32, torch.float64)
@@ -159,11 +159,12 @@ def full_batch(
 ) -> nn.Sequential:
     """The same model, for one step on the whole batch."""
     units = [unit for stage in stages for unit in stage]
-    table = keys(step_seed, micro_batches, len(units) + 1)
     sizes = [len(part) for part in torch.empty(rows).tensor_split(micro_batches)]
     return nn.Sequential(
         *(
-            FullBatch(unit, [row[number] for row in table], sizes)
+            FullBatch(
+                unit, [key(step_seed, number, m) for m in range(micro_batches)], sizes
+            )
             for number, unit in enumerate(units)
         )
     )
