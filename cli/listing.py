@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeproof.cli.output import emit_json, emit_table
 from pipeproof.sched import CATALOG
+from pipeproof.sched.catalog import Row
 
 FLAGS = {
     "chunks": "-v",
@@ -24,7 +25,8 @@ def show_catalogue(*, as_json: bool) -> None:
                     {
                         "name": row.name,
                         "summary": row.summary,
-                        "bubble_fraction": row.bubble,
+                        "bubble": row.bubble,
+                        "bubble_of": row.idle_of,
                         "peak_activations": row.peak,
                         "constraints": row.constraints,
                         "options": list(row.options),
@@ -37,16 +39,22 @@ def show_catalogue(*, as_json: bool) -> None:
         return
     emit_table(
         "p devices, m micro-batches, device d; equal stages, free links",
-        ("name", "bubble_fraction", "peak_activations", "options", "for; source"),
+        ("name", "bubble", "peak_activations", "options", "for; constraints; source"),
         (
             (
                 row.name,
                 row.bubble,
                 row.peak,
                 "\n".join(FLAGS.get(name, name) for name in row.options),
-                f"{row.summary}\n{row.source}",
+                "\n".join(_about(row)),
             )
             for row in CATALOG.values()
         ),
-        right=("bubble_fraction", "peak_activations"),
+        right=("bubble", "peak_activations"),
     )
+
+
+def _about(row: Row) -> list[str]:
+    """When to use it, what it demands, and who says so."""
+    demands = [] if row.constraints == "none" else [f"needs {row.constraints}"]
+    return [row.summary, *demands, row.source]
