@@ -270,9 +270,12 @@ def verify(*, wanted: Wanted, as_json: bool, **rest: Any) -> None:
 @click.option(
     "--to",
     "form",
-    type=click.Choice(["json", "text", "chrome", "svg", "html"]),
+    type=click.Choice(
+        ["json", "text", "torch-csv", "torch-csv-comms", "chrome", "svg", "html"]
+    ),
     required=True,
-    help="The schedule as json or text; its prediction as chrome, svg or html.",
+    help="The schedule as json, text, or torch's CSV (compute_only, or with "
+    "communication: compute_comms); its prediction as chrome, svg or html.",
 )
 @click.option(
     "-o", "--output", metavar="PATH", default="-", help="Default: standard output."

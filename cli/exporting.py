@@ -53,6 +53,11 @@ def _writer(
 
         text = format_json(schedule)
         return lambda file: file.write(text)
+    if form.startswith("torch-csv"):
+        from pipeproof.sched.interop.torch_csv import format_torch_csv
+
+        text = format_torch_csv(schedule, communication=form == "torch-csv-comms")
+        return lambda file: file.write(text)
     trace = predict(schedule, conditions)
     if form == "chrome":
         from pipeproof.sched.interop.chrome import UNITS, write_chrome

@@ -10,6 +10,7 @@ from pipeproof.cli.options import Features, Wanted
 from pipeproof.sched import CATALOG, Schedule, catalog, recompute
 from pipeproof.sched.errors import ParameterError, ParseError
 from pipeproof.sched.interop.json_form import parse_json
+from pipeproof.sched.interop.torch_csv import parse_torch_csv
 from pipeproof.sched.text import MAX_TEXT_BYTES
 
 MAX_CELLS = 10**8
@@ -95,8 +96,7 @@ def _read(source: str) -> Schedule:
             data = _bounded(file, where)
     try:
         text = data.decode()
-        json = text.lstrip()[:1] == "{"
-        return parse_json(text) if json else Schedule.parse(text)
+        return _parse(text, is_csv=source.lower().endswith(".csv"))
     except UnicodeDecodeError as error:
         raise ParseError(
             f"{where}: expected text in UTF-8, found byte "
@@ -104,6 +104,14 @@ def _read(source: str) -> Schedule:
         ) from None
     except ParseError as error:
         raise ParseError(f"{where}: {error}") from None
+
+
+def _parse(text: str, *, is_csv: bool) -> Schedule:
+    """Read whichever form it is: none opens as another does."""
+    opening = text.lstrip()[:1]
+    if is_csv or (opening and opening in "0123456789(,"):
+        return parse_torch_csv(text)
+    return parse_json(text) if opening == "{" else Schedule.parse(text)
 
 
 def _bounded(file: BinaryIO, where: str) -> bytes:

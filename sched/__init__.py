@@ -32,4 +32,9 @@ from pipeproof.sched.program import BufferKind as BufferKind
 from pipeproof.sched.program import Program as Program
 from pipeproof.sched.trace import Trace as Trace
 from pipeproof.sched.transforms import POLICIES as POLICIES
+from pipeproof.sched.transforms import merge_backward as merge_backward
 from pipeproof.sched.transforms import recompute as recompute
+from pipeproof.sched.transforms import reorder_backward as reorder_backward
+from pipeproof.sched.transforms import retime as retime
+from pipeproof.sched.transforms import split_backward as split_backward
+from pipeproof.sched.transforms import with_micro_batches as with_micro_batches

@@ -208,3 +208,52 @@ def test_a_device_is_written_to_as_it_is() -> None:
     write_file(os.devnull, lambda file: file.write("x"))
 
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+
+
+@pytest.mark.parametrize("form", ["torch-csv", "torch-csv-comms"])
+def test_torch_csv_is_a_file_as_any_other(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "schedule"
+    made = catalog.make("1f1b", devices=3, micro_batches=4)
+
+    assert call(f"export 1f1b -p 3 -m 4 --to {form} -o {path}").exit_code == 0
+
+    assert path.read_text()[:3] == ("0F0" if form == "torch-csv" else "0UN")
+    assert Schedule.parse(call(f"export {path} --to text").stdout) == made
+    assert call(f"export {path} --to {form}").stdout == path.read_text()
+    assert call(f"check {path}").exit_code == 0
+    assert "device 2 | .. .. F0 " in call(f"show {path}").stdout
+    by_name = json.loads(call("simulate 1f1b -p 3 -m 4 --json").stdout)
+    from_file = json.loads(call(f"simulate {path} --json").stdout)
+    assert from_file == by_name | {"schedule": "torch-csv"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a", "0F0,0F2; import os\n", "row 1, column 2: expected an action"),
+        ("a", ",0F0\n", None),
+        ("a.csv", "x\n", "row 1, column 1: expected an action"),
+        ("a.CSV", "", "found an empty file"),
+        ("a", "\n0F0,0B0\n", "row 1: expected what a rank computes"),
+    ],
+)
+def test_torch_csv_is_told_by_its_opening_or_name(
+    name: str, text: str, message: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+
+    result = call(f"check {path}")
+
+    assert result.exit_code == (2 if message else 1)
+    assert (message or "") in result.stderr
+
+
+def test_what_torch_cannot_say_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    result = call(f"export gpipe -p 2 -m 2 --remat always --to torch-csv -o {out}")
+
+    assert result.exit_code != 0
+    assert "torch's CSV has no R" in result.stderr
+    assert not out.exists()

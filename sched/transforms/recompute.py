@@ -1,4 +1,4 @@
-"""Schedule → Schedule."""
+"""Which forwards keep only their stage's input."""
 
 from __future__ import annotations
 

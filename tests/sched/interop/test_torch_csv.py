@@ -1,0 +1,507 @@
+"""torch's CSV, held against torch itself where torch can say something."""
+
+import csv
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from strategies import schedules
+
+from pipeproof.sched import (
+    B,
+    F,
+    I,
+    Kind,
+    ParameterError,
+    ParseError,
+    Placement,
+    Schedule,
+    ScheduleError,
+    UnsupportedError,
+    W,
+    catalog,
+    check,
+    op,
+    overlap,
+    recompute,
+    retime,
+    split_backward,
+)
+from pipeproof.sched.interop import torch_csv
+from pipeproof.sched.interop.torch_csv import (
+    format_torch_csv,
+    parse_torch_csv,
+    read_torch_csv,
+)
+
+V_SHAPE = Schedule.of(
+    [
+        [
+            *(F(0, 0), F(0, 1), F(3, 0), I(3, 0), F(3, 1), I(3, 1)),
+            *(W(3, 0), W(3, 1), B(0, 0), B(0, 1)),
+        ],
+        [F(1, 0), F(2, 0), F(1, 1), F(2, 1), B(2, 0), B(1, 0), B(2, 1), B(1, 1)],
+    ],
+    placement=Placement.v(2),
+)
+OVERLAPPED = Schedule.of([[F(0, 0), overlap(F(0, 1), B(0, 0)), B(0, 1)]])
+
+
+def test_compute_only_in_pictures() -> None:
+    schedule = catalog.make("1f1b", devices=2, micro_batches=3)
+
+    assert format_torch_csv(schedule).splitlines() == [
+        "0F0,0F1,0B0,0F2,0B1,0B2",
+        "1F0,1B0,1F1,1B1,1F2,1B2",
+    ]
+    assert format_torch_csv(schedule, idle=True).splitlines() == [
+        "0F0,0F1,,0B0,0F2,0B1,,0B2",
+        ",1F0,1B0,1F1,1B1,1F2,1B2,",
+    ]
+    assert format_torch_csv(OVERLAPPED) == "0F0,(0F1;0B0)OVERLAP_F_B,0B1\n"
+
+
+def test_with_communication_in_pictures() -> None:
+    schedule = catalog.make("1f1b", devices=2, micro_batches=2)
+
+    assert format_torch_csv(schedule, communication=True).splitlines() == [
+        "0UNSHARD,0F0,0SEND_F0,0F1,0SEND_F1,0RECV_B0,0B0,0RECV_B1,0B1,"
+        "0REDUCE_GRAD,0RESHARD",
+        "1RECV_F0,1RECV_F1,1UNSHARD,1F0,1B0,1SEND_B0,1F1,1B1,1SEND_B1,"
+        "1REDUCE_GRAD,1RESHARD",
+    ]
+    there = format_torch_csv(V_SHAPE, communication=True)
+    assert "SEND_F1" in there
+    assert not re.search("2RECV_F|1RECV_B", there)  # the turn stays on its rank
+
+
+def test_all_of_a_file_comes_back() -> None:
+    """Idle cells and torch's own place for communication are kept too."""
+    for text in (
+        "0F0,0F1,,0B0\n,1F0\n",
+        "0F0,0SEND_F0,0RECV_B0,0B0,0REDUCE_GRAD\n1RECV_F0,1F0,1B0,1SEND_B0\n",
+    ):
+        read = read_torch_csv(text, name="mine")
+
+        assert read.format() == text
+        assert read.schedule.name == "mine"
+        assert read.has_communication == ("SEND" in text)
+        assert parse_torch_csv(text.replace("\n", "\r\n")) == read.schedule
+        assert parse_torch_csv(text.replace(",", ", ")) == read.schedule
+
+
+@settings(max_examples=60)
+@given(schedule=schedules(slices=1))
+def test_any_schedule_comes_back_from_both_forms(schedule: Schedule) -> None:
+    plain = recompute(schedule, "never")
+    if any(not len(plain.row(device)) for device in range(plain.devices)):
+        with pytest.raises(UnsupportedError, match="has no ops"):
+            format_torch_csv(plain)
+        return
+
+    texts = [
+        format_torch_csv(plain),
+        format_torch_csv(plain, idle=True),
+        format_torch_csv(plain, communication=True),
+    ]
+    for text in texts:
+        again = parse_torch_csv(text)
+        assert again == plain
+        assert again.placement == plain.placement
+        assert read_torch_csv(text).format() == text
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        V_SHAPE,
+        OVERLAPPED,
+        Schedule.of(
+            [[F(0, 0), F(1, 0), B(1, 0), B(0, 0)]], placement=Placement(((0, 0),))
+        ),
+    ],
+)
+def test_placements_and_groups_come_back(schedule: Schedule) -> None:
+    for communication in (False, True):
+        text = format_torch_csv(schedule, communication=communication)
+        assert parse_torch_csv(text) == schedule
+
+
+def test_what_is_incomplete_is_for_check_to_say() -> None:
+    report = check(parse_torch_csv("0F0,0B0,0F1\n"))
+
+    assert [finding.rule for finding in report.findings] == ["complete"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0F0,0F2; import os\n", "row 1, column 2: expected an action .* import os"),
+        ("0F1e9\n", "row 1, column 1: expected an action"),
+        ("0F0,0B0\n1F0,1B٠\n", r"row 2, column 2: expected an action .*\\u0660"),
+        ("0F0,\u0660F0", "row 1, column 2"),
+        ("0F00,0B0", "row 1, column 1"),
+        ("00F0,0B0", "row 1, column 1"),
+        ("0F,0B0", "row 1, column 1"),
+        ("-1F0", "row 1, column 1"),
+        ("0UNSHARD3,0F0", "row 1, column 1"),
+        ('"0F0",0B0', "row 1, column 1"),
+        ("0F0\t,0B0", "row 1, column 1"),
+        ("0F0,0STEP", "row 1, column 2"),
+        ("0F0,0B0,99999999F0", "row 1, column 3: expected an action"),
+        ("0F0,0B0,9999999F0", "row 1, column 3: expected a stage below 1,048,576"),
+        ("0F0,0B9999999", "row 1, column 2: expected a micro-batch below 4,194,304"),
+        ("0F0,0B0,3F0", "row 1, column 3: expected stages 0 … 1, .* stage 1"),
+        ("0F0,0B0,0F7", "row 1, column 3: expected micro-batches 0 … 1, .* 1"),
+        ("0F0,0B0,0F0", "row 1, column 3: .*once, and 0F0 stands in row 1, column 1"),
+        ("0F0,0B0\n0F1,0B1", "row 2, column 1: expected stage 0 on rank 0 only"),
+        ("0F0,0B0\n\n1F0,1B0", "row 2: expected what a rank computes, found nothing"),
+        ("0F0,0B0\n,,", "row 2: expected what a rank computes"),
+        ("0F0,0B0\n1F0,1B0\n\n", "row 3: expected what a rank computes"),
+        ("", "found an empty file"),
+        ("(0F0;0B1)OVERLAP", "row 1, column 1: expected a group as"),
+        ("(0F0;0F1)OVERLAP_F_B", "expected a forward and a backward"),
+        ("(0F0;0SEND_F1)OVERLAP_F_B", "expected a forward and a backward"),
+        ("(0F0;x)OVERLAP_F_B", "row 1, column 1: expected an action"),
+        ("(0F0;(0B1;0F1)OVERLAP_F_B)OVERLAP_F_B", "expected a group as"),
+    ],
+)
+def test_hostile_and_malformed_cells(text: str, message: str) -> None:
+    with pytest.raises(ParseError, match=message):
+        parse_torch_csv(text)
+
+
+TWO = (
+    "0F0,0SEND_F0,0F1,0SEND_F1,0RECV_B0,0B0,0RECV_B1,0B1,0REDUCE_GRAD\n"
+    "1RECV_F0,1RECV_F1,1UNSHARD,1F0,1B0,1SEND_B0,1F1,1B1,1SEND_B1,1RESHARD\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("0SEND_F1,", "", "row 1, column 3: expected 0SEND_F1 behind 0F1"),
+        ("1RECV_F1,", "", "row 2, column 6: expected 1RECV_F1 ahead of 1F1"),
+        (
+            "1RECV_F0,1RECV_F1",
+            "1RECV_F1,1RECV_F0",
+            "row 2, column 1: expected the receive of 0SEND_F0 .row 1, column 2., "
+            "number 1 that rank 0 sends to rank 1",
+        ),
+        ("0F0,0SEND_F0", "0SEND_F0,0F0", "row 1, column 1: expected a send behind"),
+        ("0RECV_B0,0B0", "0B0,0RECV_B0", "row 1, column 5: expected 0RECV_B0 ahead"),
+        ("0SEND_F0", "0SEND_F0,0SEND_F0", "column 3: expected each action once"),
+        ("0SEND_F0", "0SEND_F0,0SEND_B0", "column 3: .* there is no stage -1"),
+        ("0SEND_F0", "0SEND_F0,1UNSHARD", "expected an action on a stage of rank 0"),
+        ("0SEND_F0", "0SEND_F0,7UNSHARD", "expected a stage of 0 … 1, those comp"),
+        ("0F0,", "0F0,,", "row 1, column 2: expected no idle cells"),
+        ("1UNSHARD,1F0", "1F0,1UNSHARD", "expected 1UNSHARD ahead of 1F0"),
+        ("1UNSHARD", "1UNSHARD,1UNSHARD", "expected a RESHARD since row 2, column 3"),
+        (",1RESHARD", "", "row 2, column 3: expected a RESHARD behind it"),
+        ("0F0", "0RESHARD,0F0", "expected an UNSHARD ahead of it"),
+        ("0RECV_B1", "0REDUCE_GRAD,0RECV_B1", "expected each action once"),
+        ("1SEND_B0", "1SEND_B0,1REDUCE_GRAD", "1REDUCE_GRAD behind all its backwards"),
+    ],
+)
+def test_communication_that_the_ops_do_not_imply(
+    old: str, new: str, message: str
+) -> None:
+    assert parse_torch_csv(TWO) == parse_torch_csv("0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n")
+    with pytest.raises(ParseError, match=message):
+        parse_torch_csv(TWO.replace(old, new, 1))
+
+
+def test_too_large_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_csv, "MAX_TEXT_BYTES", 10)
+    monkeypatch.setattr(torch_csv, "MAX_RANKS", 2)
+    with pytest.raises(ParseError, match="11 characters exceeds 10"):
+        parse_torch_csv("0F0,0F1,0B0")
+    with pytest.raises(ParseError, match="3 rows exceed 2 ranks"):
+        parse_torch_csv("a\nb\nc\n")
+
+
+def test_says_what_torch_has_no_word_for() -> None:
+    made = catalog.make("gpipe", devices=2, micro_batches=2)
+    for schedule, message in (
+        (recompute(made, "always"), "no R, only F, B, I and W; recompute"),
+        (
+            Schedule.of([[F(0, 0), B(0, 0), op(Kind.STEP, 0)]]),
+            "no STEP, .* steps in the training loop",
+        ),
+        (
+            Schedule.of([[F(0, 0), F(0, 0, 1), B(0, 0, 1), B(0, 0)]]),
+            "has no slices, found 2",
+        ),
+        (
+            Schedule.of([[F(0, 0), F(0, 1), overlap(B(0, 0), B(0, 1))]]),
+            r"device 0, step 2: torch overlaps one forward .*found \(0B0&0B1\)",
+        ),
+    ):
+        with pytest.raises(UnsupportedError, match=message):
+            format_torch_csv(schedule)
+    with pytest.raises(ScheduleError, match="B0 is missing"):
+        format_torch_csv(Schedule.of([[F(0, 0)]]))
+    with pytest.raises(ParameterError, match="idle cells only without communication"):
+        format_torch_csv(made, communication=True, idle=True)
+
+
+# Against torch
+
+
+def in_torch() -> list[Schedule]:
+    """Some that torch can run: any order of whole and split backwards."""
+    one = catalog.make("1f1b", devices=3, micro_batches=5)
+    apart = dict.fromkeys((Kind.F, Kind.I, Kind.W), 1)
+    return [
+        one,
+        catalog.make("gpipe", devices=2, micro_batches=3),
+        retime(split_backward(one), apart, activations=3),
+        V_SHAPE,
+        OVERLAPPED,
+    ]
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_torch_reads_and_lowers_what_we_write(number: int) -> None:
+    pytest.importorskip("torch.distributed.pipelining")
+    from torch.distributed.pipelining import schedules as theirs
+
+    schedule = in_torch()[number]
+    home = schedule.placement.pipes[0]
+
+    def actions(text: str) -> dict[int, list[theirs._Action]]:
+        rows = csv.reader(text.splitlines())
+        return {
+            r: [theirs._Action.from_str(c) for c in row] for r, row in enumerate(rows)
+        }
+
+    def text(rows: dict[int, list[theirs._Action]]) -> str:
+        return "".join(",".join(map(str, row)) + "\n" for row in rows.values())
+
+    plain = actions(format_torch_csv(schedule))
+    found = theirs._validate_schedule(
+        plain, schedule.devices, schedule.stages, schedule.micro_batches
+    )
+    assert [found[stage] for stage in range(schedule.stages)] == list(home)
+    ours = actions(format_torch_csv(schedule, communication=True))
+    assert parse_torch_csv(text(ours)) == schedule
+    lowered = {
+        rank: theirs._add_reduce_grad(
+            theirs._add_unshard_reshard(row), schedule.micro_batches
+        )
+        for rank, row in plain.items()
+    }
+    lowered = theirs._add_send_recv(lowered, lambda s: home[s], schedule.stages)
+    assert parse_torch_csv(text(lowered)) == schedule
+    if schedule is not OVERLAPPED:  # torch's simulation knows no groups
+        moving = {
+            rank: [a for a in row if "SHARD" not in str(a) and "REDUCE" not in str(a)]
+            for rank, row in ours.items()
+        }
+        theirs._simulate_comms_compute(moving, lambda s: home[s], schedule.stages)
+
+
+def test_a_receive_that_torch_defers_too_far_is_refused() -> None:
+    """`defer_pp_recv=True` in torch 2.13 gave silently wrong gradients.
+
+    It puts each receive right ahead of the op that needs it, in another order
+    than the sends, and receives pair up with sends in order.
+    """
+    pytest.importorskip("torch.distributed.pipelining")
+    from torch.distributed.pipelining import schedules as theirs
+
+    rows = {
+        rank: [theirs._Action.from_str(word) for word in row]
+        for rank, row in enumerate(
+            csv.reader(format_torch_csv(SWAPPED, communication=True).splitlines())
+        )
+    }
+    deferred = theirs._defer_recv_ops(rows, lambda stage: stage)
+    text = "".join(",".join(map(str, row)) + "\n" for row in deferred.values())
+
+    assert check(SWAPPED).ok
+    with pytest.raises(ParseError, match="they pair up in order"):
+        parse_torch_csv(text)
+
+
+SWAPPED = Schedule.of(
+    [
+        [F(0, 0), F(0, 1), B(0, 0), B(0, 1)],
+        [F(1, 1), F(1, 0), B(1, 0), B(1, 1)],
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "placement", "mispaired"),
+    [
+        ("LoopedBFS", 4, "looped 2", False),
+        ("Interleaved1F1B", 4, "looped 2", False),
+        ("InterleavedZeroBubble", 2, "looped 2", True),
+        ("ZBVZeroBubble", 4, "v", True),
+        ("DualPipeV", 4, "v", True),
+    ],
+)
+def test_torch_s_own_schedules(
+    name: str, ranks: int, placement: str, mispaired: bool
+) -> None:
+    """What torch generates and lowers is read; what its deferral breaks is refused.
+
+    In torch 2.13 `defer_pp_recv=True` gives silently wrong gradients for the last
+    three: two receives of one link change places, and take each other's tensors.
+    """
+    pytest.importorskip("torch.distributed.pipelining")
+    from torch.distributed.pipelining import schedules as theirs
+
+    m, stages = 2 * ranks, 2 * ranks
+    kind = getattr(theirs, f"Schedule{name}")
+    maker = kind.__new__(kind)  # its constructor wants stages and process groups
+    vars(maker).update(
+        pp_group_size=ranks,
+        n_local_stages=2,
+        _stages=[None, None],
+        num_stages=stages,
+        _num_stages=stages,
+        _n_microbatches=m,
+        microbatches_per_round=ranks,
+        number_of_rounds=2,
+    )
+    made = {r: maker._calculate_single_rank_operations(r) for r in range(ranks)}
+    if hasattr(maker, "_add_bubbles_to_actions"):
+        maker.pipeline_order = made
+        made = maker._add_bubbles_to_actions(stages)
+
+    def text(rows: dict[int, list[object]]) -> str:
+        words = ((str(a) if a else "" for a in row) for row in rows.values())
+        return "".join(",".join(row) + "\n" for row in words)
+
+    read = read_torch_csv(text(made))
+    assert read.format() == text(made)
+    assert str(read.schedule.placement) == placement
+    check(read.schedule).raise_if_bad()
+    home = read.schedule.placement.pipes[0]
+    lowered = {
+        rank: theirs._add_reduce_grad(theirs._add_unshard_reshard(row), m)
+        for rank, row in made.items()
+    }
+    lowered = theirs._add_send_recv(lowered, lambda s: home[s], stages)
+    assert parse_torch_csv(text(lowered)) == read.schedule
+    deferred = text(theirs._defer_recv_ops(lowered, lambda s: home[s]))
+    if mispaired:
+        with pytest.raises(ParseError, match="they pair up in order"):
+            parse_torch_csv(deferred)
+    else:
+        assert parse_torch_csv(deferred) == read.schedule
+
+
+WORKER = """
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
+
+rank, store, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group(
+    "gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2,
+    timeout=timedelta(seconds=30),
+)
+for case in sys.argv[4:]:
+    name, form, stages, micro_batches = case.split(":")
+    placed = [int(r) for r in stages.split(",")]
+    m = int(micro_batches)
+    torch.manual_seed(0)
+    layers = [
+        torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()).double()
+        for _ in placed
+    ]
+    whole = torch.nn.Sequential(*layers)
+    inputs = torch.randn(2 * m, 4, dtype=torch.float64)
+    targets = torch.randn(2 * m, 4, dtype=torch.float64)
+    loss_fn = torch.nn.functional.mse_loss
+    loss_fn(whole(inputs), targets).backward()
+    wanted = [[p.grad.clone() for p in layer.parameters()] for layer in layers]
+    whole.zero_grad()
+    mine = [s for s, r in enumerate(placed) if r == rank]
+    parts = [
+        PipelineStage(layers[s], s, len(placed), torch.device("cpu")) for s in mine
+    ]
+    runtime = _PipelineScheduleRuntime(parts, m, loss_fn=loss_fn)
+    runtime._load_csv(f"{folder}/{name}.csv", format=form)
+    given = [inputs] if 0 in mine else []
+    last = {"target": targets} if len(placed) - 1 in mine else {}
+    runtime.step(*given, **last)
+    for s in mine:
+        for p, grad in zip(layers[s].parameters(), wanted[s]):
+            torch.testing.assert_close(p.grad, grad, rtol=1e-12, atol=1e-14)
+    print(f"{case} agrees", flush=True)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_torch_trains_with_what_we_write(tmp_path: Path) -> None:
+    """Two ranks, one step each, against the gradients of the whole model."""
+    torch = pytest.importorskip("torch")
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("torch.distributed or its gloo backend is not available")
+    pytest.importorskip("torch.distributed.pipelining")
+    one = catalog.make("1f1b", devices=2, micro_batches=4)
+    apart = dict.fromkeys((Kind.F, Kind.I, Kind.W), 1)
+    split = retime(split_backward(one), apart, activations=2)
+    assert split.has(Kind.W)
+    assert split != split_backward(one)
+    cases = []
+    for name, schedule in {"one": one, "split": split, "v": V_SHAPE}.items():
+        for form in ("compute_only", "compute_comms"):
+            path = tmp_path / f"{name}-{form}.csv"
+            comms = form == "compute_comms"
+            path.write_text(format_torch_csv(schedule, communication=comms))
+            home = ",".join(map(str, schedule.placement.pipes[0]))
+            cases.append(f"{path.stem}:{form}:{home}:{schedule.micro_batches}")
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-P", str(script), str(rank)),
+                *(str(tmp_path / "store"), str(tmp_path), *cases),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [worker.communicate(timeout=60)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    for worker, text in zip(workers, said):
+        assert worker.returncode == 0, text
+        assert [line for line in text.splitlines() if line.endswith("agrees")] == [
+            f"{case} agrees" for case in cases
+        ]
+
+
+def test_random_garbage_is_refused_and_nothing_else_happens() -> None:
+    dice = random.Random(0)
+    letters = "0123456789FBIWSENDRCV_UHA;(),,\n \r\x00é"
+    for _ in range(500):
+        text = "".join(dice.choice(letters) for _ in range(dice.randint(1, 30)))
+        try:
+            schedule = parse_torch_csv(text)
+        except ParseError:
+            continue
+        assert read_torch_csv(text).schedule == schedule
