@@ -15,6 +15,9 @@ from typing import Any, Literal
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, ratio
 from pipeproof.sched.gen import gpipe, naive, one_f_one_b
+from pipeproof.sched.gen.bidirectional import chimera, dualpipe, gems
+from pipeproof.sched.gen.v_shape import dualpipe_v, v_half, v_min, zb_v
+from pipeproof.sched.gen.wave import hanayo
 from pipeproof.sched.ir import Schedule
 
 
@@ -51,10 +54,10 @@ class Case:
         return self.m * (self.forward + self.backward)
 
 
-IdleOf = Literal["step", "span", "device"]
+IdleOf = Literal["step", "span", "device", "most"]
 """Which idle time a formula gives: of a device in the step, in the mean
-(`makespan - ideal`); inside the longest span (`span - ideal`); or of the device
-that idles most inside its own span."""
+(`makespan - ideal`); inside the longest span (`span - ideal`); of the device that
+idles most inside its own span; or of the device that idles most in the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,44 @@ def _fill_drain(case: Case) -> Number:
     return (case.p - 1) * (case.forward + case.backward)  # type: ignore[no-any-return]
 
 
+def _naive_at_most(case: Case) -> tuple[Number, Number | None]:
+    """Some device is always at work."""
+    return 0, (case.p - 1) * case.ideal
+
+
+def _fill_drain_at_most(case: Case) -> tuple[Number, Number | None]:
+    return 0, _fill_drain(case)
+
+
+def _equal_times(case: Case) -> bool:
+    return bool(case.forward == case.input_grad == case.weight_grad)
+
+
+def _joint(case: Case) -> Any:
+    """F&B."""
+    return case.forward + case.backward if case.overlap is None else case.overlap
+
+
+def _dualpipe_idle(case: Case) -> Any:
+    """F&B + B - 3W, for each pair of devices that a direction passes."""
+    return _joint(case) + case.backward - 3 * case.weight_grad
+
+
+def _dualpipe_holds(case: Case) -> bool:
+    f, w, b = case.forward, case.weight_grad, case.backward
+    return bool(f == case.input_grad and w <= f and max(f, b) <= _joint(case) <= f + b)
+
+
+def _chimera_holds(case: Case) -> bool:
+    f, b = case.forward, case.backward
+    return case.m % case.p == 0 and bool(b in (f, 2 * f))
+
+
+def _chimera_idle(case: Case) -> Any:
+    p, m, f = case.p, case.m, case.forward
+    return (p - 2) * (2 * f if case.backward == f else f * ratio(m + p, p))
+
+
 CATALOG: dict[str, Row] = {
     row.name: row
     for row in (
@@ -153,6 +194,146 @@ CATALOG: dict[str, Row] = {
             peak="min(p-d, m)",
             idle=_fill_drain,
             peak_of=lambda case, d: min(case.p - d, case.m),
+        ),
+        Row(
+            name="zb-v",
+            generator=zb_v,
+            summary="1F1B's memory without a bubble in a device's span; F, I, W alike",
+            source="Qi et al. 2023, 2401.10241, 6",
+            constraints="none",
+            bubble="0 of a device's span at F=I=W",
+            peak="p",
+            idle=lambda case: (
+                (case.p - 1) * (max(case.forward, case.input_grad) - case.weight_grad)
+            ),
+            peak_of=lambda case, d: case.p,
+            idle_of="span",
+            holds=lambda case: (
+                case.m >= 2 * case.p - 1
+                and bool(case.forward <= case.input_grad)
+                and bool(2 * case.weight_grad <= case.forward + case.input_grad)
+            ),
+            bounds=_fill_drain_at_most,
+        ),
+        Row(
+            name="v-half",
+            generator=v_half,
+            summary="half of 1F1B's activations and a shorter bubble; F, I, W alike",
+            source="Qi et al. 2024, 2405.15362",
+            constraints="none",
+            bubble="(3p-7)/(6m+3p-7); p odd: 4 for 7",
+            peak="floor(p/2)+1",
+            idle=lambda case: ratio(
+                (3 * case.p - (4 if case.p % 2 else 7)) * case.forward, 2
+            ),
+            peak_of=lambda case, d: case.p // 2 + 1,
+            holds=lambda case: (
+                case.p >= 3 and case.m >= 2 * case.p and _equal_times(case)
+            ),
+            bounds=_naive_at_most,
+        ),
+        Row(
+            name="v-min",
+            generator=v_min,
+            summary="a third of 1F1B's activations; only where F, I and W are alike",
+            source="Qi et al. 2024, 2405.15362",
+            constraints="none",
+            bubble="(4p-5)/(6m+4p-5); 3 divides p: 7 for 5",
+            peak="floor((p+4)/3); d=0, p mod 3 = 2: 1/2 less",
+            idle=lambda case: ratio(
+                (4 * case.p - (5 if case.p % 3 else 7)) * case.forward, 2
+            ),
+            peak_of=lambda case, d: ratio(
+                2 * ((case.p + 4) // 3) - (d == 0 and case.p % 3 == 2), 2
+            ),
+            holds=lambda case: (
+                case.p >= 2 and case.m >= 2 * case.p and _equal_times(case)
+            ),
+            bounds=_naive_at_most,
+        ),
+        Row(
+            name="dualpipe-v",
+            generator=dualpipe_v,
+            summary="hides communication behind the other chunk's computation",
+            source="DeepSeek-AI 2025, github.com/deepseek-ai/DualPipe",
+            constraints="m >= 2p",
+            bubble="(p-1)/(3m+p-1)",
+            peak="p+1/2",
+            idle=lambda case: ratio((case.p - 1) * _dualpipe_idle(case), 2),
+            peak_of=lambda case, d: ratio(2 * case.p + 1, 2),
+            idle_of="most",
+            holds=_dualpipe_holds,
+            bounds=_naive_at_most,
+            allows=lambda case: case.m >= 2 * case.p,
+        ),
+        Row(
+            name="gems",
+            generator=gems,
+            summary="the least activations; two replicas, hardly any parallelism",
+            source="Jain et al. 2020, GEMS, SC 2020",
+            constraints="none",
+            bubble="(p-1)(2m+1)/((p-1)(2m+1)+3m)",
+            peak="1",
+            idle=lambda case: (
+                (case.p - 1)
+                * (
+                    case.forward
+                    + case.backward
+                    + (case.m - 1) * max(case.forward, case.backward)
+                )
+            ),
+            peak_of=lambda case, d: 1,
+        ),
+        Row(
+            name="chimera",
+            generator=chimera,
+            summary="two replicas; half of 1F1B's bubble where m is about p",
+            source="Li and Hoefler 2021, 2107.06925, 3.1",
+            constraints="p even",
+            bubble="(p-2)/(2m+p-2) at F=B",
+            peak="p/2+1 outside to p inside",
+            idle=_chimera_idle,
+            peak_of=lambda case, d: case.p // 2 + 1 + min(d, case.p - 1 - d),
+            holds=_chimera_holds,
+            bounds=_naive_at_most,
+            allows=lambda case: case.p % 2 == 0,
+        ),
+        Row(
+            name="dualpipe",
+            generator=dualpipe,
+            summary="two replicas; hides communication behind the other direction",
+            source="DeepSeek-AI 2024, 2412.19437, 3.2.1",
+            constraints="p and m even, m >= 2p",
+            bubble="(p-2)/(3m+p-2)",
+            peak="p+1",
+            idle=lambda case: ratio((case.p - 2) * _dualpipe_idle(case), 2),
+            peak_of=lambda case, d: case.p + 1,
+            idle_of="most",
+            holds=_dualpipe_holds,
+            bounds=_naive_at_most,
+            allows=lambda case: (
+                case.p % 2 == 0 and case.m % 2 == 0 and case.m >= 2 * case.p
+            ),
+        ),
+        Row(
+            name="hanayo",
+            generator=hanayo,
+            summary="Chimera's overlap with one replica, for m up to p",
+            source="Liu et al. 2023, 2308.15762",
+            constraints="none",
+            bubble="(3p-m-2)/(2m+3p-2), m <= p, one wave",
+            peak="(m+min(m, floor(3d/2)+1))/2",
+            idle=lambda case: (
+                (case.p - 1) * (case.forward + case.backward)
+                - (case.m - 1) * case.forward
+            ),
+            peak_of=lambda case, d: ratio(case.m + min(case.m, 3 * d // 2 + 1), 2),
+            holds=lambda case: (
+                case.m <= case.p
+                and case.options.get("waves", 1) == 1
+                and bool(case.backward >= 2 * case.forward)
+            ),
+            bounds=_naive_at_most,
         ),
     )
 }

@@ -37,7 +37,7 @@ from pipeproof.sched.ops import W as W
 from pipeproof.sched.ops import alternate as alternate
 from pipeproof.sched.ops import op as op
 from pipeproof.sched.ops import overlap as overlap
-from pipeproof.sched.placement import Placement
+from pipeproof.sched.placement import Placement as Placement
 
 if TYPE_CHECKING:
     from pipeproof.sched.findings import Report

@@ -13,7 +13,8 @@ from fractions import Fraction
 
 from hypothesis import strategies as st
 
-from pipeproof.sched import Kind, Op, Ops, Placement, Schedule, overlap
+from pipeproof.sched import CATALOG, Kind, Op, Ops, Placement, Schedule, overlap
+from pipeproof.sched.catalog import Case
 from pipeproof.sched.ir import STAGE_KINDS
 from pipeproof.sim import Cost
 
@@ -226,3 +227,11 @@ def rows_of_anything(
     )
     group = st.lists(one, min_size=2, max_size=3).map(lambda ops: overlap(*ops))
     return draw(st.lists(one | group, max_size=6))
+
+
+def sizes_of(name: str, most: int = 8) -> st.SearchStrategy[tuple[int, int]]:
+    """Devices and micro-batches of which the catalogue has this schedule."""
+    grid = [(p, m) for p in range(1, most // 2 + 1) for m in range(1, most + 1)]
+    return st.sampled_from(
+        [(p, m) for p, m in grid if CATALOG[name].allows(Case(p, m))]
+    )

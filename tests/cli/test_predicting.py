@@ -157,7 +157,7 @@ def test_sweep_matches_the_closed_forms() -> None:
 
 
 def test_sweep_of_the_whole_catalogue() -> None:
-    cells = of(f"sweep {','.join(CATALOG)} -p 2:8 -m 8")["cells"]
+    cells = of(f"sweep {','.join(CATALOG)} -p 2:8 -m 16")["cells"]
 
     assert [cell["devices"] for cell in cells[:3]] == [2, 4, 8]
     assert len(cells) == 3 * len(CATALOG)
@@ -234,7 +234,7 @@ def test_list_names_all() -> None:
     rows = of("list")["schedules"]
 
     assert [row["name"] for row in rows] == list(CATALOG)
-    assert all(row["source"] and row["bubble_fraction"] for row in rows)
+    assert all(row["source"] and row["bubble"] for row in rows)
     shown = call("list").stdout
     assert all(f"  {name} " in shown for name in CATALOG)
     assert "--backward-order" in shown

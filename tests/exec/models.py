@@ -8,21 +8,33 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from strategies import sizes_of
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeproof.exec import Pipeline, reference
+from pipeproof.exec.pipeline import RUNS
 from pipeproof.exec.rng import key
-from pipeproof.sched import CATALOG, POLICIES, Schedule, catalog, recompute
+from pipeproof.sched import CATALOG, POLICIES, Kind, Schedule, catalog, recompute
 
 DTYPES = (torch.float32, torch.float64)
+
+
+def _executed(name: str) -> bool:
+    schedule = catalog.make(name, devices=2, micro_batches=4)
+    kinds = {Kind(kind) for kind in schedule.ops.kind.tolist()}
+    return kinds <= RUNS and schedule.slices == 1
+
+
+EXECUTED = [name for name in CATALOG if _executed(name)]
+"""The rows that the executor runs: those without split backwards, slices, pipes."""
 
 
 @st.composite
 def schedules(draw: st.DrawFn) -> Schedule:
     """Any row of the catalogue at any small size, with any recompute policy."""
-    name = draw(st.sampled_from(sorted(CATALOG)))
-    devices, micro_batches = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    name = draw(st.sampled_from(EXECUTED))
+    devices, micro_batches = draw(sizes_of(name))
     schedule = catalog.make(name, devices=devices, micro_batches=micro_batches)
     return recompute(schedule, draw(st.sampled_from(POLICIES)))
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import sizes_of
 
 from pipeproof.sched import (
     CATALOG,
@@ -100,14 +101,14 @@ def assert_valid(trace: Trace, events: list[Event]) -> None:
 
 @pytest.mark.parametrize("name", CATALOG)
 @given(
-    p=st.integers(1, 4),
-    m=st.integers(1, 4),
+    data=st.data(),
     policy=st.sampled_from(POLICIES),
     latency=st.sampled_from([0, 1, 0.3, Fraction(1, 3)]),
 )
 def test_every_schedule_exports_a_valid_trace(
-    name: str, p: int, m: int, policy: Any, latency: Any
+    name: str, data: st.DataObject, policy: Any, latency: Any
 ) -> None:
+    p, m = data.draw(sizes_of(name))
     schedule = recompute(catalog.make(name, devices=p, micro_batches=m), policy)
     trace = simulate(schedule, BYTES, Cluster(link_latency=latency))
 

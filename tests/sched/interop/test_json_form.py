@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import sizes_of
 
 from pipeproof.sched import (
     CATALOG,
@@ -64,8 +65,9 @@ def test_looks_like_this() -> None:
 
 
 @pytest.mark.parametrize("name", CATALOG)
-@given(p=st.integers(1, 5), m=st.integers(1, 5), policy=st.sampled_from(POLICIES))
-def test_round_trip(name: str, p: int, m: int, policy: Any) -> None:
+@given(data=st.data(), policy=st.sampled_from(POLICIES))
+def test_round_trip(name: str, data: st.DataObject, policy: Any) -> None:
+    p, m = data.draw(sizes_of(name))
     schedule = recompute(catalog.make(name, devices=p, micro_batches=m), policy)
 
     back = parse_json(format_json(schedule))

@@ -1,0 +1,201 @@
+"""Bidirectional pipelines: one goes down the devices, the other comes up.
+
+Each device holds a stage of either, with weights of its own: twice the weights,
+and at the end of the step the two devices that hold a stage sum its gradients
+(REDUCE).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeproof.sched.errors import ParameterError, at_least_one
+from pipeproof.sched.gen.v_shape import Way, eight_parts
+from pipeproof.sched.ir import (
+    B,
+    F,
+    Kind,
+    Op,
+    Ops,
+    Schedule,
+    alternate,
+    op,
+)
+from pipeproof.sched.placement import Placement
+
+
+def gems(devices: int, micro_batches: int) -> Schedule:
+    """Two replicas, one micro-batch in flight on each: the least activations.
+
+    With p=3, m=3, every op one tick::
+
+        device 0 | 0F0 ... ... ... ... 0B0 2F1 2B1 0F2 ... ... ... ... 0B2
+        device 1 | ... 1F0 ... ... 1B0 1F1 ... ... 1B1 1F2 ... ... 1B2 ...
+        device 2 | ... ... 2F0 2B0 0F1 ... ... ... ... 0B1 2F2 2B2 ... ...
+
+    Placement: stages d and p-1-d on device d: even micro-batches go down the
+        devices, odd ones up.
+    Bubble: (p-1)(F+B+(m-1)max(F,B)) of a device idle in the step; equal stages,
+        free links.
+    Peak memory: 1 micro-batch activation on every device, beside weights twice.
+
+    Args:
+        devices: p, a stage of either direction on each.
+        micro_batches: m, per step.
+
+    Raises:
+        ParameterError: either is below 1.
+
+    Source:
+        Jain et al. 2020, GEMS, SC 2020. The order is derived from its figure in
+        arXiv:2107.06925: a forward follows the backward of the other direction.
+        With B = 2F and many micro-batches the fraction is theirs,
+        (p-1)/(p+1/2).
+    """
+    at_least_one(devices=devices, micro_batches=micro_batches)
+    p, m = devices, micro_batches
+    every = np.arange(m)
+    pipe_of = every % 2
+    rows = []
+    for d in range(p):
+        stage = np.where(pipe_of == 0, d, p - 1 - d)
+        rows.append(alternate(F(stage, every), B(stage, every)))
+    return _summed("gems", rows, m, pipe_of)
+
+
+def chimera(devices: int, micro_batches: int) -> Schedule:
+    """Two pipes in opposite directions fill each other's bubble.
+
+    With p=4, m=4, every op one tick::
+
+        device 0 | 0F0 0F2 ... 3F1 3B1 3F3 3B3 0B0 ... 0B2
+        device 1 | ... 1F0 2F1 1F2 2F3 2B1 1B0 2B3 1B2 ...
+        device 2 | ... 1F1 2F0 1F3 2F2 2B0 1B1 2B2 1B3 ...
+        device 3 | 0F1 0F3 ... 3F0 3B0 3F2 3B2 0B1 ... 0B3
+
+    Placement: stages d and p-1-d on device d: even micro-batches go down the
+        devices, odd ones up.
+    Bubble: (p-2)/(2m+p-2) of step time where F = B and p divides m; at B = 2F,
+        (p-2)(1+m/p)F of a device idle, as units of p micro-batches are just
+        concatenated; equal stages, free links.
+    Peak memory: p/2+1 micro-batch activations on the outer devices, one more on
+        each further in, up to p, where p divides m; beside weights twice.
+
+    Args:
+        devices: p, even, a stage of either direction on each.
+        micro_batches: m, per step. What is left of the last p travels as the
+            first of a unit do.
+
+    Raises:
+        ParameterError: a size below 1, or an odd number of devices.
+
+    Source:
+        Li and Hoefler 2021, arXiv:2107.06925, 3.1 and 3.5; direct concatenation.
+        That residual micro-batches are scheduled so is from memory.
+    """
+    at_least_one(devices=devices, micro_batches=micro_batches)
+    _even("chimera", devices=devices)
+    p, m = devices, micro_batches
+    every = np.arange(m)
+    pipe_of = every % 2
+    unit = 2 * p * (every // p) + every % p - pipe_of
+    rows = []
+    for d in range(p):
+        stage = np.where(pipe_of == 0, d, p - 1 - d)
+        slots = np.concatenate([unit + stage, unit + 2 * p - 1 - stage])
+        both = F(stage, every) + B(stage, every)
+        rows.append(both.take(np.argsort(slots)))
+    return _summed("chimera", rows, m, pipe_of)
+
+
+def dualpipe(devices: int, micro_batches: int) -> Schedule:
+    """Two directions, in which forwards and backwards of each overlap.
+
+    With p=2, m=4, every op one tick::
+
+        device 0 | 0F0     1F2     0F1     1B2     1F3&0B0 ------- 1B3     0I1
+        device 1 | 0F2     1F0     0F3     1B0     1F1&0B2 ------- 1B1     0I3
+
+    Placement: stages d and p-1-d on device d: the first half of the micro-batches
+        goes down the devices, the second up.
+    Bubble: (p/2-1)(F&B+B-3W) idle in the step on the device that idles most,
+        where F = I, W <= F and F&B, the joint time, lies in max(F,B) ... F+B;
+        equal stages, free links.
+    Peak memory: p+1 micro-batch activations on every device, beside weights twice.
+
+    Args:
+        devices: p, even, a stage of either direction on each.
+        micro_batches: m, per step, even, at least 2p.
+
+    Raises:
+        ParameterError: a size below 1 or odd, or fewer than 2p micro-batches.
+
+    Source:
+        DeepSeek-AI 2024, arXiv:2412.19437, 3.2.1; the eight parts of
+        github.com/deepseek-ai/DualPipe. The paper states the bubble without the
+        conditions; outside them it is another.
+    """
+    at_least_one(devices=devices, micro_batches=micro_batches)
+    _even("dualpipe", devices=devices, micro_batches=micro_batches)
+    p, m = devices, micro_batches
+    if m < 2 * p:
+        raise ParameterError(
+            f"dualpipe needs at least two micro-batches for each device, {2 * p} for "
+            f"{p} devices, got {m}"
+        )
+    pipe_of = np.repeat([0, 1], m // 2)
+    rows = []
+    for d in range(p):
+        ways = [
+            Way(stage, np.flatnonzero(pipe_of == pipe))
+            for pipe, stage in enumerate((d, p - 1 - d))
+        ]
+        near, far = ways if d < p // 2 else ways[::-1]
+        rows.append(eight_parts(p // 2, near, far))
+    return _summed("dualpipe", rows, m, pipe_of)
+
+
+def _even(name: str, **sizes: int) -> None:
+    """Refuse odd sizes.
+
+    Raises:
+        ParameterError: naming the first that is.
+    """
+    for what, size in sizes.items():
+        if size % 2:
+            raise ParameterError(
+                f"{name} needs an even number of {what}, half for each direction, "
+                f"got {size}"
+            )
+
+
+def _summed(
+    name: str, rows: Sequence[Ops], micro_batches: int, pipe_of: NDArray[np.int64]
+) -> Schedule:
+    """The schedule, with each stage's REDUCE behind its last backward on a device."""
+    p = len(rows)
+    reduced = []
+    for d, row in enumerate(rows):
+        last = {}
+        for stage in {d, p - 1 - d} if 2 * d != p - 1 else ():
+            mine = (row.stage == stage) & (row.kind != Kind.F)
+            end = int(np.flatnonzero(mine).max(initial=-1)) + 1
+            while 0 < end < len(row) and row.joined[end]:
+                end += 1
+            last[stage] = end or len(row)
+        parts: list[Op | Ops] = []
+        begin = 0
+        for stage in sorted(last, key=lambda stage: last[stage]):
+            parts += [row[begin : last[stage]], op(Kind.REDUCE, stage)]
+            begin = last[stage]
+        reduced.append([*parts, row[begin:]])
+    return Schedule.of(
+        reduced,
+        name=name,
+        placement=Placement.bidirectional(p),
+        micro_batches=micro_batches,
+        pipe_of=pipe_of,
+    )

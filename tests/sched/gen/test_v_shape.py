@@ -1,0 +1,137 @@
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import positive_times, times
+
+from pipeproof.sched import CATALOG, Kind, ParameterError, check
+from pipeproof.sched.catalog import Case
+from pipeproof.sched.gen import dualpipe_v, v_half, v_min, zb_v
+from pipeproof.sim import Cost, simulate
+
+ALL = ("zb-v", "v-half", "v-min", "dualpipe-v")
+
+
+def test_zb_v_has_no_bubble_inside_a_span() -> None:
+    run = simulate(zb_v(2, 3))
+
+    assert run.grid().splitlines() == [
+        "device 0 | 0F0 0F1 0F2 3F0 3I0 3W0 3F1 3I1 3W1 0I0 0W0 3F2 3I2 3W2 0I1 0W1 "
+        "0I2 0W2 ...",
+        "device 1 | ... 1F0 2F0 1F1 2F1 2I0 2W0 1F2 1I0 1W0 2F2 2I1 2W1 1I1 2I2 1I2 "
+        "1W1 2W2 1W2",
+    ]
+    assert run.span_bubble == 0
+
+
+@given(
+    p=st.integers(1, 6),
+    more=st.integers(0, 8),
+    forward=positive_times,
+    longer=times,
+    part=st.integers(0, 6),
+)
+def test_zb_v_idles_for_its_shorter_weight_gradient(
+    p: int, more: int, forward: Fraction, longer: Fraction, part: int
+) -> None:
+    input_grad = forward + longer
+    weight_grad = (forward + input_grad) * Fraction(part, 12)
+    run = simulate(zb_v(p, 2 * p - 1 + more), Cost(forward, input_grad, weight_grad))
+
+    assert run.span - run.ideal == (p - 1) * (input_grad - weight_grad)
+    assert run.peak_activations == [p] * p
+
+
+def test_zb_v_where_w_is_shorter_than_i_and_i_than_f() -> None:
+    cost = Cost(Fraction("18.5"), Fraction("18.1"), Fraction("9.3"))
+    run = simulate(zb_v(4, 12), cost)
+
+    assert float(run.span - run.ideal) == 27.4  # not 3(F - W) = 27.6
+
+
+@pytest.mark.parametrize("p", range(3, 13))
+@pytest.mark.parametrize("more", [0, 3])
+def test_v_half_in_chunks(p: int, more: int) -> None:
+    run = simulate(v_half(p, 2 * p + more), Cost(2, 2, 2))
+
+    assert run.makespan - run.ideal == 3 * p - (4 if p % 2 else 7)
+    assert [2 * peak for peak in run.peak_activations] == [2 * (p // 2) + 2] * p
+
+
+@pytest.mark.parametrize("p", range(2, 13))
+@pytest.mark.parametrize("more", [0, 3])
+def test_v_min_in_chunks(p: int, more: int) -> None:
+    run = simulate(v_min(p, 2 * p + more), Cost(2, 2, 2))
+
+    assert run.makespan - run.ideal == 4 * p - (5 if p % 3 else 7)
+    assert 2 * max(run.peak_activations) == 2 * ((p + 4) // 3)
+
+
+def test_v_min_idles_more_with_more_micro_batches_where_times_differ() -> None:
+    cost = Cost(forward=2, input_grad=10, weight_grad=0)
+    runs = [simulate(v_min(4, m), cost) for m in (8, 16)]
+    idle = [run.makespan - run.ideal for run in runs]
+
+    assert idle[0] < idle[1]
+
+
+@given(
+    p=st.integers(1, 6),
+    more=st.integers(0, 8),
+    forward=positive_times,
+    w=st.integers(0, 6),
+    at=st.integers(0, 6),
+)
+def test_dualpipe_v_at_any_overlap_time(
+    p: int, more: int, forward: Fraction, w: int, at: int
+) -> None:
+    weight_grad = forward * Fraction(w, 6)
+    backward = forward + weight_grad
+    joint = backward + forward * Fraction(at, 6)
+    run = simulate(
+        dualpipe_v(p, 2 * p + more), Cost(forward, forward, weight_grad, overlap=joint)
+    )
+
+    wanted = (p - 1) * (joint + backward - 3 * weight_grad) / 2
+    assert run.makespan - min(run.busy) == wanted
+    assert run.peak_activations == [p + Fraction(1, 2)] * p
+
+
+@pytest.mark.parametrize("p", [2, 5, 8])
+def test_dualpipe_v_overlaps_all_but_the_first_pair_of_the_last_device(p: int) -> None:
+    schedule = dualpipe_v(p, 2 * p + 1)
+    pairs = [int(schedule.row(d).joined.sum()) for d in range(p)]
+
+    m = 2 * p + 1
+    assert pairs == [2 * m - 3 * p + d + 1 - (d == p - 1) for d in range(p)]
+    assert not schedule.has(Kind.R)
+
+
+def test_says_how_many_micro_batches_are_missing() -> None:
+    with pytest.raises(ParameterError, match="two micro-batches for each device, 8 "):
+        dualpipe_v(4, 7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("p", range(2, 17))
+def test_bars(name: str, p: int) -> None:
+    row = CATALOG[name]
+    for m in sorted({1, p - 1, p, 2 * p, 3 * p + 1, 8 * p}):
+        case = Case(p, m)
+        if not row.allows(case):
+            continue
+        schedule = row.make(case)
+        run = simulate(schedule)
+        assert check(schedule).ok
+        idle = {
+            "step": run.makespan - run.ideal,
+            "span": run.span - run.ideal,
+            "most": run.makespan - min(run.busy),
+        }[row.idle_of]
+        if row.holds(case):
+            assert idle == row.idle(case)
+            assert run.peak_activations == [row.peak_of(case, d) for d in range(p)]
+        else:
+            assert 0 <= idle <= (p - 1) * case.ideal
