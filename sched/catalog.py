@@ -156,7 +156,7 @@ def _chimera_holds(case: Case) -> bool:
 
 def _chimera_idle(case: Case) -> Any:
     p, m, f = case.p, case.m, case.forward
-    return (p - 2) * (2 * f if case.backward == f else f * ratio(m + p, p))
+    return (p - 2) * (f if case.backward == f else f * ratio(m + p, p))
 
 
 CATALOG: dict[str, Row] = {

@@ -31,6 +31,9 @@ def test_chimera_is_the_published_one(half: int, units: int) -> None:
     run = simulate(chimera(p, m), EQUAL)
     twice = simulate(chimera(p, m), Cost(1, 1, 1))
 
+    row = CATALOG["chimera"]
+    assert run.makespan - run.ideal == row.idle(Case(p, m, {}, 2, 1, 1))
+    assert twice.makespan - twice.ideal == row.idle(Case(p, m))
     assert run.bubble_fraction == Fraction(p - 2, 2 * m + p - 2)
     assert twice.makespan - twice.ideal == (p - 2) * (1 + units)
     up = list(range(half + 1, p + 1))
