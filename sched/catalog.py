@@ -16,8 +16,13 @@ from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, ratio
 from pipeproof.sched.gen import gpipe, naive, one_f_one_b
 from pipeproof.sched.gen.bidirectional import chimera, dualpipe, gems
+from pipeproof.sched.gen.eager import eager_1f1b
+from pipeproof.sched.gen.interleaved import gets_through, interleaved
+from pipeproof.sched.gen.looped_bfs import looped_bfs
+from pipeproof.sched.gen.sliced import seq1f1b, slimpipe, terapipe
 from pipeproof.sched.gen.v_shape import dualpipe_v, v_half, v_min, zb_v
 from pipeproof.sched.gen.wave import hanayo
+from pipeproof.sched.gen.zero_bubble import zb_h1, zb_h2
 from pipeproof.sched.ir import Schedule
 
 
@@ -159,6 +164,37 @@ def _chimera_idle(case: Case) -> Any:
     return (p - 2) * (f if case.backward == f else f * ratio(m + p, p))
 
 
+def _zb_h1_idle(case: Case) -> Any:
+    f, i, w = case.forward, case.input_grad, case.weight_grad
+    return (case.p - 1) * max(f, i, f + i - w) + max(case.p - case.m, 0) * f
+
+
+def _zb_h2_idle(case: Case) -> Any:
+    f, i, w = case.forward, case.input_grad, case.weight_grad
+    missing = max(2 * case.p - 1 - case.m, 0)
+    return (case.p - 1) * max(0, f + i - 2 * w, i - f) + missing * f
+
+
+def _chunks(case: Case) -> int:
+    return int(case.options.get("chunks", 2))
+
+
+def _group(case: Case) -> int:
+    return int(case.options.get("group") or case.p)
+
+
+def _interleaved_idle(case: Case) -> Number:
+    return ratio(_fill_drain(case), _chunks(case))
+
+
+def _slices(case: Case) -> int:
+    return int(case.options.get("slices", 2))
+
+
+def _sliced_idle(case: Case) -> Number:
+    return ratio(_fill_drain(case), _slices(case))
+
+
 CATALOG: dict[str, Row] = {
     row.name: row
     for row in (
@@ -194,6 +230,122 @@ CATALOG: dict[str, Row] = {
             peak="min(p-d, m)",
             idle=_fill_drain,
             peak_of=lambda case, d: min(case.p - d, case.m),
+        ),
+        Row(
+            name="eager-1f1b",
+            generator=eager_1f1b,
+            summary="1F1B where links are slow: messages have time to arrive",
+            source="Zhuang et al. 2022, 2211.05322",
+            constraints="none",
+            bubble="(p-1)/(m+p-1)",
+            peak="min(2(p-1-d)+1, m)",
+            idle=_fill_drain,
+            peak_of=lambda case, d: min(2 * (case.p - 1 - d) + 1, case.m),
+        ),
+        Row(
+            name="zb-h1",
+            generator=zb_h1,
+            summary="a third of 1F1B's bubble, at the peak of its first device",
+            source="Qi et al. 2023, 2401.10241",
+            constraints="none",
+            bubble="(p-1)/(3m+p-1), m >= p",
+            peak="min(p, m)",
+            idle=_zb_h1_idle,
+            peak_of=lambda case, d: min(case.p, case.m),
+            holds=lambda case: case.m >= case.p or _equal_times(case),
+            bounds=_fill_drain_at_most,
+        ),
+        Row(
+            name="zb-h2",
+            generator=zb_h2,
+            summary="no bubble in a device's span, for twice 1F1B's activations",
+            source="Qi et al. 2023, 2401.10241",
+            constraints="none",
+            bubble="0 of a device's span at F=I=W, m >= 2p-1",
+            peak="min(2p-1, m)",
+            idle=_zb_h2_idle,
+            peak_of=lambda case, d: min(2 * case.p - 1, case.m),
+            idle_of="span",
+            holds=lambda case: case.m >= 2 * case.p - 1 or _equal_times(case),
+            bounds=_fill_drain_at_most,
+        ),
+        Row(
+            name="interleaved",
+            generator=interleaved,
+            summary="v chunks a device: a shorter bubble for more messages",
+            source="Narayanan et al. 2021, 2104.04473, 2.2; 2407.21783, 3.3.2",
+            constraints="groups of n = p or more whose last has p-2 or more, or n >= m",
+            bubble="(p-1)/(vm+p-1), last group >= p",
+            peak="min((v-1)n+2(p-1-d)+1, vm)/v",
+            idle=_interleaved_idle,
+            peak_of=lambda case, d: ratio(
+                min(
+                    (_chunks(case) - 1) * _group(case) + 2 * (case.p - 1 - d) + 1,
+                    case.m * _chunks(case),
+                ),
+                _chunks(case),
+            ),
+            holds=lambda case: (
+                min(case.m, _group(case), case.m % _group(case) or case.m) >= case.p
+            ),
+            bounds=lambda case: (_interleaved_idle(case), (case.p - 1) * case.ideal),
+            allows=lambda case: gets_through(
+                case.p, case.m, _chunks(case), _group(case)
+            ),
+        ),
+        Row(
+            name="looped-bfs",
+            generator=looped_bfs,
+            summary="interleaved with sharded weights: a gather for each chunk pass",
+            source="Lamy-Poirier 2022, 2211.05953",
+            constraints="none",
+            bubble="(p-1)/(vm+p-1), m >= p",
+            peak="m",
+            idle=lambda case: ratio(
+                ((_chunks(case) - 1) * max(case.p - case.m, 0) + case.p - 1)
+                * (case.forward + case.backward),
+                _chunks(case),
+            ),
+            peak_of=lambda case, d: case.m,
+        ),
+        Row(
+            name="terapipe",
+            generator=terapipe,
+            summary="long sequences: GPipe's bubble divided by the slices",
+            source="Li et al. 2021, 2102.07988",
+            constraints="none",
+            bubble="(p-1)/(qm+p-1)",
+            peak="m",
+            idle=_sliced_idle,
+            peak_of=lambda case, d: case.m,
+        ),
+        Row(
+            name="seq1f1b",
+            generator=seq1f1b,
+            summary="long sequences: 1F1B's bubble and activations divided by slices",
+            source="Sun et al. 2024, 2406.03488",
+            constraints="none",
+            bubble="(p-1)/(qm+p-1)",
+            peak="min(q+p-1-d, mq)/q",
+            idle=_sliced_idle,
+            peak_of=lambda case, d: ratio(
+                min(_slices(case) + case.p - 1 - d, case.m * _slices(case)),
+                _slices(case),
+            ),
+        ),
+        Row(
+            name="slimpipe",
+            generator=slimpipe,
+            summary="as seq1f1b, where links are slow",
+            source="SlimPipe 2025, 2504.14519",
+            constraints="none",
+            bubble="(p-1)/(qm+p-1)",
+            peak="min(q+2(p-1-d), mq)/q",
+            idle=_sliced_idle,
+            peak_of=lambda case, d: ratio(
+                min(_slices(case) + 2 * (case.p - 1 - d), case.m * _slices(case)),
+                _slices(case),
+            ),
         ),
         Row(
             name="zb-v",
