@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeproof.cli.output import emit_json, emit_table
 from pipeproof.sched import CATALOG
-from pipeproof.sched.catalog import Row
+from pipeproof.sched.row import Row
 
 FLAGS = {
     "chunks": "-v",

@@ -14,8 +14,8 @@ from fractions import Fraction
 from hypothesis import strategies as st
 
 from pipeproof.sched import CATALOG, Kind, Op, Ops, Placement, Schedule, overlap
-from pipeproof.sched.catalog import Case
 from pipeproof.sched.ir import STAGE_KINDS
+from pipeproof.sched.row import Case
 from pipeproof.sim import Cost
 
 sizes = st.integers(1, 6)

@@ -23,7 +23,7 @@ from pipeproof.sched import (
     check,
     lower,
 )
-from pipeproof.sched.catalog import Case, Row
+from pipeproof.sched.row import Case, Row
 from pipeproof.sim import Cost, simulate
 
 ROWS = [pytest.param(row, id=name) for name, row in CATALOG.items()]

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from strategies import positive_times, sizes, times
 
 from pipeproof.sched import CATALOG, Kind, ParameterError, Schedule, check
-from pipeproof.sched.catalog import Case
 from pipeproof.sched.gen import chimera, dualpipe, gems
+from pipeproof.sched.row import Case
 from pipeproof.sim import Cost, simulate
 
 EQUAL = Cost(forward=2, input_grad=1, weight_grad=1)

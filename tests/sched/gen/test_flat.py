@@ -9,8 +9,8 @@ from strategies import costs
 from test_contract import keeps_its_formulas
 
 from pipeproof.sched import CATALOG, Schedule
-from pipeproof.sched.catalog import Case
 from pipeproof.sched.gen import eager_1f1b, one_f_one_b, zb_h1, zb_h2
+from pipeproof.sched.row import Case
 from pipeproof.sim import Cluster, Cost, simulate
 
 FLAT = ("eager-1f1b", "zb-h1", "zb-h2")

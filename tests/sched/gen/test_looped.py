@@ -9,10 +9,10 @@ from strategies import costs, sizes
 from test_contract import keeps_its_formulas
 
 from pipeproof.sched import CATALOG, ParameterError, Schedule, alternate, check
-from pipeproof.sched.catalog import Case
 from pipeproof.sched.gen import interleaved, looped_bfs, one_f_one_b
 from pipeproof.sched.gen.interleaved import _passes, gets_through
 from pipeproof.sched.ir import B, F, Placement
+from pipeproof.sched.row import Case
 from pipeproof.sim import Cost, simulate
 
 BARS = [

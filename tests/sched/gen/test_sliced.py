@@ -9,7 +9,6 @@ from strategies import costs, sizes
 from test_contract import keeps_its_formulas
 
 from pipeproof.sched import CATALOG, ParameterError, catalog
-from pipeproof.sched.catalog import Case
 from pipeproof.sched.gen import (
     eager_1f1b,
     gpipe,
@@ -18,6 +17,7 @@ from pipeproof.sched.gen import (
     slimpipe,
     terapipe,
 )
+from pipeproof.sched.row import Case
 from pipeproof.sim import Cost, simulate
 
 BARS = [

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from strategies import positive_times, times
 
 from pipeproof.sched import CATALOG, Kind, ParameterError, check
-from pipeproof.sched.catalog import Case
 from pipeproof.sched.gen import dualpipe_v, v_half, v_min, zb_v
+from pipeproof.sched.row import Case
 from pipeproof.sim import Cost, simulate
 
 ALL = ("zb-v", "v-half", "v-min", "dualpipe-v")
