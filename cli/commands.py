@@ -56,12 +56,14 @@ def list_(*, as_json: bool) -> None:
 def show(*, wanted: Wanted, conditions: Conditions, tick: Any, as_json: bool) -> None:
     """Draw a schedule in text: a line a device, a column a tick.
 
-    NAME is one of the catalogue (`pipeproof list`) and needs -p and -m. FILE is a
-    path to the text or JSON form, or - for standard input. Times default to one
-    tick each for F, I and W, with free links.
+    NAME is one of the catalogue (`pipeproof list`); without -p and -m it is drawn
+    as in its paper's figure. FILE is a path to the text or JSON form or torch CSV,
+    or - for standard input. Times default to one tick each for F, I and W, with
+    free links. A terminal gets colours, a pipe with FORCE_COLOR=1.
 
     \b
     Example:
+      pipeproof show dualpipe
       pipeproof show 1f1b -p 4 -m 8
       pipeproof show gpipe -p 2 -m 4 --remat always --backward 1
     """

@@ -10,12 +10,15 @@ import stat
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, plain
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 PIPED_WIDTH = 160
 """Columns of a table where no terminal says how many it has."""
@@ -102,6 +105,19 @@ def emit_table(
         console.print(table)
     lines = captured.get().rstrip().splitlines()
     click.echo("\n".join(line.rstrip() for line in lines))
+
+
+def has_colours() -> bool:
+    """Whether standard output takes them: a terminal, or FORCE_COLOR; not NO_COLOR."""
+    console = _console()
+    return console.color_system is not None and not console.no_color
+
+
+def emit_text(lines: Iterable[Text]) -> None:
+    """Print styled lines, each as long as it is."""
+    console = _console()
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
 def _console() -> Any:

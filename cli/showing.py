@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+from dataclasses import replace
 
 import click
 
 from pipeproof.cli.options import Conditions, Wanted
-from pipeproof.cli.output import emit_json
+from pipeproof.cli.output import emit_json, emit_text, has_colours
 from pipeproof.cli.predict import predict, sizes
 from pipeproof.cli.source import load
-from pipeproof.sched import ParameterError
+from pipeproof.sched import CATALOG, ParameterError
 from pipeproof.sched.exact import Number
 
 PIPED_COLUMNS = 20_000
@@ -26,6 +27,7 @@ def show_grid(
     Raises:
         ParameterError: it is wider than the terminal, or than is sensible.
     """
+    wanted, conditions = _or_its_figure(wanted, conditions)
     schedule = load(wanted)
     trace = predict(schedule, conditions)
     terminal = _is_terminal() and not as_json
@@ -50,7 +52,31 @@ def show_grid(
         emit_json({**sizes(schedule), "grid": lines})
         return
     click.echo(schedule.summary)
-    click.echo("\n".join(lines))
+    if has_colours():
+        from pipeproof.cli.painting import painted
+
+        emit_text(painted(lines, schedule))
+    else:
+        click.echo("\n".join(lines))
+
+
+def _or_its_figure(wanted: Wanted, conditions: Conditions) -> tuple[Wanted, Conditions]:
+    """Sizes and times of the publication's figure for a name without sizes."""
+    row = CATALOG.get(wanted.source)
+    if row is None or wanted.devices is not None or wanted.micro_batches is not None:
+        return wanted, conditions
+    figure = row.figure
+    missing = {
+        key: value
+        for key, value in figure.options.items()
+        if getattr(wanted.features, key) is None
+    }
+    features = replace(wanted.features, **missing)
+    names = ("forward", "input_grad", "weight_grad")
+    if all(getattr(conditions, name) is None for name in (*names, "backward")):
+        times = {name: getattr(figure, name) for name in names}
+        conditions = replace(conditions, **times)
+    return Wanted(wanted.source, figure.p, figure.m, features), conditions
 
 
 def _is_terminal() -> bool:

@@ -110,6 +110,7 @@ CATALOG: dict[str, Row] = {
             peak="1",
             idle=lambda case: (case.p - 1) * case.ideal,
             peak_of=lambda case, d: 1,
+            figure=Case(4, 1),
         ),
         Row(
             name="gpipe",
@@ -121,6 +122,7 @@ CATALOG: dict[str, Row] = {
             peak="m",
             idle=_fill_drain,
             peak_of=lambda case, d: case.m,
+            figure=Case(4, 4, input_grad=1, weight_grad=0),
         ),
         Row(
             name="1f1b",
@@ -220,6 +222,7 @@ CATALOG: dict[str, Row] = {
             peak="m",
             idle=_sliced_idle,
             peak_of=lambda case, d: case.m,
+            figure=Case(4, 2, {"slices": 4}),
         ),
         Row(
             name="seq1f1b",
@@ -234,6 +237,7 @@ CATALOG: dict[str, Row] = {
                 min(_slices(case) + case.p - 1 - d, case.m * _slices(case)),
                 _slices(case),
             ),
+            figure=Case(4, 4),
         ),
         Row(
             name="slimpipe",
@@ -248,6 +252,7 @@ CATALOG: dict[str, Row] = {
                 min(_slices(case) + 2 * (case.p - 1 - d), case.m * _slices(case)),
                 _slices(case),
             ),
+            figure=Case(4, 2, {"slices": 4}),
         ),
         Row(
             name="zb-v",
@@ -319,6 +324,7 @@ CATALOG: dict[str, Row] = {
             holds=_dualpipe_holds,
             bounds=_naive_at_most,
             allows=lambda case: case.m >= 2 * case.p,
+            figure=Case(4, 10),
         ),
         Row(
             name="gems",
@@ -337,6 +343,7 @@ CATALOG: dict[str, Row] = {
                 )
             ),
             peak_of=lambda case, d: 1,
+            figure=Case(4, 4),
         ),
         Row(
             name="chimera",
@@ -351,6 +358,7 @@ CATALOG: dict[str, Row] = {
             holds=_chimera_holds,
             bounds=_naive_at_most,
             allows=lambda case: case.p % 2 == 0,
+            figure=Case(4, 4),
         ),
         Row(
             name="dualpipe",
@@ -368,6 +376,7 @@ CATALOG: dict[str, Row] = {
             allows=lambda case: (
                 case.p % 2 == 0 and case.m % 2 == 0 and case.m >= 2 * case.p
             ),
+            figure=Case(8, 20),
         ),
         Row(
             name="hanayo",
@@ -388,6 +397,7 @@ CATALOG: dict[str, Row] = {
                 and bool(case.backward >= 2 * case.forward)
             ),
             bounds=_naive_at_most,
+            figure=Case(4, 4),
         ),
     )
 }

@@ -74,6 +74,8 @@ class Row:
         bounds: where they are not, between what the idle time lies; None for no
             upper bound.
         allows: whether the generator takes these sizes; it raises if not.
+        figure: the sizes and times at which it is drawn unless others are wanted:
+            those of the publication's own figure, where it has one.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Row:
     holds: Callable[[Case], bool] = lambda case: True
     bounds: Callable[[Case], tuple[Number, Number | None]] = lambda case: (0, None)
     allows: Callable[[Case], bool] = lambda case: True
+    figure: Case = Case(4, 8)
 
     @property
     def options(self) -> tuple[str, ...]:
