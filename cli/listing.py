@@ -11,7 +11,9 @@ FLAGS = {
     "slices": "--slices",
     "waves": "--waves",
     "group": "--group",
+    "offload": "--offload",
     "backward": "--backward-order",
+    "times": "--times",
 }
 """How the command line calls the generators' options."""
 

@@ -95,8 +95,8 @@ class Features:
     """What a catalogue's schedule may have beside its two sizes.
 
     Attributes:
-        chunks, slices, waves, group, backward_order: as their options say; None
-            leaves the schedule its default.
+        chunks, slices, waves, group, offload, backward_order, times: as their
+            options say; None leaves the schedule its default.
         remat: policy of `recompute`, or None for the schedule as it is.
     """
 
@@ -104,7 +104,9 @@ class Features:
     slices: int | None
     waves: int | None
     group: int | None
+    offload: int | None
     backward_order: str | None
+    times: Any
     remat: str | None
 
     def of_generator(self) -> dict[str, Any]:
@@ -114,7 +116,9 @@ class Features:
             "slices": self.slices,
             "waves": self.waves,
             "group": self.group,
+            "offload": self.offload,
             "backward": self.backward_order,
+            "times": self.times,
         }
 
 
@@ -173,9 +177,21 @@ _FEATURES = [
         "--group", type=int, metavar="N", help="Micro-batches that go together."
     ),
     click.option(
+        "--offload",
+        type=int,
+        metavar="K",
+        help="Chunks whose activations go to the host.",
+    ),
+    click.option(
         "--backward-order",
         type=click.Choice(["lifo", "fifo"]),
         help="Order of gpipe's backwards; lifo as published.",
+    ),
+    click.option(
+        "--times",
+        type=per_stage,
+        metavar="F,I,W",
+        help="Times that v-half and v-min are built for; as published if left out.",
     ),
     click.option(
         "--remat",

@@ -182,7 +182,7 @@ def lay_out(
         phase_of_messages: BEFORE that op, or BEHIND it.
     """
     streams, send_stream, recv_stream = _streams(schedule, hops)
-    node_stream, streams = _with_streams_beside(nodes, streams)
+    node_stream, streams = _with_streams_beside(schedule, nodes, streams)
     remote, local = np.flatnonzero(hops.remote), np.flatnonzero(~hops.remote)
     all_nodes = np.arange(len(nodes.rank))
     local_node = nodes.rank[hops.source[local]]
@@ -266,9 +266,15 @@ BESIDE = {
 }
 """What the kinds that run beside the compute stream become, and where."""
 
+BETWEEN_DEVICES = {
+    StreamKind.TO_HOST: StreamKind.TO_DEVICE,
+    StreamKind.FROM_HOST: StreamKind.FROM_DEVICE,
+}
+"""Where copies go instead if they go to another device's memory."""
+
 
 def _with_streams_beside(
-    nodes: Nodes, streams: tuple[Stream, ...]
+    schedule: Schedule, nodes: Nodes, streams: tuple[Stream, ...]
 ) -> tuple[NDArray[np.int32], tuple[Stream, ...]]:
     """The stream of each node, and all streams, those beside the others last."""
     stream = nodes.device.copy()
@@ -276,5 +282,14 @@ def _with_streams_beside(
         mine = nodes.kind == kind
         devices, number = np.unique(nodes.device[mine], return_inverse=True)
         stream[mine] = len(streams) + number
-        streams += tuple(Stream(device, where) for device in devices.tolist())
+        streams += tuple(
+            _beside(schedule, device, where) for device in devices.tolist()
+        )
     return stream, streams
+
+
+def _beside(schedule: Schedule, device: int, kind: StreamKind) -> Stream:
+    target = schedule.offload_to[device]
+    if target is None or kind not in BETWEEN_DEVICES:
+        return Stream(device, kind)
+    return Stream(device, BETWEEN_DEVICES[kind], target)

@@ -55,14 +55,14 @@ def link_bytes(trace: Trace) -> dict[tuple[int, int], Number]:
     weight = trace.sizes.known_bytes()
     program = trace.program
     result: dict[tuple[int, int], Number] = {}
-    sends = np.flatnonzero(program.action == Action.SEND)
-    sent = np.isin(program.reads.owner, sends)
+    moves = np.flatnonzero(np.isin(program.action, (Action.SEND, Action.COPY)))
+    sent = np.isin(program.reads.owner, moves)
     for instruction, buffer in zip(
         program.reads.owner[sent].tolist(), program.reads.values[sent].tolist()
     ):
-        stream = program.streams[program.stream[instruction]]
-        pair = stream.device, stream.peer if stream.peer is not None else -1
-        result[pair] = plain(result.get(pair, 0) + weight[buffer])
+        pair = program.streams[program.stream[instruction]].link
+        if pair is not None:  # a copy to the host crosses none
+            result[pair] = plain(result.get(pair, 0) + weight[buffer])
     return result
 
 
@@ -97,10 +97,11 @@ class Gap:
                 f"{int(program.device[self.waits_for])}, which ends at "
                 f"{_show(trace.end[self.waits_for])}"
             )
-        if any(
-            program.action[i] == Action.SEND for i in program.waits_for[self.waiting]
-        ):
-            return f"{text} waits for a send of its own device"
+        for i in program.waits_for[self.waiting]:
+            if trace.end[i] == self.end and program.action[i] == Action.COPY:
+                return f"{text} waits for {program.label(i)} of its own device"
+            if program.action[i] == Action.SEND:
+                return f"{text} waits for a send of its own device"
         return f"{text} comes late, though all it needs is there"
 
 

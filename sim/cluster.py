@@ -62,12 +62,14 @@ class Cluster:
     Attributes:
         link_latency: of every link, in the Cost's unit of time.
         link_bandwidth: of every link, bytes per unit of time; None means that
-            bytes cost no time. Needs a Cost with boundary_bytes.
+            bytes cost no time. Needs a Cost with boundary_bytes. What a device
+            OFFLOADs to another goes over a link too, and back over the one the
+            other way, beside the messages there.
         links: (source, target) → Link, where one differs from the rest.
         buffering: what a send waits for: `eager`, nothing; `rendezvous`, its
             receive to be posted; k, the receive k messages before to be done.
         host_bandwidth: of each device to and from its host, bytes per unit of time,
-            for OFFLOAD and RELOAD; None means that copies cost no time.
+            for OFFLOAD and RELOAD there; None means that copies cost no time.
         shared_processor: all devices are one, which runs their ops in the
             program's order: what several stages on one processor amount to.
 

@@ -213,6 +213,7 @@ class Cost:
 
         shares = self._per_stage("activations", 1, schedule, per_share=True)
         activations = _choose(kind, weigh(_over(shares, schedule.slices)))
+        _weigh_copies(program, activations)
         if not self.knows_bytes:
             return Sizes(activations)
         boundary, inputs, net = self._boundaries(schedule)
@@ -227,12 +228,7 @@ class Cost:
             BufferKind.INPUT_GRAD: _flat(before)[place],
         }
         weights = _choose(kind, by_kind)
-        # An OFFLOAD frees buffers and writes their host copies, in one order.
-        copying = np.flatnonzero(program.op_kind == Kind.OFFLOAD)
-        copies = program.writes.values[np.isin(program.writes.owner, copying)]
-        weights[copies] = weights[
-            program.frees.values[np.isin(program.frees.owner, copying)]
-        ]
+        _weigh_copies(program, weights)
         return Sizes(activations, weights, self._resident(schedule))
 
     def _boundaries(
@@ -305,6 +301,15 @@ def _choose(kind: NDArray[Any], by_kind: dict[int, NDArray[Any]]) -> NDArray[Any
         where = kind == member
         result[where] = values[where]
     return result
+
+
+def _weigh_copies(program: Program, weights: NDArray[Any]) -> None:
+    """Give what is offloaded the weight that it had before."""
+    # An OFFLOAD frees buffers and writes their copies elsewhere, in one order.
+    copying = np.flatnonzero(program.op_kind == Kind.OFFLOAD)
+    copies = program.writes.values[np.isin(program.writes.owner, copying)]
+    freed = program.frees.values[np.isin(program.frees.owner, copying)]
+    weights[copies] = weights[freed]
 
 
 def _strides(schedule: Schedule) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeproof.sched import Action, Program, Schedule, Trace, lower
 from pipeproof.sched.errors import ParameterError
-from pipeproof.sched.exact import Number, column
+from pipeproof.sched.exact import Number, column, plain
 from pipeproof.sched.memory import Sizes
 from pipeproof.sim.cluster import Cluster, Link
 from pipeproof.sim.cost import Cost
@@ -78,32 +78,42 @@ def _durations(
     result: list[Number] = [0] * len(program)
     for index, time in zip(program.computes.tolist(), cost.durations(program)):
         result[index] = time
+    moved = np.flatnonzero(np.isin(program.action, (Action.SEND, Action.COPY)))
+    over_links = np.array([s.link is not None for s in program.streams])
+    linked = over_links[program.stream[moved]]
     links = [
         cluster.link_bandwidth,
         *(link.bandwidth for link in cluster.links.values()),
     ]
     if any(bandwidth is not None for bandwidth in links):
-        for index, size in _copied(program, Action.SEND, sizes, "link").items():
-            stream = program.streams[program.stream[index]]
-            assert stream.peer is not None
-            result[index] = cluster.link(stream.device, stream.peer).occupied(size)
+        for index, size in _read(program, moved[linked], sizes, "link").items():
+            result[index] = _link(program, cluster, index).occupied(size)
     if cluster.host_bandwidth is not None:
         host = Link(bandwidth=cluster.host_bandwidth)
-        for index, size in _copied(program, Action.COPY, sizes, "host").items():
+        for index, size in _read(program, moved[~linked], sizes, "host").items():
             result[index] = host.occupied(size)
+    copies = moved[linked & (program.action[moved] == Action.COPY)]
+    for index in copies.tolist():  # a SEND's latency is its receiver's to wait for
+        result[index] = plain(result[index] + _link(program, cluster, index).latency)
     return result
 
 
-def _copied(
-    program: Program, action: Action, sizes: Sizes, what: str
+def _link(program: Program, cluster: Cluster, index: int) -> Link:
+    ends = program.streams[program.stream[index]].link
+    assert ends is not None
+    return cluster.link(*ends)
+
+
+def _read(
+    program: Program, instructions: NDArray[np.int64], sizes: Sizes, what: str
 ) -> dict[int, Number]:
-    """The bytes that each instruction of this kind reads."""
+    """The bytes that each of these instructions reads."""
     if sizes.bytes is None:
         raise ParameterError(
             f"a {what} bandwidth needs bytes to send: give the Cost "
             f"{'boundary' if what == 'link' else 'activation'}_bytes"
         )
-    mine = np.isin(program.reads.owner, np.flatnonzero(program.action == action))
+    mine = np.isin(program.reads.owner, instructions)
     result: dict[int, Number] = {}
     owners, read = program.reads.owner[mine], sizes.bytes[program.reads.values[mine]]
     for index, size in zip(owners.tolist(), read.tolist()):

@@ -91,6 +91,8 @@ def test_version() -> None:
         ("check 1f1b -p 2 -m 3 --slices 2", "1f1b does not take slices"),
         ("check 1f1b -p 2 -m 3 --waves 2", "1f1b does not take waves"),
         ("check 1f1b -p 2 -m 3 --group 2", "1f1b does not take group"),
+        ("check 1f1b -p 2 -m 3 --offload 1", "1f1b does not take offload"),
+        ("check v-half -p 2 -m 3 --times 5", "times must be three finite numbers"),
         ("check naive -p 2 -m 3 --backward-order fifo", "naive does not take backward"),
         ("check 1f1b -p 2 -m 3 --remat often", "'often' is not one of"),
         ("check gpipe -p 100000 -m 10000", "exceed 100,000,000, the most"),

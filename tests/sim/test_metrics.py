@@ -162,6 +162,7 @@ def test_memory_by_class_with_recomputation() -> None:
         "output_grad": 0,
         "input_grad": 10,
         "host": 0,
+        "offloaded": 0,
     }
     assert at(curve.time, curve.by_class["activation"]) == {
         0: 0,
