@@ -69,7 +69,7 @@ class Buffers:
             )
         )
         self.count += len(ops)
-        return np.arange(self.count - len(ops), self.count)
+        return np.arange(self.count - len(ops), self.count, dtype=np.int32)
 
     def _stashes(self) -> None:
         activation = self._new(BufferKind.ACTIVATION, self.forward)
@@ -128,7 +128,7 @@ class Buffers:
         rows[:, 0], rows[:, 5] = kind, -1
         self.table.append(rows)
         self.count += len(rows)
-        return np.arange(self.count - len(rows), self.count)
+        return np.arange(self.count - len(rows), self.count, dtype=np.int32)
 
     def _inputs(self) -> None:
         """Inputs arrive, but for the first stage's, which its F brings in."""
@@ -144,7 +144,7 @@ class Buffers:
         held = self._away_and_back(inputs)
         self.reads.append((self._at(self.last), held))
         self.frees.append((self._at(self.last), held))
-        self.input_of_op = np.full(len(self.schedule), -1, dtype=np.int64)
+        self.input_of_op = np.full(len(self.schedule), -1, dtype=np.int32)
         self.input_of_op[self.forward] = inputs
 
     def _outputs_and_gradients(self) -> None:
@@ -158,7 +158,7 @@ class Buffers:
         gradient = self._new(BufferKind.OUTPUT_GRAD, hops.target_op[~down])
         self.reads.append((self._at(hops.target_op[~down]), gradient))
         self.frees.append((self._at(hops.target_op[~down]), gradient))
-        self.arrives = np.empty(len(hops.kind), dtype=np.int64)
+        self.arrives = np.empty(len(hops.kind), dtype=np.int32)
         self.arrives[down] = self.input_of_op[hops.target_op[down]]
         self.arrives[~down] = gradient
         self.writes.append((layout.into, self.arrives))
@@ -182,7 +182,8 @@ class Buffers:
         read off the canonical order; the one freed first is taken first.
         """
         table = np.concatenate(self.table)
-        freed_by = np.full(self.count, -1, dtype=np.int64)
+        self.table = [table]
+        freed_by = np.full(self.count, -1, dtype=np.int32)
         for instruction, buffer in self.frees:
             freed_by[buffer] = instruction
         remote = self.hops.remote
@@ -205,8 +206,7 @@ class Buffers:
             reused = taken > before
             table[buffer[reused], 5] = by_death[before[reused]]
             waiting.append(buffer[reused])
-        self.table = [table]
-        buffers = np.concatenate([*waiting, np.empty(0, dtype=np.int64)])
-        recv_of = np.full(self.count, -1, dtype=np.int64)
+        buffers = np.concatenate([*waiting, np.empty(0, dtype=np.int32)])
+        recv_of = np.full(self.count, -1, dtype=np.int32)
         recv_of[arrives] = recv
         return recv_of[buffers], freed_by[table[buffers, 5]]

@@ -361,10 +361,10 @@ def _cycles(judge: _Judge, *, in_rows: bool) -> Iterator[Finding]:
             those that it found.
     """
     schedule = judge.schedule
-    graph = order(schedule, judge.table)
-    stuck = graph.level < 0
+    stuck = schedule.level_of_node < 0
     if not stuck.any():
         return
+    graph = order(schedule, judge.table)
     ring = _ring(graph, stuck)
     devices = schedule.device_of_op[graph.first_op[ring]]
     if not in_rows and len(set(devices.tolist())) == 1:

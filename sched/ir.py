@@ -180,9 +180,19 @@ class Schedule:
         return np.repeat(np.arange(self.devices, dtype=np.int32), counts)
 
     @cached_property
-    def node_of_op(self) -> NDArray[np.int64]:
-        """The number of each op's overlap group; a lone op is a group of one."""
-        return np.cumsum(~self.ops.joined) - 1
+    def node_of_op(self) -> Ints:
+        """int32, the number of each op's overlap group; a lone op is a group of one."""
+        return np.cumsum(~self.ops.joined, dtype=np.int32) - 1
+
+    @cached_property
+    def level_of_node(self) -> Ints:
+        """int32, the tick at which each group could run; see `deps.Order.level`.
+
+        Kept, since `check` and `lower` both need it. Ops must be in range.
+        """
+        from pipeproof.sched.deps import OpTable, order
+
+        return order(self, OpTable.of(self)).level.astype(np.int32)
 
     @cached_property
     def only_stage(self) -> list[int]:

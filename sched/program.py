@@ -198,11 +198,11 @@ class Lists:
     """For each instruction a short list of integers.
 
     Attributes:
-        offsets: int64, length instructions + 1.
+        offsets: int32 or int64, length instructions + 1.
         values: list i is `values[offsets[i]:offsets[i + 1]]`.
     """
 
-    offsets: NDArray[np.int64]
+    offsets: NDArray[Any]
     values: NDArray[Any]
 
     def __getitem__(self, index: int) -> list[int]:
@@ -219,9 +219,10 @@ class Lists:
         ]
 
     @cached_property
-    def owner(self) -> NDArray[np.int64]:
+    def owner(self) -> NDArray[Any]:
         """For each of `values`, the instruction whose list it is in."""
-        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+        every = np.arange(len(self.offsets) - 1, dtype=np.int32)
+        return np.repeat(every, np.diff(self.offsets))
 
 
 @dataclass(frozen=True, slots=True)

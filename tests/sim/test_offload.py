@@ -159,7 +159,7 @@ def test_a_gap_names_the_copy_that_it_waits_for() -> None:
     trace = simulate(TO_THE_OTHER, COST, SLOW)
 
     assert trace.gaps(0)[-1].explain(trace) == (
-        "device 0 idles 2 until 30: 0B0 waits for 0RELOAD0 of its own device"
+        "device 0 waits for 0RELOAD0: its activations are back at 30 (idle 2)"
     )
 
 

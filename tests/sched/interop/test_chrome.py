@@ -83,7 +83,7 @@ def assert_valid(trace: Trace, events: list[Event]) -> None:
         assert send["ts"] <= recvs[number]["ts"]
         assert send["pid"] != recvs[number]["pid"]
 
-    resident = {"weight", "gradient", "optimizer"}
+    resident = {"weights", "gradients", "optimizer"}
     counters = defaultdict(list)
     for event in of_phase(events, "C"):
         counters[event["name"], event["pid"]].append(event)
