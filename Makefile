@@ -46,6 +46,7 @@ test-all: $(VENV)/ready
 
 experiments: $(VENV)/ready
 	$(BIN)/python experiments/simulation_speed.py
+	$(BIN)/python experiments/replay_speed.py
 	$(BIN)/python experiments/executor_overhead.py
 	$(BIN)/python experiments/recomputation.py
 	$(BIN)/python experiments/bubble_by_stages.py
