@@ -163,7 +163,7 @@ def engines(rounds: int) -> list[str]:
     return [
         "## Both engines on 1F1B, P=64, M=1024, links with latency",
         "",
-        "The replay of so few is not compiled: it is done before numba is loaded.",
+        "Replay with its kernel, loaded from its cache, in the figure.",
         "",
         "| engine | s | compute ops a second |",
         "|-|-|-|",
@@ -230,7 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--large", action="store_true", help="also ten million ops (8 GiB)"
+        "--large", action="store_true", help="also ten million ops (4 GiB)"
     )
     parser.add_argument("-o", "--output", type=Path, default=RESULT)
     arguments = parser.parse_args()

@@ -1,213 +1,231 @@
-"""The buffers of a program: who writes, reads and frees them, and their slots."""
+"""The buffers of a program, and which number each has.
+
+Buffers are numbered in blocks, so that the number of any follows from what it
+belongs to. In each block they stand in the order of micro-batch, slice and stage,
+or of hops::
+
+    activations | copies | weight stashes | copies | inputs | copies
+                | outputs and input gradients, by hop
+                | gradients of outputs, by hop
+                | accumulated gradients, by device and stage
+
+The copies of a block are those elsewhere, then what comes back from there.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.deps import Index, OpTable
-from pipeproof.sched.ir import BACKWARD_KINDS, Kind, Schedule
-from pipeproof.sched.layout import Hops, Layout, Nodes
-from pipeproof.sched.program import BufferKind, MessageKind, side_by_side
+from pipeproof.sched.ir import Kind, Schedule
+from pipeproof.sched.kernels import run
+from pipeproof.sched.layout import Hops
+from pipeproof.sched.program import BufferKind, Column
+from pipeproof.sched.program import table as new_table
 
-Pairs = tuple[Index, Index]
-"""(instructions, buffers), or (instructions, what they wait for)."""
+_F = int(Kind.F)
+_OUTPUT, _INPUT_GRAD = int(BufferKind.OUTPUT), int(BufferKind.INPUT_GRAD)
+_OUTPUT_GRAD = int(BufferKind.OUTPUT_GRAD)
+
+AGAIN, SPLIT, MOVED = 1, 2, 4
 
 
-@dataclass
-class Buffers:
-    """Who writes, reads and frees which buffer.
+@dataclass(frozen=True)
+class Blocks:
+    """Which number each buffer has, and the table of them all.
 
-    Rows of `table` have the columns of `Program.buffers`. `reads`, `writes` and
-    `frees` are pairs (instructions, buffers).
+    A place is a (micro-batch, slice, stage), as in `OpTable.place`.
+
+    Attributes:
+        starts: where each block begins, in the order above, and the end.
+        rows: `Program.buffers`.
+        how: int8 for each place, which of AGAIN, SPLIT and MOVED it is: recomputed,
+            its backward split, its activations offloaded.
+        moved, split, moved_split: its number among those; -1 for others.
+        arrives: for each hop the buffer that it fills.
+        slot: for each hop, which sort of slot that buffer takes, of how many.
+        accumulated: for pipe × stages + stage, its number among the accumulated
+            gradients; -1 where there is none.
     """
 
-    schedule: Schedule
-    ops: OpTable
-    nodes: Nodes
-    hops: Hops
-    layout: Layout
-    table: list[NDArray[np.int32]] = field(default_factory=list)
-    reads: list[Pairs] = field(default_factory=list)
-    writes: list[Pairs] = field(default_factory=list)
-    frees: list[Pairs] = field(default_factory=list)
-    count: int = 0
+    starts: NDArray[np.int64]
+    rows: Column
+    how: NDArray[np.int8]
+    moved: Index
+    split: Index
+    moved_split: Index
+    arrives: Index
+    slot: Index
+    slots: int
+    accumulated: Index
 
-    def __post_init__(self) -> None:
-        forward = self.ops.get(Kind.F).ravel()
-        self.backward = self.ops.get(*BACKWARD_KINDS).ravel()
-        weight = self.ops.get(Kind.W).ravel()
-        again = self.ops.get(Kind.R).ravel()
-        self.away = self.ops.get(Kind.OFFLOAD).ravel()
-        self.back = self.ops.get(Kind.RELOAD).ravel()
-        self.split = weight >= 0
-        self.last = np.where(self.split, weight, self.backward)
-        self.writer = np.where(again >= 0, again, forward)
-        self.forward, self.again, self.weight = forward, again, weight
-        self._stashes()
-        self._inputs()
-        self._outputs_and_gradients()
-        self._accumulators()
+    @classmethod
+    def of(cls, schedule: Schedule, table: OpTable, hops: Hops) -> Blocks:
+        """Number the buffers, and say of each what it belongs to."""
+        away = table.get(Kind.OFFLOAD).ravel() >= 0
+        split = table.get(Kind.W).ravel() >= 0
+        places, moves = len(away), int(away.sum())
+        splits, both = int(split.sum()), int((away & split).sum())
+        devices, stages, accumulated = _accumulated(schedule)
+        sizes = [places, moves, moves, splits, both, both, places, moves, moves]
+        sizes += [len(hops.source), len(hops.source) // 2, len(stages)]
+        starts = np.cumsum([0, *sizes])
+        rows = new_table(int(starts[-1]), 6)
+        blocks = [rows[a:b] for a, b in pairwise(starts.tolist())]
+        activations, stashes, inputs, gradients = (blocks[n] for n in (0, 3, 6, 11))
+        again = table.get(Kind.R).ravel() >= 0
+        how = again * np.int8(AGAIN) + split * np.int8(SPLIT) + away * np.int8(MOVED)
+        _of_places(schedule, table, activations, BufferKind.ACTIVATION)
+        _of_places(schedule, table, inputs, BufferKind.INPUT)
+        inputs[again, 0] = BufferKind.STORED_INPUT
+        stashes[:] = activations[split]
+        stashes[:, 0] = BufferKind.WEIGHT_STASH
+        if moves:
+            for block, which in ((0, away), (3, away[split]), (6, away)):
+                _copies(schedule, blocks[block][which], *blocks[block + 1 : block + 3])
+        for column, values in zip(
+            gradients.T, (BufferKind.GRADIENT, devices, stages, -1, 0, -1)
+        ):
+            column[:] = values
+        arrives, slot = _of_hops(schedule, table, hops, starts, rows, accumulated)
+        numbers = _numbers(away), _numbers(split), _numbers(away & split)
+        slots = 2 * len(stages)
+        return cls(starts, rows, how, *numbers, arrives, slot, slots, accumulated)
 
-    def _at(self, ops: Index) -> Index:
-        return self.layout.compute[self.nodes.of_op[ops]]
 
-    def _new(self, kind: BufferKind | NDArray[np.int64], ops: Index) -> Index:
-        """One buffer for each op, on the op's device."""
-        columns = self.schedule.ops
-        self.table.append(
-            side_by_side(
-                len(ops),
-                kind,
-                self.schedule.device_of_op[ops],
-                columns.stage[ops],
-                columns.micro_batch[ops],
-                columns.slice[ops],
-                -1,
-            )
-        )
-        self.count += len(ops)
-        return np.arange(self.count - len(ops), self.count, dtype=np.int32)
+def _numbers(chosen: NDArray[np.bool_]) -> Index:
+    """0, 1, 2, … for those chosen, -1 for the others."""
+    result = np.full(len(chosen), -1, dtype=np.int32)
+    result[chosen] = np.arange(int(chosen.sum()), dtype=np.int32)
+    return result
 
-    def _stashes(self) -> None:
-        activation = self._new(BufferKind.ACTIVATION, self.forward)
-        self.writes.append((self._at(self.writer), activation))
-        held = self._away_and_back(activation)
-        self.reads.append((self._at(self.backward), held))
-        self.frees.append((self._at(self.backward), held))
-        split = self.split
-        stash = self._new(BufferKind.WEIGHT_STASH, self.forward[split])
-        self.writes.append((self._at(self.writer[split]), stash))
-        held = self._away_and_back(stash, split)
-        self.writes.append((self._at(self.backward[split]), held))
-        self.reads.append((self._at(self.weight[split]), held))
-        self.frees.append((self._at(self.weight[split]), held))
 
-    def _away_and_back(
-        self, buffers: Index, of: NDArray[np.bool_] | None = None
-    ) -> Index:
-        """Where what these buffers hold lies after a reload.
+def _accumulated(schedule: Schedule) -> tuple[Index, Index, Index]:
+    """Device and stage of each accumulated gradient, and where each is.
 
-        Args:
-            buffers: one for each forward, or for those of a mask.
-            of: that mask.
-        """
-        away, back = self.away, self.back
-        if of is not None:
-            away, back = away[of], back[of]
-        moved = away >= 0
-        if not moved.any():
-            return buffers
-        away, back = self._at(away[moved]), self._at(back[moved])
-        kind = np.concatenate(self.table)[buffers[moved], 0]
-        there = self._elsewhere(buffers[moved])
-        again = self._like(kind, buffers[moved])
-        self.reads += [(away, buffers[moved]), (back, there)]
-        self.frees += [(away, buffers[moved]), (back, there)]
-        self.writes += [(away, there), (back, again)]
-        held = buffers.copy()
-        held[moved] = again
-        return held
+    There is one for each stage on each device that contributes or reduces.
+    """
+    ops, stages = schedule.ops, schedule.stages
+    homes = np.array(schedule.placement.pipes, dtype=np.int64)
+    keys = homes * stages + np.arange(stages)
+    reduces = np.flatnonzero(ops.kind == Kind.REDUCE)
+    reduced = schedule.device_of_op[reduces].astype(np.int64) * stages
+    used = keys[np.unique(schedule.pipe_of)].ravel()
+    pairs = np.unique(np.concatenate([used, reduced + ops.stage[reduces]]))
+    number = np.searchsorted(pairs, keys).clip(max=len(pairs) - 1)
+    there = pairs[number] == keys
+    slot = np.where(there, number, -1).astype(np.int32).ravel()
+    return pairs // stages, pairs % stages, slot
 
-    def _elsewhere(self, buffers: Index) -> Index:
-        """The copies of these on the host, or in another device's memory."""
-        copies = self._like(BufferKind.HOST, buffers)
-        rows = self.table[-1]
-        targets = [-1 if d is None else d for d in self.schedule.offload_to]
-        target = np.array(targets, dtype=np.int32)[rows[:, 1]]
-        on_device = target >= 0
-        rows[on_device, 0] = BufferKind.OFFLOADED
-        rows[on_device, 1] = target[on_device]
-        return copies
 
-    def _like(self, kind: BufferKind | NDArray[np.int32], buffers: Index) -> Index:
-        """A buffer of this kind for each of these, belonging to the same."""
-        rows = np.concatenate(self.table)[buffers].copy()
-        rows[:, 0], rows[:, 5] = kind, -1
-        self.table.append(rows)
-        self.count += len(rows)
-        return np.arange(self.count - len(rows), self.count, dtype=np.int32)
+def _of_places(schedule: Schedule, table: OpTable, rows: Column, kind: Any) -> None:
+    """A buffer for each place, on the device of its forward."""
+    micro_batches, slices, stages = table.shape
+    homes = np.array(schedule.placement.pipes, dtype=np.int32)
+    values = (
+        kind,
+        homes[schedule.pipe_of][:, None, :],
+        np.arange(stages),
+        np.arange(micro_batches)[:, None, None],
+        np.arange(slices)[:, None],
+        -1,
+    )
+    for column, numbers in zip(rows.T, values):
+        column.reshape(table.shape)[:] = numbers
 
-    def _inputs(self) -> None:
-        """Inputs arrive, but for the first stage's, which its F brings in."""
-        recomputed = self.again >= 0
-        kind = np.where(recomputed, BufferKind.STORED_INPUT, BufferKind.INPUT)
-        inputs = self._new(kind.astype(np.int64), self.forward)
-        first = self.schedule.ops.stage[self.forward] == 0
-        self.writes.append((self._at(self.forward[first]), inputs[first]))
-        self.reads += [
-            (self._at(self.forward[~first]), inputs[~first]),
-            (self._at(self.again[recomputed]), inputs[recomputed]),
-        ]
-        held = self._away_and_back(inputs)
-        self.reads.append((self._at(self.last), held))
-        self.frees.append((self._at(self.last), held))
-        self.input_of_op = np.full(len(self.schedule), -1, dtype=np.int32)
-        self.input_of_op[self.forward] = inputs
 
-    def _outputs_and_gradients(self) -> None:
-        hops, layout = self.hops, self.layout
-        down = hops.kind == MessageKind.ACTIVATION
-        kinds = np.where(down, BufferKind.OUTPUT, BufferKind.INPUT_GRAD)
-        out = self._new(kinds.astype(np.int64), hops.source_op)
-        self.writes.append((self._at(hops.source_op), out))
-        self.reads.append((layout.out, out))
-        self.frees.append((layout.out, out))
-        gradient = self._new(BufferKind.OUTPUT_GRAD, hops.target_op[~down])
-        self.reads.append((self._at(hops.target_op[~down]), gradient))
-        self.frees.append((self._at(hops.target_op[~down]), gradient))
-        self.arrives = np.empty(len(hops.kind), dtype=np.int32)
-        self.arrives[down] = self.input_of_op[hops.target_op[down]]
-        self.arrives[~down] = gradient
-        self.writes.append((layout.into, self.arrives))
+def _copies(schedule: Schedule, moved: Column, away: Column, back: Column) -> None:
+    """Of each moved buffer a copy on the host or another device, and one back."""
+    away[:] = back[:] = moved
+    away[:, 0] = BufferKind.HOST
+    targets = [-1 if d is None else d for d in schedule.offload_to]
+    target = np.array(targets, dtype=np.int32)[moved[:, 1]]
+    on_device = target >= 0
+    away[on_device, 0] = BufferKind.OFFLOADED
+    away[on_device, 1] = target[on_device]
 
-    def _accumulators(self) -> None:
-        """One gradient for each stage on each device that contributes or reduces."""
-        reduces = np.flatnonzero(self.schedule.ops.kind == Kind.REDUCE)
-        writers = np.concatenate([self.last, reduces])
-        device = self.schedule.device_of_op[writers].astype(np.int64)
-        key = device * self.schedule.stages + self.schedule.ops.stage[writers]
-        _, example, number = np.unique(key, return_index=True, return_inverse=True)
-        gradient = self._new(BufferKind.GRADIENT, writers[example])
-        self.table[-1][:, 3:5] = -1, 0
-        self.writes.append((self._at(writers), gradient[number]))
-        self.reads.append((self._at(reduces), gradient[number[len(self.last) :]]))
 
-    def reuse(self) -> Pairs:
-        """Let arriving tensors take over the slots of freed ones, and wait for it.
+def _of_hops(
+    schedule: Schedule,
+    table: OpTable,
+    hops: Hops,
+    starts: NDArray[np.int64],
+    rows: Column,
+    accumulated: Index,
+) -> list[Index]:
+    """What each hop hands on, and the gradients of outputs that arrive.
 
-        A slot belongs to one kind of tensor of one stage. Which slot is free is
-        read off the canonical order; the one freed first is taken first.
-        """
-        table = np.concatenate(self.table)
-        self.table = [table]
-        freed_by = np.full(self.count, -1, dtype=np.int32)
-        for instruction, buffer in self.frees:
-            freed_by[buffer] = instruction
-        remote = self.hops.remote
-        arrives, recv = self.arrives[remote], self.layout.into[remote]
-        kind = self.hops.kind[remote].astype(np.int64)
-        key = kind * self.schedule.stages + table[arrives, 2]
-        key = key * self.schedule.devices + table[arrives, 1]
-        by_key = np.lexsort((recv, key))
-        key = key[by_key]
-        starts = 1 + np.flatnonzero(key[1:] != key[:-1])
-        waiting: list[Index] = []
-        for members in np.split(by_key, starts):
-            born, buffer = recv[members], arrives[members]
-            by_death = buffer[np.argsort(freed_by[buffer])]
-            free = np.searchsorted(freed_by[by_death], born)
-            count = np.arange(1, len(born) + 1)
-            # taken[k+1] = min(taken[k] + 1, free[k]): take a free slot if any.
-            taken = np.minimum.accumulate(free - count + 1) + count - 1
-            taken = np.minimum(taken, count)
-            before = np.concatenate([[0], taken[:-1]])
-            reused = taken > before
-            table[buffer[reused], 5] = by_death[before[reused]]
-            waiting.append(buffer[reused])
-        buffers = np.concatenate([*waiting, np.empty(0, dtype=np.int32)])
-        recv_of = np.full(self.count, -1, dtype=np.int32)
-        recv_of[arrives] = recv
-        return recv_of[buffers], freed_by[table[buffers, 5]]
+    Returns:
+        For each hop the buffer that it fills, the consumer's input or the gradient
+        of its output; and the sort of its slot.
+    """
+    ops = schedule.ops
+    columns = [
+        hops.source,
+        hops.target,
+        ops.kind,
+        ops.stage,
+        ops.micro_batch,
+        ops.slice,
+        table.place,
+        schedule.device_of_op,
+        schedule.pipe_of,
+        accumulated,
+        np.array([schedule.stages]),
+        starts,
+        *rows.T,
+        *(np.empty(len(hops.source), dtype=np.int32) for _ in range(2)),
+    ]
+    results = [*range(12, 20)]
+    return run(_fill, columns, results=results, size=len(hops.source))[-2:]
+
+
+def _fill(
+    source: Any,
+    target: Any,
+    op_kind: Any,
+    op_stage: Any,
+    op_micro_batch: Any,
+    op_slice: Any,
+    place: Any,
+    op_device: Any,
+    pipe_of: Any,
+    accumulated: Any,
+    sizes: Any,
+    starts: Any,
+    kind: Any,
+    device: Any,
+    stage: Any,
+    micro_batch: Any,
+    part: Any,
+    takes_over: Any,
+    arrives: Any,
+    slot: Any,
+) -> None:
+    inputs = starts[6]
+    handed = starts[9]
+    gradient = starts[10]
+    for hop in range(len(source)):
+        down = op_kind[source[hop]] == _F
+        for side in range(1 if down else 2):
+            row = gradient if side else handed + hop
+            op = target[hop] if side else source[hop]
+            kind[row] = _OUTPUT_GRAD if side else _OUTPUT if down else _INPUT_GRAD
+            device[row] = op_device[op]
+            stage[row] = op_stage[op]
+            micro_batch[row] = op_micro_batch[op]
+            part[row] = op_slice[op]
+            takes_over[row] = -1
+        op = target[hop]
+        pipe = pipe_of[op_micro_batch[op]]
+        slot[hop] = 2 * accumulated[pipe * sizes[0] + op_stage[op]] + down
+        if down:
+            arrives[hop] = inputs + place[target[hop]]
+        else:
+            arrives[hop] = gradient
+            gradient += 1

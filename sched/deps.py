@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from pipeproof.sched.ir import BACKWARD_KINDS, BESIDE_KINDS, STAGE_KINDS, Kind, Schedule
 from pipeproof.sched.kernels import csr as csr
-from pipeproof.sched.kernels import levels
+from pipeproof.sched.kernels import levels, run
 
 Index = NDArray[np.signedinteger[Any]]
 """Numbers of ops, nodes, instructions or buffers; int32 where many are kept."""
@@ -51,17 +51,15 @@ class OpTable:
         """Tables of a schedule whose numbers are all in range."""
         result = cls(schedule, {})
         ops = schedule.ops
-        for kind in Kind:
-            where = np.flatnonzero(ops.kind == kind)
-            if kind in STAGE_KINDS or not len(where):
-                continue
-            table = np.full(result.shape, ABSENT, dtype=np.int32)
-            last_first = where[::-1]
-            table[
-                ops.micro_batch[last_first],
-                ops.slice[last_first],
-                ops.stage[last_first],
-            ] = last_first
+        counts = np.bincount(ops.kind, minlength=len(Kind))
+        kinds = [k for k in Kind if counts[k] and k not in STAGE_KINDS]
+        table_of = np.full(len(Kind), ABSENT)
+        table_of[kinds] = range(len(kinds))
+        size = int(np.prod(result.shape))
+        where = np.full(len(kinds) * size, ABSENT, dtype=np.int32)
+        columns: list[NDArray[Any]] = [ops.kind, result.place, table_of * size, where]
+        run(_stand, columns, results=[3], size=len(ops))
+        for kind, table in zip(kinds, where.reshape(len(kinds), *result.shape)):
             result.by_kind[kind] = table
         return result
 
@@ -76,6 +74,20 @@ class OpTable:
         """Micro-batches of all steps, slices, stages."""
         schedule = self.schedule
         return schedule.all_micro_batches, schedule.slices, schedule.stages
+
+    @cached_property
+    def place(self) -> NDArray[np.int32]:
+        """For each op its (micro-batch, slice, stage) as one number.
+
+        That is where it stands in a table laid out flat. Of ops of a stage, which
+        have no micro-batch, it says nothing.
+        """
+        ops = self.schedule.ops
+        place = ops.micro_batch * np.int32(self.schedule.slices)
+        place += ops.slice
+        place *= np.int32(self.schedule.stages)
+        place += ops.stage
+        return place
 
     @cached_property
     def dependencies(self) -> tuple[Index, Index]:
@@ -97,6 +109,13 @@ class OpTable:
         if result is None:
             result = np.full(self.shape, ABSENT, dtype=np.int32)
         return result
+
+
+def _stand(kind: Any, place: Any, table: Any, where: Any) -> None:
+    """Backwards, so that the first of an op that stands twice is what is kept."""
+    for op in range(len(kind) - 1, -1, -1):
+        if table[kind[op]] >= 0:
+            where[table[kind[op]] + place[op]] = op
 
 
 def _dependencies(table: OpTable) -> tuple[Index, Index]:
@@ -201,6 +220,150 @@ def order(schedule: Schedule, table: OpTable) -> Order:
     sources, targets = np.concatenate(edges_from), np.concatenate(edges_to)
     level = levels(len(first_op), sources, targets)
     return Order(level, first_op, sources, targets)
+
+
+PLAIN = (Kind.F, Kind.B, Kind.I, Kind.W, Kind.R)
+"""Kinds that `clean_levels` knows."""
+
+_F, _B, _I, _W, _R = map(int, PLAIN)
+
+
+def clean_levels(schedule: Schedule) -> Index | None:
+    """The levels of a schedule without findings; None if there may be some.
+
+    Of schedules with one pipe, lone ops and no copies and reductions: those of
+    others come from `order`. It tells no reasons, and so takes one look at each op.
+    """
+    ops, stages = schedule.ops, schedule.stages
+    shape = schedule.all_micro_batches, schedule.slices, stages
+    unusual = len(schedule.placement.pipes) > 1 or schedule.offloads_to_devices
+    if unusual or not len(ops) or ops.joined.any() or ops.kind.max() > _R:
+        return None
+    numbers = ops.micro_batch, ops.slice, ops.stage
+    if any(column.max() >= size for column, size in zip(numbers, shape)):
+        return None
+    if len(ops) < 2 * int(np.prod(shape, dtype=object)):
+        return None
+    table = schedule.table
+    empty = np.zeros(0, dtype=np.int32)
+    tables = [table.by_kind[k].ravel() if k in table.by_kind else empty for k in PLAIN]
+    columns = [
+        ops.kind,
+        ops.stage,
+        ops.slice,
+        table.place,
+        schedule.row_starts,
+        np.array(schedule.placement.pipes[0]),
+        np.array(shape),
+        *tables,
+        np.full(schedule.devices, -1, dtype=np.int32),
+        np.array(schedule.row_starts[:-1]),
+        np.empty(schedule.devices, dtype=np.int32),
+        np.full(len(ops), -1, dtype=np.int32),
+        np.zeros(1, dtype=np.int64),
+    ]
+    level, done = run(_advance, columns, results=[15, 16], size=len(ops))
+    return level if done[0] == len(ops) else None
+
+
+def _advance(
+    kind: Any,
+    stage: Any,
+    part: Any,
+    place: Any,
+    row_starts: Any,
+    home: Any,
+    shape: Any,
+    forward: Any,
+    whole: Any,
+    half: Any,
+    weight: Any,
+    again: Any,
+    behind: Any,
+    at: Any,
+    ready: Any,
+    level: Any,
+    done: Any,
+) -> None:
+    """Each device runs its row until an op needs one that has not run.
+
+    It then waits at that one, whose level so long is -2 - device, in a chain with
+    the others that do. Whoever runs the op makes them ready again.
+    """
+    slices, stages = shape[1], shape[2]
+    # F, and either B or I and W, of each stage, micro-batch and slice.
+    for cell in range(len(forward)):
+        one = len(whole) > 0 and whole[cell] >= 0
+        two = len(half) > 0 and half[cell] >= 0
+        three = len(weight) > 0 and weight[cell] >= 0
+        if forward[cell] < 0 or one == two or two != three:
+            return
+    count = len(at)
+    for device in range(count):
+        ready[device] = device
+    ran = 0
+    while count > 0:
+        count -= 1
+        device = ready[count]
+        while at[device] < row_starts[device + 1]:
+            op = at[device]
+            cell, what = place[op], kind[op]
+            reached = -1
+            if op > row_starts[device]:
+                reached = level[op - 1]
+            missing = -1
+            own = op
+            for nth in range(4):
+                need = -1
+                if what == _F:
+                    if nth == 0:
+                        own = forward[cell]
+                    elif nth == 1 and stage[op] > 0:
+                        need = forward[cell - 1]
+                    elif nth == 2 and part[op] > 0:
+                        need = forward[cell - stages]
+                elif what in (_B, _I):
+                    if nth == 0:
+                        own = whole[cell] if what == _B else half[cell]
+                        need = forward[cell]
+                        if len(again) > 0 and again[cell] >= 0:
+                            need = again[cell]
+                    else:
+                        other = -1
+                        if nth == 1 and stage[op] < stages - 1:
+                            other = cell + 1
+                        elif nth == 2 and part[op] < slices - 1:
+                            other = cell + stages
+                        if other >= 0:
+                            need = whole[other] if len(whole) > 0 else -1
+                            if need < 0:
+                                need = half[other]
+                elif nth == 0 and what == _W:
+                    own = weight[cell]
+                    need = half[cell]
+                elif nth == 0:
+                    own = again[cell]
+                    need = forward[cell]
+                if need >= 0:
+                    if level[need] < 0:
+                        missing = need
+                        break
+                    reached = max(reached, level[need])
+            if own != op or home[stage[op]] != device:
+                return
+            if missing >= 0:
+                behind[device] = -2 - level[missing]
+                level[missing] = -2 - device
+                break
+            waiting = -2 - level[op]
+            while waiting >= 0:
+                ready[count] = waiting
+                count += 1
+                waiting = behind[waiting]
+            level[op] = reached + 1
+            ran += 1
+            at[device] = op + 1
+    done[0] = ran
 
 
 def neighbours(

@@ -40,6 +40,7 @@ from pipeproof.sched.ops import overlap as overlap
 from pipeproof.sched.placement import Placement as Placement
 
 if TYPE_CHECKING:
+    from pipeproof.sched.deps import OpTable
     from pipeproof.sched.findings import Report
 
 
@@ -190,9 +191,25 @@ class Schedule:
 
         Kept, since `check` and `lower` both need it. Ops must be in range.
         """
-        from pipeproof.sched.deps import OpTable, order
+        from pipeproof.sched.deps import order
 
-        return order(self, OpTable.of(self)).level.astype(np.int32)
+        if self.clean_levels is not None:
+            return self.clean_levels
+        return order(self, self.table).level.astype(np.int32)
+
+    @cached_property
+    def clean_levels(self) -> Ints | None:
+        """The same where a quick look says that `check` finds nothing; else None."""
+        from pipeproof.sched.deps import clean_levels
+
+        return clean_levels(self)
+
+    @cached_property
+    def table(self) -> OpTable:
+        """Where each op stands. Ops must be in range."""
+        from pipeproof.sched.deps import OpTable
+
+        return OpTable.of(self)
 
     @cached_property
     def only_stage(self) -> list[int]:

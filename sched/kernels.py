@@ -1,21 +1,22 @@
-"""The few loops that numpy cannot say, compiled where it pays.
+"""Loops over millions of numbers, compiled where it pays.
 
-Each is plain Python over numbers. Above `COMPILE_FROM` elements numba compiles
-it, once per machine; where numba cannot be imported the plain loop runs and
-gives the same result.
+What numpy would do in many passes, each through memory, is one loop in plain Python
+that fills columns it is given; such a loop stands beside what it is for. Above
+`COMPILE_FROM` elements numba compiles it, once per machine; where numba cannot be
+imported the plain loop runs and gives the same result.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-COMPILE_FROM = 1_000_000
+COMPILE_FROM = 100_000
 """Below this the plain loop is done before numba is loaded."""
 
 COMPILE_FROM_IF_LOADED = 30_000
@@ -50,7 +51,7 @@ def run(
     results: list[int],
     size: int,
 ) -> list[NDArray[Any]]:
-    """Run a kernel that fills some of its columns.
+    """Run a kernel that fills some of its columns, in place.
 
     Args:
         kernel: plain Python over numbers, indexing its arguments.
@@ -66,62 +67,33 @@ def run(
         return [columns[place] for place in results]
     lists = [column.tolist() for column in columns]  # ten times as fast to index
     kernel(*lists)
-    return [np.array(lists[place], dtype=columns[place].dtype) for place in results]
-
-
-Pairs = tuple[NDArray[Any], NDArray[Any]]
-"""Rows, and a value for each."""
+    for place in results:
+        columns[place][:] = lists[place]
+    return [columns[place] for place in results]
 
 
 def csr(
     rows: int, row: NDArray[Any], value: NDArray[Any]
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Values grouped by row, in their given order: (offsets, values)."""
-    return gathered(rows, [(row, value)], value.dtype)
-
-
-def gathered(
-    rows: int, pairs: Sequence[Pairs], dtype: Any
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Values grouped by row, in the order of the pairs.
+    """Values grouped by row, in their given order.
 
     Returns:
-        Offsets, int32 where that suffices, and values of this type: those of row i
-        are `values[offsets[i]:offsets[i + 1]]`.
+        Offsets, int32 where that suffices, and values: those of row i are
+        `values[offsets[i]:offsets[i + 1]]`.
     """
-    total = sum(len(row) for row, _ in pairs)
-    index = np.int32 if total < 2**31 else np.int64
-    group, count = compiled(_group, total), compiled(_count, total)
+    index = np.int32 if len(row) < 2**31 else np.int64
+    group, count = compiled(_group, len(row)), compiled(_count, len(row))
     if group is None or count is None:
-        row, value = (np.concatenate(columns) for columns in zip(*pairs))
         offsets = np.zeros(rows + 1, dtype=index)
         np.cumsum(np.bincount(row, minlength=rows), out=offsets[1:])
-        return offsets, value[np.argsort(row, kind="stable")].astype(dtype, copy=False)
+        return offsets, value[np.argsort(row, kind="stable")]
     # One place further than in the end, where filling a row moves its offset to.
     offsets = np.zeros(rows + 2, dtype=index)
-    for row, _ in pairs:
-        count(row, offsets)
+    count(row, offsets)
     np.cumsum(offsets, out=offsets)
-    result = np.empty(total, dtype=dtype)
-    for row, value in pairs:
-        group(row, value, offsets, result)
+    result = np.empty_like(value)
+    group(row, value, offsets, result)
     return offsets[:-1], result
-
-
-def numbered(keys: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The different keys, ascending, and the place of each of `keys` among them.
-
-    Without a sort where the keys, which are no less than 0, reach about as far as
-    there are many.
-    """
-    reach = int(keys.max(initial=-1)) + 1
-    if reach > 4 * len(keys):
-        different = np.unique(keys)
-        return different, np.searchsorted(different, keys)
-    different = np.flatnonzero(np.bincount(keys, minlength=reach))
-    place = np.empty(reach, dtype=np.int32)
-    place[different] = np.arange(len(different), dtype=np.int32)
-    return different, place[keys]
 
 
 def _count(row: Any, offsets: Any) -> None:

@@ -20,26 +20,32 @@ Where a step lies for a message is the policy:
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pipeproof.sched.buffers import Buffers
+from pipeproof.sched.buffers import Blocks
 from pipeproof.sched.deps import Index, OpTable
 from pipeproof.sched.errors import ParameterError, UnsupportedError
-from pipeproof.sched.ir import BACKWARD_KINDS, Kind, Schedule
-from pipeproof.sched.kernels import gathered
+from pipeproof.sched.ir import Kind, Schedule
+from pipeproof.sched.kernels import run
 from pipeproof.sched.layout import (
     BEFORE,
     BEHIND,
     Hops,
     Layout,
     Nodes,
-    hops_of,
+    Streams,
     lay_out,
+    messages_of,
     steps_of,
 )
-from pipeproof.sched.program import LOWERED, Action, Lists, Program, side_by_side
+from pipeproof.sched.program import LOWERED, Action, Lists, Program
+from pipeproof.sched.touches import members, touches
+
+_COMPUTE, _SEND, _RECV = map(int, (Action.COMPUTE, Action.SEND, Action.RECV))
+_B, _I, _RELOAD = int(Kind.B), int(Kind.I), int(Kind.RELOAD)
 
 Transfers = Literal["overlapped", "blocking"]
 Receives = Literal["early", "late"]
@@ -71,21 +77,31 @@ def lower(
         raise ParameterError(f"receives must be 'early' or 'late', got {receives!r}")
     schedule.report.raise_if_bad()
     _supported(schedule)
-    table = OpTable.of(schedule)
+    table = schedule.table
     nodes = Nodes.of(schedule)
-    hops = hops_of(schedule, table, nodes)
+    streams = Streams.of(schedule)
+    hops = Hops.of(schedule, table, nodes, streams)
     blocking, late = transfers == "blocking", receives == "late"
     steps = steps_of(hops, nodes, blocking, late)
-    layout = lay_out(schedule, nodes, hops, steps, BEFORE if late else BEHIND)
-    buffers = Buffers(schedule, table, nodes, hops, layout)
-    waits = [*_waits(nodes, hops, layout), *_beside(table, nodes, layout)]
-    if blocking:
-        waits.append(_blocking(nodes, hops, layout))
-    if late:
-        waits.append(_just_in_time(nodes, hops, layout, steps))
-    else:
-        waits.append(buffers.reuse())
-    return _assemble(schedule, hops, layout, buffers, waits)
+    phase = BEFORE if late else BEHIND
+    layout = lay_out(schedule, nodes, hops, steps, streams, phase)
+    blocks = Blocks.of(schedule, table, hops)
+    touched = touches(schedule, table, nodes, hops, layout, blocks, reuse=not late)
+    return Program(
+        schedule,
+        streams.streams,
+        layout.stream,
+        layout.action,
+        layout.first_op,
+        layout.op_count,
+        layout.message,
+        _waits(schedule, table, nodes, hops, layout, touched.room, blocking, late),
+        touched.reads,
+        touched.writes,
+        touched.frees,
+        messages_of(schedule, hops, layout),
+        blocks.rows,
+    )
 
 
 def _supported(schedule: Schedule) -> None:
@@ -95,7 +111,7 @@ def _supported(schedule: Schedule) -> None:
             f"{schedule.summary}: {', '.join(missing)} can be written and checked, "
             "but not lowered to a program yet"
         )
-    both = OpTable.of(schedule)
+    both = schedule.table
     if (both.has(Kind.R) & both.has(Kind.OFFLOAD)).any():
         raise UnsupportedError(
             f"{schedule.summary}: activations that are both offloaded and recomputed "
@@ -108,111 +124,130 @@ def _supported(schedule: Schedule) -> None:
         )
 
 
-Waits = tuple[Index, Index]
-"""Pairs (instruction, what it waits for), on different streams of one device."""
-
-
-def _waits(nodes: Nodes, hops: Hops, layout: Layout) -> list[Waits]:
-    """A send waits for its producer, a consumer for its receive."""
-    remote = hops.remote
-    return [
-        (layout.out[remote], layout.compute[hops.source[remote]]),
-        (layout.compute[hops.target[remote]], layout.into[remote]),
-    ]
-
-
-def _blocking(nodes: Nodes, hops: Hops, layout: Layout) -> Waits:
-    """The sender's next op waits for the send."""
-    following = nodes.following[hops.source]
-    blocked = hops.remote & (following >= 0)
-    return layout.compute[following[blocked]], layout.out[blocked]
-
-
-def _beside(table: OpTable, nodes: Nodes, layout: Layout) -> list[Waits]:
-    """Copies and reductions wait for the device's ops before them.
-
-    None behind them waits, but for a backward that needs what is reloaded.
-    """
-    beside = np.flatnonzero(nodes.beside & (nodes.previous >= 0))
-    waits = [(layout.compute[beside], layout.compute[nodes.previous[beside]])]
-    if Kind.RELOAD in table.by_kind:
-        back = table.get(Kind.RELOAD)
-        there = back >= 0
-        reload = layout.compute[nodes.of_op[back[there]]]
-        for other, after in (
-            (table.get(Kind.OFFLOAD), False),
-            (table.get(*BACKWARD_KINDS), True),
-        ):
-            ends = layout.compute[nodes.of_op[other[there]]]
-            waits.append((ends, reload) if after else (reload, ends))
-    return waits
-
-
-def _just_in_time(nodes: Nodes, hops: Hops, layout: Layout, steps: Index) -> Waits:
-    """A receive waits for the device's last op before its step."""
-    remote = np.flatnonzero(hops.remote)
-    stride = len(nodes.rank) + 1
-    place = nodes.device.astype(np.int64) * stride + nodes.rank
-    device = hops.target_device[remote]
-    wanted = device.astype(np.int64) * stride + steps[remote]
-    computes = np.flatnonzero(~nodes.beside)
-    last = computes[np.searchsorted(place[computes], wanted) - 1]
-    there = (nodes.device[last] == device) & (place[last] < wanted)
-    return layout.into[remote[there]], layout.compute[last[there]]
-
-
-def _assemble(
+def _waits(
     schedule: Schedule,
+    table: OpTable,
+    nodes: Nodes,
     hops: Hops,
     layout: Layout,
-    buffers: Buffers,
-    waits: list[Waits],
-) -> Program:
-    total = len(layout.stream)
-    remote = hops.remote
-    number = np.full(len(remote), -1, dtype=np.int32)
-    number[remote] = np.arange(int(remote.sum()))
-    has_node, is_message = layout.node >= 0, layout.action != Action.LOCAL
-    is_message &= layout.hop >= 0
-    first_op = np.full(total, -1, dtype=np.int64)
-    op_count = np.zeros(total, dtype=np.int32)
-    message = np.full(total, -1, dtype=np.int32)
-    node = layout.node[has_node]
-    first_op[has_node] = buffers.nodes.first_op[node]
-    op_count[has_node] = buffers.nodes.ops[node]
-    message[is_message] = number[layout.hop[is_message]]
-    ops, source, target = schedule.ops, hops.source_op[remote], hops.target_op[remote]
-    messages = side_by_side(
-        len(source),
-        hops.kind[remote],
-        ops.stage[source],
-        ops.stage[target],
-        0,  # the one port there is so far
-        ops.micro_batch[source],
-        ops.slice[source],
-        hops.source_device[remote],
-        hops.target_device[remote],
-        layout.out[remote],
-        layout.into[remote],
-    )
-    return Program(
-        schedule,
-        layout.streams,
-        layout.stream,
+    room: Index,
+    blocking: bool,
+    late: bool,
+) -> Lists:
+    """What each instruction waits for on other streams of its device."""
+    total = len(layout.action)
+    beside = bool(nodes.beside.any())
+    most = 2 * hops.messages + len(hops.source) + 2 * int(nodes.beside.sum())
+    most += len(hops.source) * blocking + int(table.has(Kind.RELOAD).sum())
+    index: Any = np.int32 if most < 2**31 else np.int64
+    columns: list[NDArray[Any]] = [
         layout.action,
-        first_op,
-        op_count,
-        message,
-        _lists(total, waits),
-        _lists(total, buffers.reads),
-        _lists(total, buffers.writes),
-        _lists(total, buffers.frees),
-        messages,
-        buffers.table[0] if len(buffers.table) == 1 else np.concatenate(buffers.table),
-    )
+        layout.first_op,
+        layout.op_count,
+        layout.hop,
+        layout.compute,
+        layout.out,
+        layout.into,
+        members(table, nodes),
+        schedule.ops.kind,
+        table.place,
+        schedule.device_of_op,
+        nodes.of_op,
+        nodes.previous if beside else nodes.rank[:0],
+        hops.source,
+        hops.target,
+        hops.link,
+        hops.out_of,
+        hops.into,
+        room,
+        table.get(Kind.OFFLOAD).ravel(),
+        table.get(Kind.RELOAD).ravel(),
+        np.array([blocking, late]),
+        np.full(schedule.devices, -1, dtype=np.int32),
+        np.zeros(total + 1, dtype=index),
+        np.empty(most, dtype=np.int32),
+    ]
+    offsets, values = run(_wait, columns, results=[23, 24], size=total)
+    return Lists(offsets, values[: offsets[-1]])
 
 
-def _lists(total: int, pairs: list[tuple[Index, Index]]) -> Lists:
-    lists = Lists(*gathered(total, pairs, np.int32))
-    pairs.clear()  # as large as the program, and not needed again
-    return lists
+def _wait(
+    action: Any,
+    first_op: Any,
+    op_count: Any,
+    hop_of: Any,
+    compute: Any,
+    out: Any,
+    arrival: Any,
+    member: Any,
+    kind: Any,
+    place: Any,
+    device: Any,
+    node: Any,
+    previous: Any,
+    source: Any,
+    target: Any,
+    link: Any,
+    out_of: Any,
+    into: Any,
+    room: Any,
+    away: Any,
+    back: Any,
+    policies: Any,
+    last: Any,
+    waits_at: Any,
+    waits: Any,
+) -> None:
+    """Instruction by instruction, with each device's last COMPUTE so far."""
+    blocking, late = policies[0], policies[1]
+    w = 0
+    for i in range(len(action)):
+        hop = hop_of[i]
+        begin = first_op[i]
+        end = begin + op_count[i]
+        if action[i] == _SEND:  # for its producer
+            waits[w] = compute[node[source[hop]]]
+            w += 1
+        elif action[i] == _RECV:  # just in time, or for a free slot
+            ready = last[device[target[hop]]] if late else room[hop]
+            if ready >= 0:
+                waits[w] = ready
+                w += 1
+        first = w
+        for op in range(begin, end):  # ops wait for what arrives, in order of hops
+            hop = into[op]
+            if hop < 0 or link[hop] < 0:
+                continue
+            spot = w
+            while spot > first and hop_of[waits[spot - 1]] > hop:
+                waits[spot] = waits[spot - 1]
+                spot -= 1
+            waits[spot] = arrival[hop]
+            w += 1
+        if action[i] == _COMPUTE:
+            for j in range(begin, end):  # for what is reloaded
+                op = member[j]
+                if kind[op] != _B and kind[op] != _I:
+                    continue
+                if back[place[op]] >= 0:
+                    waits[w] = compute[node[back[place[op]]]]
+                    w += 1
+            before = last[device[begin]]
+            if blocking and before >= 0:  # for the sends of the op before
+                for op in range(first_op[before], first_op[before] + op_count[before]):
+                    hop = out_of[op]
+                    if hop >= 0 and link[hop] >= 0:
+                        waits[w] = out[hop]
+                        w += 1
+            last[device[begin]] = i
+        elif op_count[i] > 0:
+            # Beside the others: for the device's ops before it. None behind it
+            # waits, but for a backward that needs what is reloaded.
+            before = previous[node[begin]]
+            if before >= 0:
+                waits[w] = compute[before]
+                w += 1
+            if kind[begin] == _RELOAD:
+                waits[w] = compute[node[away[place[begin]]]]
+                w += 1
+        waits_at[i + 1] = w

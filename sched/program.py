@@ -255,7 +255,7 @@ class Program:
         schedule: what it was lowered from.
         streams: in the order in which every rank creates them.
         stream, action: int32, int8 per instruction.
-        first_op, op_count: the instruction's ops in `schedule.ops`; 0 of them
+        first_op, op_count: int32, the instruction's ops in `schedule.ops`; 0 of them
             for instructions about messages.
         message: int32 per instruction, -1 for none.
         waits_for: instructions on other streams that must be done before.
@@ -268,7 +268,7 @@ class Program:
     streams: tuple[Stream, ...]
     stream: Column
     action: NDArray[np.int8]
-    first_op: NDArray[np.int64]
+    first_op: Column
     op_count: Column
     message: Column
     waits_for: Lists
@@ -382,9 +382,6 @@ LOWERED = frozenset(Kind) - {Kind.STEP}
 """Kinds that become instructions."""
 
 
-def side_by_side(rows: int, *columns: NDArray[Any] | int) -> Column:
-    """Columns as one table of int32; a single number fills its column."""
-    table = np.empty((rows, len(columns)), dtype=np.int32)
-    for place, values in enumerate(columns):
-        table[:, place] = values
-    return table
+def table(rows: int, columns: int) -> Column:
+    """A table of int32, to be filled, whose columns lie one behind the other."""
+    return np.empty((rows, columns), dtype=np.int32, order="F")

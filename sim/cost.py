@@ -140,7 +140,7 @@ class Cost:
         numbers, which = self.priced(program)
         return [numbers[i] for i in which.tolist()]
 
-    def priced(self, program: Program) -> tuple[list[Number], NDArray[np.int64]]:
+    def priced(self, program: Program) -> tuple[list[Number], NDArray[Any]]:
         """The durations that compute instructions have, and which of them each has.
 
         Raises:
@@ -153,8 +153,10 @@ class Cost:
         pipes, stages = len(schedule.placement.pipes), schedule.stages
         table = [times[Kind(k)] for k in range(len(Kind))]
         numbers = [number for by_pipe in table for row in by_pipe for number in row]
-        pipe = schedule.pipe_of[np.where(ops.kind < Kind.REDUCE, ops.micro_batch, 0)]
-        place = (ops.kind.astype(np.int64) * pipes + pipe) * stages + ops.stage
+        place = ops.kind * np.int32(pipes * stages) + ops.stage
+        if pipes > 1:
+            of_one = np.where(ops.kind < Kind.REDUCE, ops.micro_batch, 0)
+            place += schedule.pipe_of[of_one] * np.int32(stages)
         first, count = (
             column[program.computes] for column in (program.first_op, program.op_count)
         )
@@ -235,51 +237,59 @@ class Cost:
                 activations that include it.
         """
         schedule = program.schedule
-        kind, _, stage, micro_batch, _, _ = program.buffers.T
-        pipe = schedule.pipe_of[np.maximum(micro_batch, 0)]
-        place = pipe.astype(np.int64) * schedule.stages + stage
-        # An activation beside a stash for W is the part that I frees; beside a
-        # stored input, what an R has rebuilt.
-        split = _beside(BufferKind.WEIGHT_STASH, program)
-        rebuilt = _beside(BufferKind.STORED_INPUT, program)
+        kind, stage = program.buffers[:, 0], program.buffers[:, 2]
+        # A weight is a look-up, for Fractions are slow: by pipe and stage, and by
+        # what there is beside an activation. Beside a stash for W it is the part
+        # that I frees; beside a stored input, what an R has rebuilt.
         parts = self._per_stage(
             "weight_grad_memory", self.weight_grad_memory, schedule, per_share=False
         )
         keep = [number for row in parts for number in row]
+        place = stage.copy()
+        if len(schedule.placement.pipes) > 1:
+            pipe = schedule.pipe_of[np.maximum(program.buffers[:, 3], 0)]
+            place += pipe * np.int32(schedule.stages)
+        for times, beside in (1, BufferKind.STORED_INPUT), (2, BufferKind.WEIGHT_STASH):
+            if schedule.has(_MAKES[beside]):
+                place += _beside(beside, program) * np.int32(times * len(keep))
 
         def weigh(whole: Table, again: Table) -> dict[int, NDArray[Any]]:
-            """What is kept, or rebuilt; a look-up, for Fractions are slow."""
+            """What is kept, or rebuilt."""
             both = [n for row in [*whole, *again] for n in row]
             stash = [plain(n * part) for n, part in zip(both, keep * 2)]
             rest = [plain(n - part) for n, part in zip(both, stash)]
-            which = place + rebuilt * len(keep)
-            held, left, freed = (column(ns)[which] for ns in (both, stash, rest))
+            held, left, freed = (column(ns) for ns in (both, stash, rest))
             return {
-                BufferKind.ACTIVATION: np.where(split, freed, held),
-                BufferKind.WEIGHT_STASH: left,
+                BufferKind.ACTIVATION: np.concatenate([held, freed]),
+                BufferKind.WEIGHT_STASH: np.tile(left, 2),
             }
+
+        def spread(table: Table) -> NDArray[Any]:
+            """The same, whatever there is beside it."""
+            return np.tile(_flat(table), 4)
 
         shares = self._per_stage("activations", 1, schedule, per_share=True)
         full = _over(shares, schedule.slices)
-        activations = _choose(kind, weigh(full, full))
+        activations = _choose(kind, place, weigh(full, full))
         _weigh_copies(program, activations)
         if not self.knows_bytes:
             return Sizes(activations)
         held = self._held(schedule)
-        of_input, output = _flat(held.input)[place], _flat(held.output)[place]
+        of_input, output = spread(held.input), spread(held.output)
         before = [[0, *row[:-1]] for row in held.output]
         by_kind = weigh(held.kept, held.rebuilt) | {
             BufferKind.INPUT: of_input,
-            BufferKind.STORED_INPUT: _flat(held.stored)[place],
+            BufferKind.STORED_INPUT: spread(held.stored),
             BufferKind.OUTPUT: output,
             BufferKind.OUTPUT_GRAD: output,
-            BufferKind.INPUT_GRAD: _flat(before)[place],
+            BufferKind.INPUT_GRAD: spread(before),
         }
-        weights = _choose(kind, by_kind)
+        weights = _choose(kind, place, by_kind)
         _weigh_copies(program, weights)
         arriving = None
         if self.stored_bytes is not None:
-            arriving = np.where(kind == BufferKind.STORED_INPUT, of_input, weights)
+            stored = kind == BufferKind.STORED_INPUT
+            arriving = np.where(stored, of_input[place], weights)
         return Sizes(
             activations,
             weights,
@@ -400,17 +410,26 @@ def _flat(table: Table) -> NDArray[Any]:
     return column([plain(number) for row in table for number in row])
 
 
-def _choose(kind: NDArray[Any], by_kind: dict[int, NDArray[Any]]) -> NDArray[Any]:
+_MAKES = {BufferKind.STORED_INPUT: Kind.R, BufferKind.WEIGHT_STASH: Kind.W}
+"""Kinds of op without which there are no such buffers."""
+
+
+def _choose(
+    kind: NDArray[Any], place: NDArray[Any], by_kind: dict[int, NDArray[Any]]
+) -> NDArray[Any]:
+    """Of each buffer what the table of its kind says; 0 for other kinds."""
     dtype = np.result_type(*by_kind.values())
     result = np.zeros(len(kind), dtype=dtype)
-    for member, values in by_kind.items():
-        where = kind == member
-        result[where] = values[where]
+    for member, table in by_kind.items():
+        where = np.flatnonzero(kind == member)
+        result[where] = table[place[where]]
     return result
 
 
 def _weigh_copies(program: Program, weights: NDArray[Any]) -> None:
     """Give what is offloaded the weight that it had before."""
+    if not program.schedule.has(Kind.OFFLOAD):
+        return
     # An OFFLOAD frees buffers and writes their copies elsewhere, in one order.
     copying = np.flatnonzero(program.op_kind == Kind.OFFLOAD)
     copies = program.writes.values[np.isin(program.writes.owner, copying)]
@@ -421,8 +440,6 @@ def _weigh_copies(program: Program, weights: NDArray[Any]) -> None:
 def _beside(kind: BufferKind, program: Program) -> NDArray[np.bool_]:
     """Activations whose stage and micro-batch also has a buffer of this kind."""
     there: NDArray[np.bool_] = program.buffers[:, 0] == kind
-    if not there.any():
-        return there
     key = program.buffers[:, 2:5].astype(np.int64) @ _strides(program.schedule)
     return np.isin(key, key[there])
 

@@ -102,7 +102,7 @@ class _Table:
         program, schedule = trace.program, trace.program.schedule
         computes = program.computes
         time = (trace.end[computes] - trace.start[computes]) * schedule.slices
-        first = program.first_op[computes]
+        first = program.first_op[computes].astype(np.int64)
         kind = schedule.ops.kind[first].astype(np.int64)
         place = kind * schedule.stages + schedule.ops.stage[first]
         count = program.op_count[computes].astype(np.int64)

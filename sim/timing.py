@@ -233,6 +233,8 @@ def _latencies(program: Program, cluster: Cluster) -> Prices:
         links[stream].latency if stream in links else 0
         for stream in range(len(program.streams))
     ]
+    if all(type(number) is int and number == 0 for number in numbers):
+        return Prices(np.zeros(0, dtype=np.int64), [], np.zeros(0, dtype=np.int64))
     sends = program.stream[program.send_of].astype(np.int64)
     return Prices(np.arange(len(program.messages)), numbers, sends)
 

@@ -1,11 +1,15 @@
+import dataclasses
+from typing import Any
+
 import networkx as nx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import near_valid, schedules, whole_language
 
-from pipeproof.sched import catalog, check, kernels, lower
-from pipeproof.sched.kernels import gathered, levels, numbered
+from pipeproof.sched import Program, Schedule, catalog, check, kernels, lower
+from pipeproof.sched.kernels import csr, levels
 from pipeproof.sim import simulate
 
 graphs = st.integers(1, 12).flatmap(
@@ -51,32 +55,60 @@ def test_compiled_and_plain_agree(graph: tuple[int, list[tuple[int, int]]]) -> N
     assert compiled == of(*graph)
 
 
-pairs = st.lists(st.tuples(st.integers(0, 4), st.integers(-9, 9)), max_size=12)
-
-
 @settings(max_examples=20)
-@given(blocks=st.lists(pairs, min_size=1, max_size=3))
-def test_grouped_in_the_order_given(blocks: list[list[tuple[int, int]]]) -> None:
-    """Compiled and plain, from blocks of pairs of any length."""
-    columns = [
-        tuple(np.array(block, dtype=np.int32).reshape(-1, 2).T) for block in blocks
-    ]
-    every = [pair for block in blocks for pair in block]
-    expected = [[value for row, value in every if row == r] for r in range(5)]
+@given(pairs=st.lists(st.tuples(st.integers(0, 4), st.integers(-9, 9)), max_size=12))
+def test_grouped_in_the_order_given(pairs: list[tuple[int, int]]) -> None:
+    row, value = np.array(pairs, dtype=np.int32).reshape(-1, 2).T
+    expected = [[value for row, value in pairs if row == r] for r in range(5)]
     for limit in (kernels.COMPILE_FROM, 0):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "COMPILE_FROM", limit)
-            offsets, values = gathered(5, columns, np.int32)
+            offsets, values = csr(5, row.copy(), value.copy())
         assert values.dtype == np.int32
         assert [part.tolist() for part in np.split(values, offsets[1:-1])] == expected
 
 
-@given(keys=st.lists(st.integers(0, 9) | st.integers(0, 999)))
-def test_numbered_as_unique_does(keys: list[int]) -> None:
-    different, place = numbered(np.array(keys, dtype=np.int64))
+def columns_of(program: Program) -> list[list[Any]]:
+    lists = program.waits_for, program.reads, program.writes, program.frees
+    columns = [program.stream, program.action, program.first_op, program.op_count]
+    columns += [program.message, program.messages, program.buffers]
+    return [c.tolist() for c in columns] + [some.to_lists() for some in lists]
 
-    assert different.tolist() == sorted(set(keys))
-    assert different[place].tolist() == keys
+
+@settings(max_examples=20)
+@given(
+    schedule=whole_language(),
+    transfers=st.sampled_from(["overlapped", "blocking"]),
+    receives=st.sampled_from(["early", "late"]),
+)
+def test_programs_are_the_same_compiled(
+    schedule: Schedule, transfers: Any, receives: Any
+) -> None:
+    policy = {"transfers": transfers, "receives": receives}
+    plain = columns_of(lower(schedule, **policy))
+    peaks = simulate(schedule).peak_activations
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "COMPILE_FROM", 0)
+        again = dataclasses.replace(schedule)  # without what is worked out already
+
+        assert columns_of(lower(again, **policy)) == plain
+        assert simulate(again).peak_activations == peaks
+
+
+@given(schedule=schedules(linear=True) | schedules() | near_valid())
+def test_the_quick_look_and_the_rules_agree(schedule: Schedule) -> None:
+    """Clean for one is clean for the other, and they tell the same levels.
+
+    But for overlap groups, at which the quick look does not look.
+    """
+    quick = schedule.clean_levels
+    judged = dataclasses.replace(schedule)
+    judged.__dict__["clean_levels"] = None
+
+    grouped = bool(schedule.ops.joined.any())
+    assert (quick is not None) == (judged.report.ok and not grouped)
+    if quick is not None:
+        assert quick.tolist() == judged.level_of_node.tolist()
 
 
 def test_works_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
