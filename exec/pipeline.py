@@ -26,7 +26,7 @@ from pipeproof.sched import (
 )
 from pipeproof.sched.memory import Sizes
 
-RUNS = {Kind.F, Kind.B, Kind.R}
+RUNS = {Kind.F, Kind.B, Kind.I, Kind.W, Kind.R}
 
 
 class Pipeline:

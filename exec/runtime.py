@@ -4,6 +4,8 @@
            ▲                 │
            leaf              its end of the graph is kept as ACTIVATION
     B    the root and the gradient that arrived ──autograd──▶ leaf.grad, .grad
+    I    the same ──autograd──▶ the leaf's gradient, and what W has left to do
+    W    that ──autograd──▶ .grad
 
 The output of a stage is detached, and marked as wanting a gradient where the
 output did: it is the leaf of the next stage's graph. So each stage has a graph
@@ -20,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,6 +85,9 @@ class Runtime:
         self._values: list[Any] = [None] * len(program.buffers)
         self._step: Step
         self._autocast = False
+        inputs = np.flatnonzero(np.isin(program.buffers[:, 0], INPUTS))
+        owners = program.buffers[inputs, 2:4].tolist()
+        self._input_of = dict(zip(map(tuple, owners), inputs.tolist()))
         self._runs: list[Run] = [self._bind(instruction) for instruction in program]
         self._busy = [
             (i, run) for i, run in enumerate(self._runs) if run is not _nothing
@@ -181,6 +187,12 @@ class Runtime:
                 return self._bind_recompute(op, instruction)
             case Kind.B:
                 return self._bind_backward(op, instruction)
+            case Kind.I:
+                if self._next_op(instruction) == op._replace(kind=Kind.W):
+                    return self._bind_backward(op, instruction)
+                return self._bind_input_grad(op, instruction)
+            case Kind.W:
+                return self._bind_weight_grad(op, instruction)
         raise AssertionError(f"not bound: {op}")
 
     def _bind_forward(self, op: Op, instruction: Instruction) -> Run:
@@ -276,7 +288,7 @@ class Runtime:
     def _bind_backward(self, op: Op, instruction: Instruction) -> Run:
         values = self._values
         stash = _find(instruction.reads, (BufferKind.ACTIVATION,), op)
-        read = _find(instruction.reads, INPUTS, op)
+        read = self._input_of[op.stage, op.micro_batch]
         arrived = _find(instruction.reads, (BufferKind.OUTPUT_GRAD,), op)
         passed = _find(instruction.writes, (BufferKind.INPUT_GRAD,), op)
         frees = [b.index for b in instruction.frees if _belongs(b, op)]
@@ -287,13 +299,10 @@ class Runtime:
             root = values[stash]
             if not last:
                 tensors.backward(root, values[arrived])
-            elif root is not None:
-                torch.autograd.backward(root)
-            elif self._step.factors[micro_batch] != 0:
-                raise LossError(
-                    f"micro-batch {micro_batch}: the loss depends on nothing that "
-                    "requires a gradient"
-                )
+            else:
+                self._has_graph(root, micro_batch)
+                if root is not None:
+                    torch.autograd.backward(root)
             if passed >= 0:
                 values[passed] = tensors.grads(values[read])
             elif first and tensors.wants_grad(values[read]):
@@ -302,6 +311,64 @@ class Runtime:
                 values[buffer] = None
 
         return backward
+
+    def _bind_input_grad(self, op: Op, instruction: Instruction) -> Run:
+        """I: as B, but for what is left to W."""
+        values, splitter = self._values, self._stages[op.stage].splitter
+        stash = _find(instruction.reads, (BufferKind.ACTIVATION,), op)
+        rest = _find(instruction.writes, (BufferKind.WEIGHT_STASH,), op)
+        read = self._input_of[op.stage, op.micro_batch]
+        arrived = _find(instruction.reads, (BufferKind.OUTPUT_GRAD,), op)
+        passed = _find(instruction.writes, (BufferKind.INPUT_GRAD,), op)
+        frees = [b.index for b in instruction.frees if _belongs(b, op)]
+        first, micro_batch = op.stage == 0, op.micro_batch
+        last = op.stage == len(self._stages) - 1
+
+        def input_grad() -> None:
+            root = values[stash]
+            if last:
+                self._has_graph(root, micro_batch)
+                gradient = None if root is None else torch.ones_like(root)
+            else:
+                gradient = values[arrived]
+            found, values[rest] = tensors.halved(splitter, root, gradient, values[read])
+            if passed >= 0:
+                values[passed] = found
+            elif first and tensors.wants_grad(values[read]):
+                self._step.input_grads[micro_batch] = found
+            for buffer in frees:
+                values[buffer] = None
+
+        return input_grad
+
+    def _bind_weight_grad(self, op: Op, instruction: Instruction) -> Run:
+        values = self._values
+        rest = _find(instruction.reads, (BufferKind.WEIGHT_STASH,), op)
+        frees = [b.index for b in instruction.frees if _belongs(b, op)]
+
+        def weight_grad() -> None:
+            if values[rest] is not None:  # else I was B
+                values[rest].run()
+            for buffer in frees:
+                values[buffer] = None
+
+        return weight_grad
+
+    def _has_graph(self, root: Tensor | None, micro_batch: int) -> None:
+        if root is None and self._step.factors[micro_batch] != 0:
+            raise LossError(
+                f"micro-batch {micro_batch}: the loss depends on nothing that "
+                "requires a gradient"
+            )
+
+    def _next_op(self, instruction: Instruction) -> Op | None:
+        """The op that its device computes next, if it stands alone."""
+        stream = self._program.by_stream[self._program.stream[instruction.index]]
+        place = int(np.searchsorted(stream, instruction.index)) + 1
+        if place == len(stream):
+            return None
+        ops = self._program[int(stream[place])].ops
+        return ops[0] if len(ops) == 1 else None
 
     def _bind_send(self, instruction: Instruction) -> Run:
         """In one process a send puts the tensor where the receive wants it."""

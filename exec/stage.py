@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipeproof.exec.batch import Value
 from pipeproof.exec.errors import ModelError
 from pipeproof.exec.rng import generators, key, seed
+from pipeproof.exec.split import Splitter
 
 StageModule = nn.Module | list[nn.Module] | tuple[nn.Module, ...]
 
@@ -110,6 +111,7 @@ class Stage:
         )
         self._has_buffers = any(module._buffers for module in self._modules)
         self._generators = generators(device)
+        self.splitter = Splitter(self._modules)
         self.changed: set[tuple[int, str]] = set()
         self._modes: list[bool] = []
         self._learning = True

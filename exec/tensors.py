@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from pipeproof.exec.batch import Value
+from pipeproof.exec.split import Splitter
 
 RELEASED_FROM = 1 << 16
 """Bytes of an output from which on letting go of it early is worth 10 µs."""
@@ -98,3 +99,24 @@ def backward(root: Any, gradient: Any) -> None:
     if pairs:
         roots, gradients = zip(*pairs)
         torch.autograd.backward(roots, gradients)
+
+
+def halved(splitter: Splitter, root: Any, gradient: Any, value: Value) -> Any:
+    """The gradients of a stage's input, as `grads` has them, and what W has left."""
+    roots, gradients = _as_tuple(root), _as_tuple(gradient)
+    pairs = [
+        (r, g) for r, g in zip(roots, gradients) if r is not None and g is not None
+    ]
+    if not pairs:
+        return None if isinstance(value, Tensor) else (None,) * len(value), None
+    inputs = _as_tuple(value)
+    leaves = [tensor for tensor in inputs if tensor.requires_grad]
+    roots, gradients = zip(*pairs)
+    found, rest = splitter.input_grads(roots, gradients, leaves)
+    by_leaf = iter(found)
+    result = tuple(next(by_leaf) if t.requires_grad else None for t in inputs)
+    return result if isinstance(value, tuple) else result[0], rest
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if type(value) is tuple else (value,)

@@ -16,6 +16,7 @@ from pipeproof.exec import Pipeline, reference
 from pipeproof.exec.pipeline import RUNS
 from pipeproof.exec.rng import key
 from pipeproof.sched import CATALOG, POLICIES, Kind, Schedule, catalog, recompute
+from pipeproof.sched.row import Case
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -28,6 +29,13 @@ def _executed(name: str) -> bool:
 
 EXECUTED = [name for name in CATALOG if _executed(name)]
 """The rows that the executor runs: those without split backwards, slices, pipes."""
+
+
+def small(name: str) -> Schedule:
+    """A row at three devices, or four where it needs them."""
+    fits = CATALOG[name].allows
+    sizes = next(size for size in ((3, 4), (3, 6), (4, 8)) if fits(Case(*size)))
+    return catalog.make(name, devices=sizes[0], micro_batches=sizes[1])
 
 
 @st.composite

@@ -20,6 +20,7 @@ from models import (
     models,
     same,
     schedules,
+    small,
 )
 from torch.nn import functional
 
@@ -69,8 +70,9 @@ def test_close_to_one_full_batch_dropout_included(
 @pytest.mark.parametrize("name", EXECUTED)
 @pytest.mark.parametrize("model", EXAMPLES)
 def test_every_row_trains_the_examples(name: str, policy: str, model: str) -> None:
-    schedule = recompute(catalog.make(name, devices=3, micro_batches=4), policy)
-    example = EXAMPLES[model](stages=schedule.stages, batch=6, dtype=torch.float32)
+    schedule = recompute(small(name), policy)
+    batch = schedule.micro_batches + 2
+    example = EXAMPLES[model](stages=schedule.stages, batch=batch, dtype=torch.float32)
 
     against_reference(
         example.stages, schedule, example.inputs, example.targets, example.loss_fn
@@ -79,7 +81,7 @@ def test_every_row_trains_the_examples(name: str, policy: str, model: str) -> No
 
 @pytest.mark.parametrize("name", EXECUTED)
 def test_two_steps_without_zeroing_give_twice_the_gradient(name: str) -> None:
-    schedule = catalog.make(name, devices=3, micro_batches=4)
+    schedule = small(name)
     stages = mlp(schedule.stages)
     inputs, targets = batch_of(stages, 10, torch.float64)
     pipeline = Pipeline(stages, schedule, functional.mse_loss)
