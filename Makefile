@@ -47,6 +47,8 @@ test-all: $(VENV)/ready
 experiments: $(VENV)/ready
 	$(BIN)/python experiments/simulation_speed.py
 	$(BIN)/python experiments/executor_overhead.py
+	$(BIN)/python experiments/recomputation.py
+	$(BIN)/python experiments/bubble_by_stages.py
 
 lint: $(VENV)/ready $(VENV)/typing
 	$(BIN)/ruff format --check

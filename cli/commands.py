@@ -12,40 +12,35 @@ from typing import Any
 import click
 
 from pipeproof.cli.options import (
-    UNITS,
     Conditions,
-    Features,
     Function,
     Wanted,
     as_json,
+    memory_size,
     number,
     sizes,
-    takes_conditions,
-    takes_features,
+    takes_axes,
     takes_schedule,
 )
-
-unit = click.option(
-    "--unit",
-    type=click.Choice(UNITS),
-    default="ms",
-    show_default=True,
-    help="What a unit of time is, in a Chrome trace.",
-)
+from pipeproof.cli.shape import Shape, takes_conditions, takes_shape
 
 
 @click.command("list")
+@click.option("--clusters", is_flag=True, help="The clusters that --cluster knows.")
 @as_json
-def list_(*, as_json: bool) -> None:
+def list_(*, clusters: bool, as_json: bool) -> None:
     """The catalogue: names, formulas, options, sources.
 
     \b
     Example:
       pipeproof list
     """
-    from pipeproof.cli.listing import show_catalogue
+    from pipeproof.cli.listing import show_catalogue, show_clusters
 
-    show_catalogue(as_json=as_json)
+    if clusters:
+        show_clusters(as_json=as_json)
+    else:
+        show_catalogue(as_json=as_json)
 
 
 @click.command()
@@ -74,35 +69,51 @@ def show(*, wanted: Wanted, conditions: Conditions, tick: Any, as_json: bool) ->
 
 @click.command()
 @takes_schedule
+@click.option(
+    "--memory",
+    type=memory_size,
+    metavar="BYTES",
+    help="What each device has: 80GB, 24GiB, …; default the --cluster's.",
+)
+@click.option(
+    "--max-activations",
+    "activations",
+    type=number,
+    metavar="X",
+    help="The most peak_activations of a device, in micro-batches of its share.",
+)
+@takes_conditions
 @as_json
-def check(*, wanted: Wanted, as_json: bool) -> None:
+def check(
+    *, wanted: Wanted, conditions: Conditions, as_json: bool, **caps: Any
+) -> None:
     """Judge a schedule, and print what breaks a rule.
 
-    The rules: complete, well placed, in order, free of cycles. Exits with 1
-    if there are findings, and prints all of them.
+    The rules: complete, well placed, in order, free of cycles; with a cap, it also
+    fits: then it is simulated, with costs as for `simulate`. Exits with 1 if there
+    are findings, and prints all of them.
 
     \b
     Example:
       pipeproof check 1f1b -p 4 -m 8
-      pipeproof check mine.txt
+      pipeproof check mine.txt --max-activations 4
+      pipeproof check 1f1b -p 8 -m 64 --model gpt-175b --memory 80GB
     """
     from pipeproof.cli.checking import judge
 
-    judge(wanted, as_json=as_json)
+    judge(wanted, conditions, as_json=as_json, **caps)
 
 
 @click.command()
 @takes_schedule
 @takes_conditions
 @click.option("--trace", "trace_path", metavar="PATH", help="Write a Chrome trace.")
-@unit
 @as_json
 def simulate(
     *,
     wanted: Wanted,
     conditions: Conditions,
     trace_path: str | None,
-    unit: str,
     as_json: bool,
 ) -> None:
     """Predict step time, bubbles and memory.
@@ -116,10 +127,86 @@ def simulate(
       pipeproof simulate gpipe -p 4 -m 8
       pipeproof simulate 1f1b -p 8 -m 24 --forward 18.5 --input-grad 18.1 \\
           --weight-grad 9.3 --link-latency .6 --trace 1f1b.json
+      pipeproof simulate 1f1b -p 16 -m 64 --forward 18.5 --input-grad 18.1 \\
+          --weight-grad 9.3 --boundary-bytes 25e6 --cluster dgx-a100
     """
     from pipeproof.cli.simulating import predict_and_tell
 
-    predict_and_tell(wanted, conditions, trace_path, unit, as_json=as_json)
+    predict_and_tell(wanted, conditions, trace_path, as_json=as_json)
+
+
+@click.command()
+@takes_schedule
+@takes_conditions
+@click.option(
+    "--gaps",
+    type=click.IntRange(min=0),
+    metavar="N",
+    default=10,
+    show_default=True,
+    help="How many of the longest idle times to explain.",
+)
+@click.option(
+    "--sensitivity",
+    is_flag=True,
+    help="Simulate what 1 % less time for each stage and link buys.",
+)
+@click.option(
+    "--jitter",
+    "sigma",
+    type=number,
+    metavar="SIGMA",
+    help="Draw a factor for each op, of mean 1 and this standard deviation.",
+)
+@click.option(
+    "--distribution",
+    type=click.Choice(["lognormal", "gamma", "uniform"]),
+    help="Of the factors; default lognormal.",
+)
+@click.option(
+    "--straggler-chance", type=number, metavar="X", help="That a device is slow."
+)
+@click.option(
+    "--straggler-slowdown",
+    type=number,
+    metavar="X",
+    help="How many times as long its ops then take.",
+)
+@click.option("--runs", type=int, metavar="N", help="How many to draw; default 1000.")
+@click.option("--seed", type=int, metavar="S", help="Of what is drawn; default 0.")
+@as_json
+def explain(
+    *,
+    wanted: Wanted,
+    conditions: Conditions,
+    gaps: int,
+    sensitivity: bool,
+    as_json: bool,
+    **noise: Any,
+) -> None:
+    """Say why a step takes as long as it does, and what would shorten it.
+
+    Prints how far the predicted makespan is above what no order of the same ops can
+    beat; each device's idle time by cause, and its longest gaps in a sentence each;
+    and what the critical path spends its time in. Times as in `simulate`. Links do
+    not jitter.
+
+    \b
+    Example:
+      pipeproof explain 1f1b -p 4 -m 8 --link-latency .5
+      pipeproof explain zb-h1 -p 8 -m 24 --sensitivity --jitter .1 --runs 500
+    """
+    from pipeproof.cli.explaining import explain_and_tell
+
+    given = {name: value for name, value in noise.items() if value is not None}
+    if given and not {"sigma", "straggler_chance"} & set(given):
+        flags = " or ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise click.UsageError(
+            f"{flags} is about runs with jitter: give --jitter or --straggler-chance"
+        )
+    explain_and_tell(
+        wanted, conditions, gaps, what_if=sensitivity, noise=given, as_json=as_json
+    )
 
 
 @click.command()
@@ -135,33 +222,59 @@ def simulate(
     required=True,
     help="Micro-batches a step.",
 )
-@takes_features
-@takes_conditions
+@takes_axes
+@takes_shape
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE.csv|.parquet",
+    help="Keep the rows in a file instead of printing them.",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Processes; default one per core, and 1 for a small sweep.",
+)
 @as_json
 def sweep(
     *,
     names: str,
     devices: tuple[int, ...],
     micro_batches: tuple[int, ...],
-    features: Features,
-    conditions: Conditions,
+    axes: dict[str, tuple[Any, ...]],
+    shape: Shape,
+    output: str | None,
+    jobs: int | None,
     as_json: bool,
 ) -> None:
-    """Bubble and peak memory of schedules across sizes.
+    """Bubble and peak memory of schedules across sizes, options and costs.
 
     SIZES are a list 2,4,8; or 2:64, doubling: 2,4,8,16,32,64; or 2:16:2, in steps
-    of 2. What a schedule refuses is a row with the reason. Exits with 2 if there
-    is nothing but refusals.
+    of 2. Times, bytes, links and policies may be given several times. Every
+    combination is simulated; an option of a schedule goes to those that have it.
+    What a schedule refuses is a row with the reason. A transformer's costs are
+    those of each schedule's own stages; else every device's share costs the same.
+
+    A FILE that is already there is gone on with: what is in it is not simulated
+    again, so that an interrupted sweep needs only the same command. A FILE of
+    another sweep is refused and left as it is.
+
+    Exits with 1 if a schedule is broken or deadlocks, with 2 if there is nothing
+    but refusals.
 
     \b
     Example:
       pipeproof sweep gpipe,1f1b -p 2:64 -m 8,16,32
+      pipeproof sweep 1f1b,interleaved -p 8 -m 32 -v 2,4 --link-latency 0 \\
+          --link-latency .5 -o latency.csv
     """
-    from pipeproof.cli.sweeping import tabulate
+    from pipeproof.cli.sweeping import ask, tabulate
 
-    tabulate(
-        names.split(","), devices, micro_batches, features, conditions, as_json=as_json
+    points = ask(
+        names.split(","), devices, micro_batches, axes, shape, printed=output is None
     )
+    tabulate(points, output, jobs, as_json=as_json)
 
 
 def _takes_model(function: Function) -> Function:
@@ -282,7 +395,6 @@ def verify(*, wanted: Wanted, as_json: bool, **rest: Any) -> None:
 @click.option(
     "-o", "--output", metavar="PATH", default="-", help="Default: standard output."
 )
-@unit
 @as_json
 def export(
     *,
@@ -290,7 +402,6 @@ def export(
     conditions: Conditions,
     form: str,
     output: str,
-    unit: str,
     as_json: bool,
 ) -> None:
     """Write a schedule, or what is predicted of it, in another form.
@@ -304,7 +415,7 @@ def export(
     """
     from pipeproof.cli.exporting import write
 
-    write(wanted, conditions, form, output, unit, as_json=as_json)
+    write(wanted, conditions, form, output, as_json=as_json)
 
 
-ALL = (list_, show, check, simulate, sweep, run, verify, export)
+ALL = (list_, show, check, simulate, explain, sweep, run, verify, export)

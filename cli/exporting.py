@@ -18,7 +18,6 @@ def write(
     conditions: Conditions,
     form: str,
     output: str,
-    unit: str,
     *,
     as_json: bool,
 ) -> None:
@@ -28,7 +27,7 @@ def write(
             "--json reports on the file that is written: give it a name with -o"
         )
     schedule = load(wanted)
-    write_file(output, _writer(schedule, conditions, form, unit))
+    write_file(output, _writer(schedule, conditions, form))
     if as_json:
         emit_json(
             {
@@ -42,7 +41,7 @@ def write(
 
 
 def _writer(
-    schedule: Schedule, conditions: Conditions, form: str, unit: str
+    schedule: Schedule, conditions: Conditions, form: str
 ) -> Callable[[TextIO], object]:
     """What is to be done with the open file; all that can be refused is done."""
     if form == "text":
@@ -62,7 +61,8 @@ def _writer(
     if form == "chrome":
         from pipeproof.sched.interop.chrome import UNITS, write_chrome
 
-        return lambda file: write_chrome(trace, file, microseconds=UNITS[unit])
+        microseconds = UNITS[conditions.unit]
+        return lambda file: write_chrome(trace, file, microseconds=microseconds)
     if form == "svg":
         from pipeproof.sched.interop.svg import draw_svg
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from fractions import Fraction
 from functools import wraps
 from typing import Any
@@ -25,12 +25,20 @@ MAX_SIZES = 10_000
 # test holds them to the originals.
 POLICIES = ("never", "always", "except-last", "adaptive")
 UNITS = ("s", "ms", "us", "ns")
+STREAM_MODELS = ("dir", "pair", "one", "sync")
 
 _NUMBER = re.compile(
     r"[+-]?(?:(?P<whole>[0-9]+)|(?P<top>[0-9]+)/(?P<bottom>[0-9]+)"
     r"|(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=e))(?:e[+-]?[0-9]{1,3})?)",
     re.ASCII | re.IGNORECASE,
 )
+
+_BYTES = {"": 1, "B": 1} | {
+    f"{prefix}{infix}B": base**power
+    for infix, base in (("", 1000), ("i", 1024))
+    for power, prefix in enumerate("kMGT", start=1)
+}
+_SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,9})?)([kMGT]?i?B?)", re.ASCII)
 
 
 def number(text: str) -> Number:
@@ -47,10 +55,26 @@ def number(text: str) -> Number:
     return float(text)
 
 
+def memory_size(text: str) -> Number:
+    """Bytes: 80000000000, 80GB (of 1000³) or 80GiB (of 1024³)."""
+    match = _SIZE.fullmatch(text)
+    if match is None or match[2] not in _BYTES:
+        raise click.BadParameter(
+            f"expected bytes: 80GB, 1.5TB, 24GiB or a number; found {text!r}"
+        )
+    size = Fraction(match[1]) * _BYTES[match[2]]
+    return int(size) if size.denominator == 1 else size
+
+
 def per_stage(text: str) -> Number | tuple[Number, ...]:
     """One number, or one per stage with commas between."""
     numbers = tuple(map(number, text.split(",")))
     return numbers if len(numbers) > 1 else numbers[0]
+
+
+def flag(name: str) -> str:
+    """The option that sets an attribute of `Conditions` or `Features`."""
+    return f"--{name.replace('_', '-')}"
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -95,8 +119,8 @@ class Features:
     """What a catalogue's schedule may have beside its two sizes.
 
     Attributes:
-        chunks, slices, waves, group, backward_order: as their options say; None
-            leaves the schedule its default.
+        chunks, slices, waves, group, offload, backward_order, times: as their
+            options say; None leaves the schedule its default.
         remat: policy of `recompute`, or None for the schedule as it is.
     """
 
@@ -104,7 +128,9 @@ class Features:
     slices: int | None
     waves: int | None
     group: int | None
+    offload: int | None
     backward_order: str | None
+    times: Any
     remat: str | None
 
     def of_generator(self) -> dict[str, Any]:
@@ -114,7 +140,9 @@ class Features:
             "slices": self.slices,
             "waves": self.waves,
             "group": self.group,
+            "offload": self.offload,
             "backward": self.backward_order,
+            "times": self.times,
         }
 
 
@@ -154,9 +182,23 @@ class Conditions:
     link_latency: Number | None
     link_bandwidth: Number | None
     host_bandwidth: Number | None
+    cluster: str | None
     buffering: Any
-    transfers: str
-    receives: str
+    streams: str | None
+    transfers: str = "overlapped"
+    receives: str = "early"
+    unit: str = "ms"
+
+    @property
+    def given(self) -> list[str]:
+        """What differs from the defaults, by name."""
+        defaults = {
+            spec.name: None if spec.default is MISSING else spec.default
+            for spec in fields(self)
+        }
+        return [
+            name for name, usual in defaults.items() if getattr(self, name) != usual
+        ]
 
 
 _SIZES = [
@@ -173,9 +215,21 @@ _FEATURES = [
         "--group", type=int, metavar="N", help="Micro-batches that go together."
     ),
     click.option(
+        "--offload",
+        type=int,
+        metavar="K",
+        help="Chunks whose activations go to the host.",
+    ),
+    click.option(
         "--backward-order",
         type=click.Choice(["lifo", "fifo"]),
         help="Order of gpipe's backwards; lifo as published.",
+    ),
+    click.option(
+        "--times",
+        type=per_stage,
+        metavar="F,I,W",
+        help="Times that v-half and v-min are built for; as published if left out.",
     ),
     click.option(
         "--remat",
@@ -214,11 +268,23 @@ _CONDITIONS = [
     _number("--link-bandwidth", "Bytes per unit of time; default unlimited."),
     _number("--host-bandwidth", "Of OFFLOAD and RELOAD; default unlimited."),
     click.option(
+        "--cluster",
+        metavar="NAME|FILE",
+        help="Links and limits of `pipeproof list --clusters`, or of a TOML file in "
+        "bytes and seconds, in place of the three before; see --unit.",
+    ),
+    click.option(
         "--buffering",
         type=buffering,
         metavar="eager|rendezvous|K",
         help="What a send waits for: nothing (default), its receive, or the K-th "
         "receive before.",
+    ),
+    click.option(
+        "--streams",
+        type=click.Choice(STREAM_MODELS),
+        help="Which streams of a device are one: none (dir, default); sends and "
+        "receives of one pair of devices; all of them (one); with compute (sync).",
     ),
     click.option(
         "--transfers",
@@ -233,6 +299,13 @@ _CONDITIONS = [
         default="early",
         show_default=True,
         help="When receives are posted.",
+    ),
+    click.option(
+        "--unit",
+        type=click.Choice(UNITS),
+        default="ms",
+        show_default=True,
+        help="What a unit of time is, for --cluster and in a Chrome trace.",
     ),
 ]
 
@@ -260,17 +333,50 @@ def takes_schedule(function: Function) -> Function:
 
 def takes_features(function: Function) -> Function:
     """Give a command the options of `Features`, collected as `features`."""
-    return _collect(function, Features, "features", _FEATURES)
+    return collect(function, Features, "features", _FEATURES)
 
 
 def takes_conditions(function: Function) -> Function:
     """Give a command the options of `Conditions`, collected as `conditions`."""
-    return _collect(function, Conditions, "conditions", _CONDITIONS)
+    return collect(function, Conditions, "conditions", _CONDITIONS)
 
 
-def _collect(
+def takes_axes(function: Function) -> Function:
+    """Give a command both bundles' options with several values each, as `axes`.
+
+    `axes` has a tuple of values for each option that was given, by its name in
+    `Features` or `Conditions`.
+    """
+    members = [spec.name for spec in (*fields(Features), *fields(Conditions))]
+
+    @_with([_several(option) for option in (*_FEATURES, *_CONDITIONS)])
+    @wraps(function)
+    def collected(**given: Any) -> None:
+        values = {member: given.pop(member) for member in members}
+        axes = {member: several for member, several in values.items() if several}
+        function(**given, axes=axes)
+
+    return collected
+
+
+def _several(option: Any) -> Any:
+    """The same option for several values: sizes in a list, others repeatedly."""
+
+    def holder() -> None: ...
+
+    (one,) = option(holder).__click_params__
+    names = (*one.opts, one.name)
+    if one.type is click.INT:
+        return click.option(*names, type=sizes, metavar="SIZES", help=one.help)
+    return click.option(
+        *names, type=one.type, metavar=one.metavar, multiple=True, help=one.help
+    )
+
+
+def collect(
     function: Function, bundle: type[Any], name: str, options: list[Any]
 ) -> Function:
+    """Give a command these options, collected in an object under this name."""
     members = [spec.name for spec in fields(bundle)]
 
     @_with(options)

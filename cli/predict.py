@@ -2,27 +2,73 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import os
+from dataclasses import fields, replace
+from functools import cache
 from typing import Any
 
 from pipeproof.cli.options import Conditions
 from pipeproof.cli.output import full
 from pipeproof.cli.progress import bar, watched
-from pipeproof.sched import Schedule, Trace, lower
-from pipeproof.sim import Cluster, Cost, simulate
+from pipeproof.cli.shape import Described
+from pipeproof.sched import ParameterError, Schedule, Trace, lower
+from pipeproof.sim import PRESETS, Cluster, Cost, preset, simulate
 
 LONG = 200_000
 """Ops from which on a simulation takes seconds, and shows how far it is."""
 
+PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+OF_LINKS = ("link_latency", "link_bandwidth", "host_bandwidth")
 
-def cost_of(conditions: Conditions) -> Cost:
-    """The Cost that was asked for; what was not, as it is by default."""
+
+def cost_of(conditions: Conditions, schedule: Schedule | None = None) -> Cost:
+    """The Cost that was asked for; what was not, as it is by default.
+
+    Args:
+        conditions: the options.
+        schedule: whose stages share the layers, where they describe a transformer.
+
+    Raises:
+        ParameterError: as `model_of`, or costs that do not fit the schedule.
+    """
+    if isinstance(conditions, Described) and conditions.shape is not None:
+        from pipeproof.cli.transformer import cost_of_transformer
+
+        assert schedule is not None  # only a sweep has none, and no such conditions
+        unit = PER_SECOND[conditions.unit]
+        return cost_of_transformer(conditions, schedule, unit)
     return Cost(**_given(conditions, Cost))
 
 
 def cluster_of(conditions: Conditions) -> Cluster:
-    """Likewise the Cluster."""
-    return Cluster(**_given(conditions, Cluster))
+    """Likewise the Cluster, in the unit of time of the command line.
+
+    Raises:
+        ParameterError: no such cluster, or its links are said twice.
+        ParseError: a file that does not describe one.
+    """
+    given = _given(conditions, Cluster)
+    if conditions.cluster is None:
+        return Cluster(**given)
+    if twice := [name for name in OF_LINKS if name in given]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in twice)
+        raise ParameterError(
+            f"--cluster {conditions.cluster} says what its links are: leave out "
+            f"{flags}, or the cluster"
+        )
+    cluster = _named(conditions.cluster).in_units(PER_SECOND[conditions.unit])
+    return replace(cluster, **given)
+
+
+@cache
+def _named(name: str) -> Cluster:
+    if name in PRESETS:
+        return preset(name)
+    if not os.path.exists(name):
+        raise ParameterError(
+            f"{name!r} is neither a cluster ({', '.join(PRESETS)}) nor a file"
+        )
+    return Cluster.load(name)
 
 
 def _given(conditions: Conditions, target: type[Any]) -> dict[str, Any]:
@@ -36,7 +82,7 @@ def _given(conditions: Conditions, target: type[Any]) -> dict[str, Any]:
 
 def predict(schedule: Schedule, conditions: Conditions) -> Trace:
     """Lower and simulate, as the options say."""
-    cost, cluster = cost_of(conditions), cluster_of(conditions)
+    cost, cluster = cost_of(conditions, schedule), cluster_of(conditions)
     program = lower(
         schedule,
         transfers=conditions.transfers,  # type: ignore[arg-type]

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
-
-T = TypeVar("T")
 
 
 def watched() -> bool:
     """Whether anybody sees standard error."""
     return sys.stderr.isatty()
-
-
-def tracked(items: list[T], what: str) -> Iterable[T]:
-    """The items, with a bar while they are gone through."""
-    if not watched():
-        return items
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(items, what, console=Console(file=sys.stderr), transient=True)
 
 
 @contextmanager

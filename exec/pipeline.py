@@ -24,6 +24,7 @@ from pipeproof.sched import (
     UnsupportedError,
     lower,
 )
+from pipeproof.sched.causes import SHARED_PROCESSOR
 from pipeproof.sched.memory import Sizes
 
 RUNS = {Kind.F, Kind.B, Kind.I, Kind.W, Kind.R}
@@ -159,7 +160,7 @@ class Pipeline:
 
     def _timed(self, step: Step) -> Trace:
         start, end = self._runtime.run_timed(step)
-        notes = ("all devices share one processor",) if self._shared else ()
+        notes = (SHARED_PROCESSOR,) if self._shared else ()
         times = np.array(start), np.array(end)
         return Trace(self.program, *times, "measured", _shares(self.program), notes)
 

@@ -179,7 +179,7 @@ def pipelined(
     # All stages share this process: so does the prediction of what it holds.
     shared = simulate(pipeline.program, cost, Cluster(shared_processor=True))
     held = shared.memory().by_class
-    kept = held["activation"] + held["input"] + held["stored_input"]
+    kept = held["activations"] + held["stored_inputs"]
     run.predicted = int(max(kept.tolist()))
     run.measured = 0
 

@@ -69,23 +69,23 @@ class Buffers:
             )
         )
         self.count += len(ops)
-        return np.arange(self.count - len(ops), self.count)
+        return np.arange(self.count - len(ops), self.count, dtype=np.int32)
 
     def _stashes(self) -> None:
         activation = self._new(BufferKind.ACTIVATION, self.forward)
         self.writes.append((self._at(self.writer), activation))
-        held = self._through_host(activation)
+        held = self._away_and_back(activation)
         self.reads.append((self._at(self.backward), held))
         self.frees.append((self._at(self.backward), held))
         split = self.split
         stash = self._new(BufferKind.WEIGHT_STASH, self.forward[split])
         self.writes.append((self._at(self.writer[split]), stash))
-        held = self._through_host(stash, split)
+        held = self._away_and_back(stash, split)
         self.writes.append((self._at(self.backward[split]), held))
         self.reads.append((self._at(self.weight[split]), held))
         self.frees.append((self._at(self.weight[split]), held))
 
-    def _through_host(
+    def _away_and_back(
         self, buffers: Index, of: NDArray[np.bool_] | None = None
     ) -> Index:
         """Where what these buffers hold lies after a reload.
@@ -102,14 +102,25 @@ class Buffers:
             return buffers
         away, back = self._at(away[moved]), self._at(back[moved])
         kind = np.concatenate(self.table)[buffers[moved], 0]
-        host = self._like(BufferKind.HOST, buffers[moved])
+        there = self._elsewhere(buffers[moved])
         again = self._like(kind, buffers[moved])
-        self.reads += [(away, buffers[moved]), (back, host)]
-        self.frees += [(away, buffers[moved]), (back, host)]
-        self.writes += [(away, host), (back, again)]
+        self.reads += [(away, buffers[moved]), (back, there)]
+        self.frees += [(away, buffers[moved]), (back, there)]
+        self.writes += [(away, there), (back, again)]
         held = buffers.copy()
         held[moved] = again
         return held
+
+    def _elsewhere(self, buffers: Index) -> Index:
+        """The copies of these on the host, or in another device's memory."""
+        copies = self._like(BufferKind.HOST, buffers)
+        rows = self.table[-1]
+        targets = [-1 if d is None else d for d in self.schedule.offload_to]
+        target = np.array(targets, dtype=np.int32)[rows[:, 1]]
+        on_device = target >= 0
+        rows[on_device, 0] = BufferKind.OFFLOADED
+        rows[on_device, 1] = target[on_device]
+        return copies
 
     def _like(self, kind: BufferKind | NDArray[np.int32], buffers: Index) -> Index:
         """A buffer of this kind for each of these, belonging to the same."""
@@ -117,7 +128,7 @@ class Buffers:
         rows[:, 0], rows[:, 5] = kind, -1
         self.table.append(rows)
         self.count += len(rows)
-        return np.arange(self.count - len(rows), self.count)
+        return np.arange(self.count - len(rows), self.count, dtype=np.int32)
 
     def _inputs(self) -> None:
         """Inputs arrive, but for the first stage's, which its F brings in."""
@@ -130,10 +141,10 @@ class Buffers:
             (self._at(self.forward[~first]), inputs[~first]),
             (self._at(self.again[recomputed]), inputs[recomputed]),
         ]
-        held = self._through_host(inputs)
+        held = self._away_and_back(inputs)
         self.reads.append((self._at(self.last), held))
         self.frees.append((self._at(self.last), held))
-        self.input_of_op = np.full(len(self.schedule), -1, dtype=np.int64)
+        self.input_of_op = np.full(len(self.schedule), -1, dtype=np.int32)
         self.input_of_op[self.forward] = inputs
 
     def _outputs_and_gradients(self) -> None:
@@ -147,26 +158,22 @@ class Buffers:
         gradient = self._new(BufferKind.OUTPUT_GRAD, hops.target_op[~down])
         self.reads.append((self._at(hops.target_op[~down]), gradient))
         self.frees.append((self._at(hops.target_op[~down]), gradient))
-        self.arrives = np.empty(len(hops.kind), dtype=np.int64)
+        self.arrives = np.empty(len(hops.kind), dtype=np.int32)
         self.arrives[down] = self.input_of_op[hops.target_op[down]]
         self.arrives[~down] = gradient
         self.writes.append((layout.into, self.arrives))
 
     def _accumulators(self) -> None:
-        """One gradient for each stage on each device that contributes to it."""
-        stage = self.schedule.ops.stage[self.last]
-        device = self.schedule.device_of_op[self.last]
-        key = device.astype(np.int64) * self.schedule.stages + stage
-        _, example, number = np.unique(key, return_index=True, return_inverse=True)
-        gradient = self._new(BufferKind.GRADIENT, self.last[example])
-        self.table[-1][:, 3:5] = -1, 0
-        self.writes.append((self._at(self.last), gradient[number]))
+        """One gradient for each stage on each device that contributes or reduces."""
         reduces = np.flatnonzero(self.schedule.ops.kind == Kind.REDUCE)
-        mine = self.schedule.device_of_op[reduces].astype(np.int64)
-        mine = mine * self.schedule.stages + self.schedule.ops.stage[reduces]
-        place = np.searchsorted(key[example], mine)
-        self.reads.append((self._at(reduces), gradient[place]))
-        self.writes.append((self._at(reduces), gradient[place]))
+        writers = np.concatenate([self.last, reduces])
+        device = self.schedule.device_of_op[writers].astype(np.int64)
+        key = device * self.schedule.stages + self.schedule.ops.stage[writers]
+        _, example, number = np.unique(key, return_index=True, return_inverse=True)
+        gradient = self._new(BufferKind.GRADIENT, writers[example])
+        self.table[-1][:, 3:5] = -1, 0
+        self.writes.append((self._at(writers), gradient[number]))
+        self.reads.append((self._at(reduces), gradient[number[len(self.last) :]]))
 
     def reuse(self) -> Pairs:
         """Let arriving tensors take over the slots of freed ones, and wait for it.
@@ -175,7 +182,8 @@ class Buffers:
         read off the canonical order; the one freed first is taken first.
         """
         table = np.concatenate(self.table)
-        freed_by = np.full(self.count, -1, dtype=np.int64)
+        self.table = [table]
+        freed_by = np.full(self.count, -1, dtype=np.int32)
         for instruction, buffer in self.frees:
             freed_by[buffer] = instruction
         remote = self.hops.remote
@@ -198,8 +206,7 @@ class Buffers:
             reused = taken > before
             table[buffer[reused], 5] = by_death[before[reused]]
             waiting.append(buffer[reused])
-        self.table = [table]
-        buffers = np.concatenate([*waiting, np.empty(0, dtype=np.int64)])
-        recv_of = np.full(self.count, -1, dtype=np.int64)
+        buffers = np.concatenate([*waiting, np.empty(0, dtype=np.int32)])
+        recv_of = np.full(self.count, -1, dtype=np.int32)
         recv_of[arrives] = recv
         return recv_of[buffers], freed_by[table[buffers, 5]]

@@ -13,11 +13,14 @@ from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, ratio
 from pipeproof.sched.gen import gpipe, naive, one_f_one_b
 from pipeproof.sched.gen.bidirectional import chimera, dualpipe, gems
+from pipeproof.sched.gen.bpipe import bpipe
+from pipeproof.sched.gen.building_block import v_half, v_min
 from pipeproof.sched.gen.eager import eager_1f1b
 from pipeproof.sched.gen.interleaved import gets_through, interleaved
 from pipeproof.sched.gen.looped_bfs import looped_bfs
+from pipeproof.sched.gen.pipe_offload import pipeoffload
 from pipeproof.sched.gen.sliced import seq1f1b, slimpipe, terapipe
-from pipeproof.sched.gen.v_shape import dualpipe_v, v_half, v_min, zb_v
+from pipeproof.sched.gen.v_shape import dualpipe_v, zb_v
 from pipeproof.sched.gen.wave import hanayo
 from pipeproof.sched.gen.zero_bubble import zb_h1, zb_h2
 from pipeproof.sched.ir import Schedule
@@ -77,6 +80,19 @@ def _zb_h2_idle(case: Case) -> Any:
     return (case.p - 1) * max(0, f + i - 2 * w, i - f) + missing * f
 
 
+def _bpipe_peak(case: Case, d: int) -> int:
+    """A device's own, up to the most; its partner's own and what it takes over."""
+    most = (case.p + 3) // 2
+    own, others = min(case.p - d, case.m), min(d + 1, case.m)
+    if own > most or others <= most:
+        return min(own, most)
+    # Of any others - 2 micro-batches in turn, others - most are away. One more is
+    # while the one that leaves next has left and the one back next is not back: two
+    # that are others - 2 apart, the first of them e or later.
+    e = -(-(most - 2) // (others - most))
+    return own + others - most + (case.m >= others - 1 + e)
+
+
 def _chunks(case: Case) -> int:
     return int(case.options.get("chunks", 2))
 
@@ -87,6 +103,48 @@ def _group(case: Case) -> int:
 
 def _interleaved_idle(case: Case) -> Number:
     return ratio(_fill_drain(case), _chunks(case))
+
+
+def _whole_group(case: Case) -> int:
+    return min(_group(case), case.m)
+
+
+def _pipeoffload_idle(case: Case) -> Number:
+    p, n, v = case.p, _whole_group(case), _chunks(case)
+    f, i = case.forward, case.input_grad
+    turn = (p - n) * f + max(0, p * i - n * case.backward)
+    return ratio((p - 1) * (f + i) + (v - 1) * turn, v)
+
+
+def _pipeoffload_peak(case: Case, d: int) -> Number:
+    p, m, n, v = case.p, case.m, _whole_group(case), _chunks(case)
+    given = case.options.get("offload")
+    k = v // 2 if given is None else given
+    if k == 0:
+        return ratio(min((v - 1) * n + p - d, m * v), v)
+    if k == v:  # what the last chunk keeps goes only where it stays away a while
+        return ratio(2 if v > 1 else min(2, p - d, m), v)
+    # On the way: one chunk whose forward runs, one that is back.
+    kept = (v - k - 1) * n + min(p - d, n + 2 * (m > n))
+    return ratio(max(kept, 2), v)
+
+
+def _pipeoffload_steady(case: Case) -> bool:
+    """Whether a group lasts until its first micro-batch has been round."""
+    p, n = case.p, _whole_group(case)
+    f, i, w = case.forward, case.input_grad, case.weight_grad
+    round_trip = n * (f + i + w) >= p * max(f, i)
+    first_turn = (p - 1 - n) * w <= (n - 1) * f + n * i
+    return n == case.m or bool(round_trip and first_turn)
+
+
+def _pipeoffload_bounds(case: Case) -> tuple[Number, Number | None]:
+    """No idler than with a whole last group, whose order it keeps."""
+    low = ratio((case.p - 1) * (case.forward + case.input_grad), _chunks(case))
+    if not _pipeoffload_steady(case):
+        return low, (case.p - 1) * case.ideal
+    missing = -case.m % _whole_group(case)
+    return low, _pipeoffload_idle(case) + missing * (case.forward + case.backward)
 
 
 def _slices(case: Case) -> int:
@@ -174,6 +232,17 @@ CATALOG: dict[str, Row] = {
             bounds=_fill_drain_at_most,
         ),
         Row(
+            name="bpipe",
+            generator=bpipe,
+            summary="1F1B's bubble; the first devices' activations kept by the last",
+            source="Kim et al. 2023, BPipe, ICML 2023",
+            constraints="none",
+            bubble="(p-1)/(m+p-1)",
+            peak="at most ceil((p+2)/2)",
+            idle=_fill_drain,
+            peak_of=_bpipe_peak,
+        ),
+        Row(
             name="interleaved",
             generator=interleaved,
             summary="v chunks a device: a shorter bubble for more messages",
@@ -211,6 +280,22 @@ CATALOG: dict[str, Row] = {
                 _chunks(case),
             ),
             peak_of=lambda case, d: case.m,
+        ),
+        Row(
+            name="pipeoffload",
+            generator=pipeoffload,
+            summary="activations on the host: a few chunks stay on each device",
+            source="Wan et al. 2025, 2503.01328",
+            constraints="groups of n from half of p, rounded up, to p",
+            bubble="2(p-1)/(3vm+2(p-1)), n=p",
+            peak="max((v-k-1)n+p-d, 2)/v, k chunks away",
+            idle=_pipeoffload_idle,
+            peak_of=_pipeoffload_peak,
+            holds=lambda case: (
+                case.m % _whole_group(case) == 0 and _pipeoffload_steady(case)
+            ),
+            bounds=_pipeoffload_bounds,
+            allows=lambda case: case.p <= 2 * _group(case) <= 2 * case.p,
         ),
         Row(
             name="terapipe",
@@ -277,7 +362,7 @@ CATALOG: dict[str, Row] = {
         Row(
             name="v-half",
             generator=v_half,
-            summary="half of 1F1B's activations and a shorter bubble; F, I, W alike",
+            summary="half of 1F1B's activations; times for F and I far apart",
             source="Qi et al. 2024, 2405.15362",
             constraints="none",
             bubble="(3p-7)/(6m+3p-7); p odd: 4 for 7",
@@ -294,7 +379,7 @@ CATALOG: dict[str, Row] = {
         Row(
             name="v-min",
             generator=v_min,
-            summary="a third of 1F1B's activations; only where F, I and W are alike",
+            summary="a third of 1F1B's activations; W no shorter than F and I",
             source="Qi et al. 2024, 2405.15362",
             constraints="none",
             bubble="(4p-5)/(6m+4p-5); 3 divides p: 7 for 5",

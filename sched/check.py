@@ -334,6 +334,24 @@ def _groups(judge: _Judge) -> Iterator[Finding]:
         )
 
 
+def _offloads(judge: _Judge) -> Iterator[Finding]:
+    """OFFLOADs go to the host or to another device."""
+    schedule = judge.schedule
+    for device, target in enumerate(schedule.offload_to):
+        if target is None or (target < schedule.devices and target != device):
+            continue
+        found = "itself" if target == device else f"device {target}"
+        yield Finding(
+            "offload-to",
+            device,
+            None,
+            None,
+            expected=f"another device of 0 … {schedule.devices - 1}, or the host",
+            found=f"its OFFLOADs go to {found}",
+            remedy="Name in offload_to the device whose memory takes them",
+        )
+
+
 def _cycles(judge: _Judge, *, in_rows: bool) -> Iterator[Finding]:
     """Device order and dependencies together have no cycle.
 
@@ -343,10 +361,10 @@ def _cycles(judge: _Judge, *, in_rows: bool) -> Iterator[Finding]:
             those that it found.
     """
     schedule = judge.schedule
-    graph = order(schedule, judge.table)
-    stuck = graph.level < 0
+    stuck = schedule.level_of_node < 0
     if not stuck.any():
         return
+    graph = order(schedule, judge.table)
     ring = _ring(graph, stuck)
     devices = schedule.device_of_op[graph.first_op[ring]]
     if not in_rows and len(set(devices.tolist())) == 1:
@@ -387,5 +405,6 @@ RULES: tuple[Callable[[_Judge], Iterator[Finding]], ...] = (
     _reduced,
     _in_order,
     _groups,
+    _offloads,
 )
 """Every rule but the numbers, which the others rely on, and the cycles, last."""

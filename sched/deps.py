@@ -24,8 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.ir import BACKWARD_KINDS, BESIDE_KINDS, STAGE_KINDS, Kind, Schedule
+from pipeproof.sched.kernels import csr as csr
+from pipeproof.sched.kernels import levels
 
-Index = NDArray[np.int64]
+Index = NDArray[np.signedinteger[Any]]
+"""Numbers of ops, nodes, instructions or buffers; int32 where many are kept."""
+
 ABSENT = -1
 
 
@@ -51,7 +55,7 @@ class OpTable:
             where = np.flatnonzero(ops.kind == kind)
             if kind in STAGE_KINDS or not len(where):
                 continue
-            table = np.full(result.shape, ABSENT, dtype=np.int64)
+            table = np.full(result.shape, ABSENT, dtype=np.int32)
             last_first = where[::-1]
             table[
                 ops.micro_batch[last_first],
@@ -91,7 +95,7 @@ class OpTable:
                     table if result is None else np.where(result < 0, table, result)
                 )
         if result is None:
-            result = np.full(self.shape, ABSENT, dtype=np.int64)
+            result = np.full(self.shape, ABSENT, dtype=np.int32)
         return result
 
 
@@ -173,8 +177,6 @@ class Order:
 
 def order(schedule: Schedule, table: OpTable) -> Order:
     """Level every node by device order and dependencies together."""
-    from pipeproof.sched.kernels import levels
-
     node = schedule.node_of_op
     first_op = np.flatnonzero(~schedule.ops.joined)
     before, after = table.dependencies
@@ -187,11 +189,13 @@ def order(schedule: Schedule, table: OpTable) -> Order:
     previous, _ = neighbours(device, computes)
     for copies in (Kind.OFFLOAD, Kind.RELOAD):  # each on a stream, in order
         mine = kind == copies
+        if not mine.any():
+            continue
         ahead, _ = neighbours(device, mine)
-        following = np.flatnonzero(mine & (ahead >= 0))
+        following = np.flatnonzero(mine & (ahead >= 0)).astype(np.int32)
         edges_from.append(ahead[following])
         edges_to.append(following)
-    behind = np.flatnonzero(previous >= 0)
+    behind = np.flatnonzero(previous >= 0).astype(np.int32)
     edges_from.append(previous[behind])
     edges_to.append(behind)
     sources, targets = np.concatenate(edges_from), np.concatenate(edges_to)
@@ -204,20 +208,12 @@ def neighbours(
 ) -> tuple[Index, Index]:
     """For each node the nearest that counts before and behind it on its device."""
     size = len(device)
-    place = np.arange(size)
-    before = np.maximum.accumulate(np.where(counts, place, -1))
-    before = np.concatenate([[-1], before[:-1]])
-    behind = np.minimum.accumulate(np.where(counts, place, size)[::-1])[::-1]
-    behind = np.append(behind[1:], size)
+    place = np.arange(size, dtype=np.int32)
+    before, behind = np.full(size, -1, np.int32), np.full(size, size, np.int32)
+    before[1:] = np.maximum.accumulate(np.where(counts, place, -1))[:-1]
+    behind[:-1] = np.minimum.accumulate(np.where(counts, place, size)[::-1])[-2::-1]
     for near, outside in ((before, -1), (behind, size)):
         there = near != outside
         there[there] = device[near[there]] == device[there]
         near[~there] = -1
     return before, behind
-
-
-def csr(rows: int, row: NDArray[Any], value: NDArray[Any]) -> tuple[Index, Index]:
-    """Values grouped by row, in their given order: (offsets, values)."""
-    offsets = np.zeros(rows + 1, dtype=np.int64)
-    np.cumsum(np.bincount(row, minlength=rows), out=offsets[1:])
-    return offsets, value[np.argsort(row, kind="stable")]

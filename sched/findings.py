@@ -56,10 +56,12 @@ class Report:
     Attributes:
         schedule: what was judged.
         findings: in order of rule, device and step; empty when all is well.
+        verdict: what is true of the schedule when there are none.
     """
 
     schedule: Schedule
     findings: tuple[Finding, ...]
+    verdict: str = "complete, ordered and free of cycles"
 
     @property
     def ok(self) -> bool:
@@ -77,7 +79,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.findings:
-            return f"{self.schedule.summary}: complete, ordered and free of cycles"
+            return f"{self.schedule.summary}: {self.verdict}"
         count = len(self.findings)
         lines = [
             f"{self.schedule.summary} breaks {count:,} rule{'s' if count > 1 else ''}:"

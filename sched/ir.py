@@ -60,6 +60,8 @@ class Schedule:
         ops: all operations, device by device.
         row_starts: int64 of length devices + 1; device d has
             `ops[row_starts[d]:row_starts[d + 1]]`.
+        offload_to: for each device, the device whose memory takes what it
+            OFFLOADs; None for the host's.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Schedule:
     pipe_of: NDArray[np.int16]
     ops: Ops
     row_starts: NDArray[np.int64]
+    offload_to: tuple[int | None, ...]
 
     @classmethod
     def of(
@@ -82,6 +85,7 @@ class Schedule:
         slices: int | None = None,
         steps: int = 1,
         pipe_of: Sequence[int] | NDArray[Any] | None = None,
+        offload_to: Sequence[int | None] | None = None,
     ) -> Schedule:
         """A schedule from one row of ops for each device.
 
@@ -95,10 +99,12 @@ class Schedule:
             slices: Q; default as many as the ops name.
             steps: training steps spanned.
             pipe_of: the pipe of each micro-batch; needed with more than one pipe.
+            offload_to: for each device, where its OFFLOADs go: a device, or None
+                for the host; default the host for all.
 
         Raises:
             ParameterError: no rows, more rows than the placement has devices or
-                fewer, a size below 1, or pipes that do not fit.
+                fewer, a size below 1, or pipes or an offload_to that do not fit.
         """
         if not rows:
             raise ParameterError("a schedule needs at least one device, got no rows")
@@ -145,6 +151,7 @@ class Schedule:
             _pipes(pipe_of, len(placement.pipes), micro_batches * steps),
             ops,
             starts,
+            _targets(offload_to, len(rows)),
         )
 
     @property
@@ -173,9 +180,19 @@ class Schedule:
         return np.repeat(np.arange(self.devices, dtype=np.int32), counts)
 
     @cached_property
-    def node_of_op(self) -> NDArray[np.int64]:
-        """The number of each op's overlap group; a lone op is a group of one."""
-        return np.cumsum(~self.ops.joined) - 1
+    def node_of_op(self) -> Ints:
+        """int32, the number of each op's overlap group; a lone op is a group of one."""
+        return np.cumsum(~self.ops.joined, dtype=np.int32) - 1
+
+    @cached_property
+    def level_of_node(self) -> Ints:
+        """int32, the tick at which each group could run; see `deps.Order.level`.
+
+        Kept, since `check` and `lower` both need it. Ops must be in range.
+        """
+        from pipeproof.sched.deps import OpTable, order
+
+        return order(self, OpTable.of(self)).level.astype(np.int32)
 
     @cached_property
     def only_stage(self) -> list[int]:
@@ -190,6 +207,11 @@ class Schedule:
         """Whether any op is of this kind."""
         return bool((self.ops.kind == kind).any())
 
+    @property
+    def offloads_to_devices(self) -> bool:
+        """Whether `offload_to` names any device."""
+        return any(target is not None for target in self.offload_to)
+
     def locate(self, index: int) -> tuple[int, int]:
         """Device and step (position in its row) of the op at `index`."""
         device = int(self.device_of_op[index])
@@ -201,6 +223,8 @@ class Schedule:
         sha = hashlib.sha256(b"pipeproof schedule 1\n")
         sizes = (self.micro_batches, self.slices, self.steps, self.devices)
         sha.update(repr((self.placement.pipes, sizes)).encode())
+        if self.offloads_to_devices:
+            sha.update(repr(self.offload_to).encode())
         columns: list[NDArray[Any]] = [self.pipe_of, self.row_starts]
         for column in columns + list(self.ops.columns()):
             sha.update(column.astype(column.dtype.newbyteorder("<")).data)
@@ -249,6 +273,7 @@ class Schedule:
             slices=self.slices,
             steps=self.steps,
             pipe_of=self.pipe_of,
+            offload_to=self.offload_to,
         )
 
     @cached_property
@@ -307,3 +332,25 @@ def _pipes(
     numbers = result.astype(np.int16)
     numbers.flags.writeable = False
     return numbers
+
+
+def _targets(
+    offload_to: Sequence[int | None] | None, devices: int
+) -> tuple[int | None, ...]:
+    if offload_to is None:
+        return (None,) * devices
+    targets = tuple(offload_to)
+    if len(targets) != devices:
+        raise ParameterError(
+            f"offload_to says where the OFFLOADs of {len(targets)} devices go, "
+            f"expected {devices}"
+        )
+    for device, target in enumerate(targets):
+        if target is not None and (
+            type(target) is not int or not 0 <= target <= MAX_NUMBER
+        ):
+            raise ParameterError(
+                f"offload_to: device {device} names {target!r}, expected the number "
+                "of a device, or None for the host"
+            )
+    return targets

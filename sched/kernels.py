@@ -1,21 +1,33 @@
 """The few loops that numpy cannot say, compiled where it pays.
 
-Each is plain Python over integers. Above `COMPILE_FROM` elements numba compiles
+Each is plain Python over numbers. Above `COMPILE_FROM` elements numba compiles
 it, once per machine; where numba cannot be imported the plain loop runs and
 gives the same result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-COMPILE_FROM = 3_000_000
+COMPILE_FROM = 1_000_000
 """Below this the plain loop is done before numba is loaded."""
+
+COMPILE_FROM_IF_LOADED = 30_000
+"""Below this it is done before a compiled one is read from its file."""
+
+
+def compiled(function: Callable[..., Any], size: int) -> Callable[..., Any] | None:
+    """A loop as machine code, where that pays for so many steps; else None."""
+    limit = COMPILE_FROM
+    if sys.modules.get("numba") is not None:
+        limit = min(limit, COMPILE_FROM_IF_LOADED)
+    return _compiled(function) if size >= limit else None
 
 
 @cache
@@ -25,39 +37,90 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any] | None:
     except ImportError:
         return None
     try:
-        compiled: Callable[..., Any] = numba.njit(cache=True)(function)
+        result: Callable[..., Any] = numba.njit(cache=True)(function)
     except RuntimeError:  # no directory to keep it in
-        compiled = numba.njit(function)
-    return compiled
+        result = numba.njit(function)
+    return result
 
 
 def run(
     kernel: Callable[..., None],
-    columns: list[NDArray[np.int64]],
+    columns: list[NDArray[Any]],
     *,
-    result: int,
+    results: list[int],
     size: int,
-) -> NDArray[np.int64]:
-    """Run a kernel that fills one of its columns.
+) -> list[NDArray[Any]]:
+    """Run a kernel that fills some of its columns.
 
     Args:
-        kernel: plain Python over integers, indexing its arguments.
-        columns: its arguments; it may write to any.
-        result: which of them to return.
+        kernel: plain Python over numbers, indexing its arguments.
+        columns: its arguments; it may write to any. Columns of objects, such as
+            ints beyond 64 bits, are never compiled for.
+        results: which of them to return.
         size: roughly how many steps it takes; decides whether to compile it.
     """
-    compiled = _compiled(kernel) if size >= COMPILE_FROM else None
-    if compiled is not None:
-        compiled(*columns)
-        return columns[result]
+    numbers = all(column.dtype != object for column in columns)
+    fast = compiled(kernel, size) if numbers else None
+    if fast is not None:
+        fast(*columns)
+        return [columns[place] for place in results]
     lists = [column.tolist() for column in columns]  # ten times as fast to index
     kernel(*lists)
-    return np.array(lists[result], dtype=np.int64)
+    return [np.array(lists[place], dtype=columns[place].dtype) for place in results]
 
 
-def levels(
-    nodes: int, before: NDArray[np.int64], after: NDArray[np.int64]
-) -> NDArray[np.int64]:
+Pairs = tuple[NDArray[Any], NDArray[Any]]
+"""Rows, and a value for each."""
+
+
+def csr(
+    rows: int, row: NDArray[Any], value: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Values grouped by row, in their given order: (offsets, values)."""
+    return gathered(rows, [(row, value)], value.dtype)
+
+
+def gathered(
+    rows: int, pairs: Sequence[Pairs], dtype: Any
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Values grouped by row, in the order of the pairs.
+
+    Returns:
+        Offsets, int32 where that suffices, and values of this type: those of row i
+        are `values[offsets[i]:offsets[i + 1]]`.
+    """
+    total = sum(len(row) for row, _ in pairs)
+    index = np.int32 if total < 2**31 else np.int64
+    group, count = compiled(_group, total), compiled(_count, total)
+    if group is None or count is None:
+        row, value = (np.concatenate(columns) for columns in zip(*pairs))
+        offsets = np.zeros(rows + 1, dtype=index)
+        np.cumsum(np.bincount(row, minlength=rows), out=offsets[1:])
+        return offsets, value[np.argsort(row, kind="stable")].astype(dtype, copy=False)
+    # One place further than in the end, where filling a row moves its offset to.
+    offsets = np.zeros(rows + 2, dtype=index)
+    for row, _ in pairs:
+        count(row, offsets)
+    np.cumsum(offsets, out=offsets)
+    result = np.empty(total, dtype=dtype)
+    for row, value in pairs:
+        group(row, value, offsets, result)
+    return offsets[:-1], result
+
+
+def _count(row: Any, offsets: Any) -> None:
+    for i in range(len(row)):
+        offsets[row[i] + 2] += 1
+
+
+def _group(row: Any, value: Any, offsets: Any, result: Any) -> None:
+    for i in range(len(row)):
+        place = offsets[row[i] + 1]
+        result[place] = value[i]
+        offsets[row[i] + 1] = place + 1
+
+
+def levels(nodes: int, before: NDArray[Any], after: NDArray[Any]) -> NDArray[np.int64]:
     """Longest-path level of each node of a graph, by Kahn's algorithm.
 
     Args:
@@ -68,8 +131,6 @@ def levels(
     Returns:
         int64 per node; -1 for nodes on a cycle or behind one.
     """
-    from pipeproof.sched.deps import csr
-
     offsets, targets = csr(nodes, before, after)
     columns = [
         offsets,
@@ -79,7 +140,7 @@ def levels(
         np.zeros(nodes, dtype=np.int64),
         np.empty(nodes, dtype=np.int64),
     ]
-    return run(_levels, columns, result=3, size=nodes + len(before))
+    return run(_levels, columns, results=[3], size=nodes + len(before))[0]
 
 
 def _levels(

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched.deps import Index, OpTable, Order, neighbours
+from pipeproof.sched.deps import Index, OpTable, csr, neighbours
 from pipeproof.sched.ir import BACKWARD_KINDS, BESIDE_KINDS, Kind, Schedule
 from pipeproof.sched.program import Action, MessageKind, Stream, StreamKind
 
@@ -48,12 +48,15 @@ class Nodes:
     following: Index
 
     @classmethod
-    def of(cls, schedule: Schedule, graph: Order) -> Nodes:
-        """The nodes of an order without cycles."""
-        first = graph.first_op
+    def of(cls, schedule: Schedule) -> Nodes:
+        """The nodes of a schedule without cycles."""
+        first = np.flatnonzero(~schedule.ops.joined).astype(np.int32)
         device = schedule.device_of_op[first]
-        rank = np.empty(len(first), dtype=np.int64)
-        rank[np.argsort(graph.level, kind="stable")] = np.arange(len(first))
+        level = schedule.level_of_node
+        numbers = np.arange(len(first), dtype=np.int32)
+        _, by_level = csr(int(level.max(initial=0)) + 1, level, numbers)
+        rank = np.empty(len(first), dtype=np.int32)
+        rank[by_level] = numbers
         kind = schedule.ops.kind[first]
         beside = np.isin(kind, BESIDE_KINDS)
         previous, following = neighbours(device, ~beside)
@@ -182,17 +185,21 @@ def lay_out(
         phase_of_messages: BEFORE that op, or BEHIND it.
     """
     streams, send_stream, recv_stream = _streams(schedule, hops)
-    node_stream, streams = _with_streams_beside(nodes, streams)
-    remote, local = np.flatnonzero(hops.remote), np.flatnonzero(~hops.remote)
-    all_nodes = np.arange(len(nodes.rank))
+    node_stream, streams = _with_streams_beside(schedule, nodes, streams)
+    remote, local = (
+        np.flatnonzero(mask).astype(np.int32) for mask in (hops.remote, ~hops.remote)
+    )
+    all_nodes = np.arange(len(nodes.rank), dtype=np.int32)
     local_node = nodes.rank[hops.source[local]]
     # One block each: nodes, hand-overs on a device, sends, receives.
     step = np.concatenate(
-        [_meeting(schedule, nodes), local_node, steps[remote], steps[remote]]
+        [_meeting(schedule, nodes), local_node, steps[remote], steps[remote]],
+        dtype=np.int64,  # it becomes a part of a long key
     )
     sizes = [len(all_nodes), len(local), len(remote), len(remote)]
-    phase = np.repeat([AT, BEHIND, phase_of_messages, phase_of_messages], sizes)
-    hop = np.concatenate([np.full(len(all_nodes), -1), local, remote, remote])
+    phases = [AT, BEHIND, phase_of_messages, phase_of_messages]
+    phase = np.repeat(np.array(phases, dtype=np.int8), sizes)
+    hop = np.concatenate([np.full_like(all_nodes, -1), local, remote, remote])
     actions = [Action.COMPUTE, Action.LOCAL, Action.SEND, Action.RECV]
     action = np.repeat(np.array(actions, dtype=np.int8), sizes)
     for beside, what in BESIDE.items():
@@ -205,14 +212,14 @@ def lay_out(
             recv_stream[remote],
         ]
     )
-    node = np.concatenate([all_nodes, np.full(sum(sizes[1:]), -1)])
+    node = np.concatenate([all_nodes, np.full(sum(sizes[1:]), -1, dtype=np.int32)])
     # By step, phase, hop and action, in one number: sorted once, not four times.
     key = ((step * 3 + phase) * (len(hops.kind) + 1) + hop + 1) * len(Action) + action
     place = np.argsort(key, kind="stable")
-    where = np.empty(len(place), dtype=np.int64)
-    where[place] = np.arange(len(place))
+    where = np.empty(len(place), dtype=np.int32)
+    where[place] = np.arange(len(place), dtype=np.int32)
     bounds = np.cumsum(sizes)
-    out = np.empty(len(hops.kind), dtype=np.int64)
+    out = np.empty(len(hops.kind), dtype=np.int32)
     into = np.empty_like(out)
     out[local] = into[local] = where[bounds[0] : bounds[1]]
     out[remote] = where[bounds[1] : bounds[2]]
@@ -239,7 +246,7 @@ def _streams(schedule: Schedule, hops: Hops) -> tuple[tuple[Stream, ...], Index,
     ends = hops.source_device[remote[example]], hops.target_device[remote[example]]
     for a, b in zip(*(devices.tolist() for devices in ends)):
         streams += [Stream(a, StreamKind.SEND, b), Stream(b, StreamKind.RECV, a)]
-    send = np.full(len(hops.kind), -1, dtype=np.int64)
+    send = np.full(len(hops.kind), -1, dtype=np.int32)
     send[remote] = schedule.devices + 2 * number
     return tuple(streams), send, send + 1
 
@@ -266,9 +273,15 @@ BESIDE = {
 }
 """What the kinds that run beside the compute stream become, and where."""
 
+BETWEEN_DEVICES = {
+    StreamKind.TO_HOST: StreamKind.TO_DEVICE,
+    StreamKind.FROM_HOST: StreamKind.FROM_DEVICE,
+}
+"""Where copies go instead if they go to another device's memory."""
+
 
 def _with_streams_beside(
-    nodes: Nodes, streams: tuple[Stream, ...]
+    schedule: Schedule, nodes: Nodes, streams: tuple[Stream, ...]
 ) -> tuple[NDArray[np.int32], tuple[Stream, ...]]:
     """The stream of each node, and all streams, those beside the others last."""
     stream = nodes.device.copy()
@@ -276,5 +289,14 @@ def _with_streams_beside(
         mine = nodes.kind == kind
         devices, number = np.unique(nodes.device[mine], return_inverse=True)
         stream[mine] = len(streams) + number
-        streams += tuple(Stream(device, where) for device in devices.tolist())
+        streams += tuple(
+            _beside(schedule, device, where) for device in devices.tolist()
+        )
     return stream, streams
+
+
+def _beside(schedule: Schedule, device: int, kind: StreamKind) -> Stream:
+    target = schedule.offload_to[device]
+    if target is None or kind not in BETWEEN_DEVICES:
+        return Stream(device, kind)
+    return Stream(device, BETWEEN_DEVICES[kind], target)

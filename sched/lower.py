@@ -25,9 +25,10 @@ from typing import Literal
 import numpy as np
 
 from pipeproof.sched.buffers import Buffers
-from pipeproof.sched.deps import Index, OpTable, csr, order
+from pipeproof.sched.deps import Index, OpTable
 from pipeproof.sched.errors import ParameterError, UnsupportedError
 from pipeproof.sched.ir import BACKWARD_KINDS, Kind, Schedule
+from pipeproof.sched.kernels import gathered
 from pipeproof.sched.layout import (
     BEFORE,
     BEHIND,
@@ -71,7 +72,7 @@ def lower(
     schedule.report.raise_if_bad()
     _supported(schedule)
     table = OpTable.of(schedule)
-    nodes = Nodes.of(schedule, order(schedule, table))
+    nodes = Nodes.of(schedule)
     hops = hops_of(schedule, table, nodes)
     blocking, late = transfers == "blocking", receives == "late"
     steps = steps_of(hops, nodes, blocking, late)
@@ -207,12 +208,11 @@ def _assemble(
         _lists(total, buffers.writes),
         _lists(total, buffers.frees),
         messages,
-        np.concatenate(buffers.table),
+        buffers.table[0] if len(buffers.table) == 1 else np.concatenate(buffers.table),
     )
 
 
 def _lists(total: int, pairs: list[tuple[Index, Index]]) -> Lists:
-    rows = np.concatenate([row for row, _ in pairs])
-    values = np.concatenate([value for _, value in pairs])
-    offsets, grouped = csr(total, rows, values)
-    return Lists(offsets, grouped.astype(np.int32))
+    lists = Lists(*gathered(total, pairs, np.int32))
+    pairs.clear()  # as large as the program, and not needed again
+    return lists

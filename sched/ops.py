@@ -35,7 +35,7 @@ class Kind(IntEnum):
     R = 4
     """Recompute a stage's activations from its stored input."""
     OFFLOAD = 5
-    """Copy a stage's activations to the host."""
+    """Copy a stage's activations to the host, or to another device's memory."""
     RELOAD = 6
     """Copy them back."""
     REDUCE = 7

@@ -39,7 +39,7 @@ class Action(IntEnum):
     LOCAL = 3
     """Hand a tensor over between two stages of one device."""
     COPY = 4
-    """Move a buffer between device and host."""
+    """Move a buffer to the host or another device's memory, or back from there."""
     REDUCE = 5
     """Sum gradients over the devices that hold replicas of a stage."""
 
@@ -53,6 +53,8 @@ class StreamKind(IntEnum):
     TO_HOST = 3
     FROM_HOST = 4
     REDUCE = 5
+    TO_DEVICE = 6
+    FROM_DEVICE = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,23 @@ class Stream:
                 return f"send to {self.peer}"
             case StreamKind.RECV:
                 return f"receive from {self.peer}"
+            case StreamKind.TO_DEVICE | StreamKind.FROM_DEVICE:
+                return f"{self._words} {self.peer}"
             case _:
-                return self.kind.name.lower().replace("_", " ")
+                return self._words
+
+    @property
+    def _words(self) -> str:
+        return self.kind.name.lower().replace("_", " ")
+
+    @property
+    def link(self) -> tuple[int, int] | None:
+        """Source and target of the link that it carries data over, if it does."""
+        if self.peer is None:
+            return None
+        if self.kind in (StreamKind.SEND, StreamKind.TO_DEVICE):
+            return self.device, self.peer
+        return self.peer, self.device
 
 
 class BufferKind(IntEnum):
@@ -100,6 +117,8 @@ class BufferKind(IntEnum):
     """A stage's accumulated parameter gradient; lives on after the step."""
     HOST = 8
     """A copy on the host."""
+    OFFLOADED = 9
+    """A copy of another device's, in this one's memory."""
 
 
 class MessageKind(IntEnum):
@@ -116,7 +135,7 @@ class Buffer:
     Attributes:
         index: its number in the program.
         kind: what it holds.
-        device: where it lies.
+        device: where it lies; for a HOST, whose it is.
         stage, micro_batch, slice: what it belongs to; micro_batch is -1 for a
             GRADIENT, which belongs to all.
         takes_over: the buffer whose slot it fills, once that one is freed, or -1.
@@ -135,7 +154,9 @@ class Buffer:
         if self.micro_batch < 0:
             return f"{name} {self.stage}"
         part = f".{self.slice}" if self.slice else ""
-        return f"{name} {self.stage}:{self.micro_batch}{part}"
+        guest = self.kind == BufferKind.OFFLOADED
+        where = f" on device {self.device}" if guest else ""
+        return f"{name} {self.stage}:{self.micro_batch}{part}{where}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,11 +198,11 @@ class Lists:
     """For each instruction a short list of integers.
 
     Attributes:
-        offsets: int64, length instructions + 1.
+        offsets: int32 or int64, length instructions + 1.
         values: list i is `values[offsets[i]:offsets[i + 1]]`.
     """
 
-    offsets: NDArray[np.int64]
+    offsets: NDArray[Any]
     values: NDArray[Any]
 
     def __getitem__(self, index: int) -> list[int]:
@@ -198,9 +219,10 @@ class Lists:
         ]
 
     @cached_property
-    def owner(self) -> NDArray[np.int64]:
+    def owner(self) -> NDArray[Any]:
         """For each of `values`, the instruction whose list it is in."""
-        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+        every = np.arange(len(self.offsets) - 1, dtype=np.int32)
+        return np.repeat(every, np.diff(self.offsets))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,10 @@
 An op is stage, kind, micro-batch and, after a point, a slice other than 0:
 `2F0`, `2F0.1`. `2REDUCE` and `2STEP` have no micro-batch, but the number of a
 step other than 0. `(0F1&3B0)` is an overlap group. With more than one pipe a
-line `pipes: 0-3 | 4-7` says which micro-batches travel which. Blank lines and
-lines that open with `#` are skipped; `slices` and `steps` default to 1.
+line `pipes: 0-3 | 4-7` says which micro-batches travel which. Where OFFLOADs go to
+another device's memory, `offload-to: 1 host` says for each device to which. Blank
+lines and lines that open with `#` are skipped; `slices` and `steps` default to 1,
+`offload-to` to the host for all.
 
 Reading never runs code, accepts ASCII only (but in the name), and bounds every
 size before it allocates.
@@ -42,6 +44,7 @@ from pipeproof.sched.ir import (
 )
 from pipeproof.sched.placement import Placement
 
+HOST = "host"
 MAX_TEXT_BYTES = 1 << 26
 MAX_MICRO_BATCHES = 1 << 22
 
@@ -50,7 +53,16 @@ _NUMBER = "0|[1-9][0-9]{0,9}"
 _OP = re.compile(rf"({_NUMBER})([A-Z]+)(?:({_NUMBER})(?:\.({_NUMBER}))?)?", re.ASCII)
 _DEVICE = re.compile(rf"device ({_NUMBER}) \|(.*)", re.ASCII)
 _HEADER = re.compile(r"([a-z][a-z-]*):(.*)", re.ASCII)
-_KEYS = ("name", "devices", "placement", "micro-batches", "slices", "steps", "pipes")
+_KEYS = (
+    "name",
+    "devices",
+    "placement",
+    "micro-batches",
+    "slices",
+    "steps",
+    "pipes",
+    "offload-to",
+)
 
 
 def format_schedule(schedule: Schedule) -> str:
@@ -65,6 +77,9 @@ def format_schedule(schedule: Schedule) -> str:
     ]
     if len(schedule.placement.pipes) > 1:
         head.append(f"pipes: {_format_pipes(schedule)}")
+    if schedule.offloads_to_devices:
+        words = [HOST if d is None else str(d) for d in schedule.offload_to]
+        head.append(f"offload-to: {' '.join(words)}")
     rows = [
         " ".join([f"device {device} |", *words_of(schedule.row(device))])
         for device in range(schedule.devices)
@@ -174,6 +189,7 @@ def _assemble(header: dict[str, tuple[int, str]], rows: list[Ops]) -> Schedule:
     with _at_line(line):
         placement = Placement.parse(value, devices)
     pipe_of = _parse_pipes(header, len(placement.pipes), micro_batches * steps)
+    offload_to = _parse_offload_to(header, devices)
     with _at_line(line):
         return Schedule.of(
             rows,
@@ -183,6 +199,7 @@ def _assemble(header: dict[str, tuple[int, str]], rows: list[Ops]) -> Schedule:
             slices=slices,
             steps=steps,
             pipe_of=pipe_of,
+            offload_to=offload_to,
         )
 
 
@@ -224,6 +241,27 @@ def _parse_pipes(
         missing = int(np.flatnonzero(result < 0)[0])
         raise ParseError(f"{where}: micro-batch {missing} has no pipe")
     return result
+
+
+def _parse_offload_to(
+    header: dict[str, tuple[int, str]], devices: int
+) -> list[int | None] | None:
+    if "offload-to" not in header:
+        return None
+    line, value = header["offload-to"]
+    where = f"line {line}: offload-to"
+    words = value.split()
+    if len(words) != devices:
+        raise ParseError(
+            f"{where}: expected {devices} words, one a device, found {len(words)}"
+        )
+    for word in words:
+        known = word == HOST or re.fullmatch(_NUMBER, word, re.ASCII)
+        if not known or (word != HOST and int(word) > MAX_NUMBER):
+            raise ParseError(
+                f"{where}: expected a device or {HOST!r}, found {word[:40]!r}"
+            )
+    return [None if word == HOST else int(word) for word in words]
 
 
 def parse_row(number: int, line: str, start: int) -> Ops:

@@ -17,10 +17,12 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from pipeproof.sched import metrics
+from pipeproof.sched.causes import Causes, Parts
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, mean, ratio
+from pipeproof.sched.gaps import Gaps
 from pipeproof.sched.grid import draw
-from pipeproof.sched.memory import Curve, Ledger, Sizes
+from pipeproof.sched.memory import Curve, Ledger, Peak, Sizes
 from pipeproof.sched.program import Program
 
 Times = NDArray[Any]
@@ -105,7 +107,14 @@ class Trace:
 
     @cached_property
     def _bytes(self) -> Ledger:
-        return Ledger(self, self.sizes.known_bytes(), self.sizes.resident)
+        sizes = self.sizes
+        return Ledger(
+            self,
+            sizes.known_bytes(),
+            sizes.resident,
+            sizes.workspace,
+            sizes.arriving,
+        )
 
     def memory(self, device: int | None = None) -> Curve:
         """Bytes alive over time, by class, on one device or on all together.
@@ -117,6 +126,15 @@ class Trace:
             self._there(device)
         return self._bytes.curve(device)
 
+    def peak(self, device: int) -> Peak:
+        """The most bytes alive on a device at once: when, by class, and whose.
+
+        Raises:
+            ParameterError: as `memory`.
+        """
+        self._there(device)
+        return self._bytes.peak(device)
+
     def link_bytes(self) -> dict[tuple[int, int], Number]:
         """Bytes sent over each ordered pair of devices.
 
@@ -125,21 +143,40 @@ class Trace:
         """
         return metrics.link_bytes(self)
 
+    @cached_property
+    def causes(self) -> Causes:
+        """The last condition that each instruction met."""
+        return Causes(self)
+
     def critical_path(self) -> list[int]:
         """Instructions from the start of the step to its end, one behind the other.
 
         Each could not end earlier because of the one before it.
         """
-        return metrics.critical_path(self)
+        return self.causes.path()
 
-    def gaps(self, device: int) -> list[metrics.Gap]:
-        """Idle times of a device before its ops, and what each waited for.
+    @property
+    def critical_parts(self) -> Parts:
+        """The makespan cut into what ran on the critical path, from its end back."""
+        return self.causes.critical
+
+    @cached_property
+    def _gaps(self) -> Gaps:
+        return Gaps.of(self)
+
+    def gaps(self, device: int | None = None) -> Gaps:
+        """Idle times of a device, or of all, and what each waited for.
+
+        Those before its ops, and the one behind its last op until the step ends:
+        busy time and gaps add up to the makespan.
 
         Raises:
             ParameterError: there is no such device.
         """
+        if device is None:
+            return self._gaps
         self._there(device)
-        return metrics.gaps(self, device)
+        return self._gaps.on(device)
 
     def _there(self, device: int) -> None:
         devices = self.program.schedule.devices

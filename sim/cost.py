@@ -7,7 +7,7 @@ exact results, floats give floats.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any
@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched import BufferKind, Kind, Program, Schedule
+from pipeproof.sched import BufferKind, Kind, Program, Schedule, Trace
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, column, is_number, plain
-from pipeproof.sched.memory import Sizes
+from pipeproof.sched.ir import BACKWARD_KINDS
+from pipeproof.sched.memory import RESIDENT, Sizes
 
 PerStage = Number | Sequence[Number]
+Table = list[list[Number]]
+"""(pipe, stage) → number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class Cost:
         overlap: joint time of a group F&B (or F&I&W), by F's stage; default
             the sum of its ops, as for every other group.
         weight_grad_memory: the part of the activations, beside the stage's input,
-            that I leaves for W; from 0 to 1.
+            that I leaves for W; from 0 to 1. One number, or one per stage.
         weight_bytes, gradient_bytes, optimizer_bytes: held all the time.
         activation_bytes: all that a forward keeps for its backward, the stage's
             input included.
@@ -49,13 +52,19 @@ class Cost:
         input_bytes: a stage's input tensor; default the boundary_bytes of the
             stage before, and 0 for the first stage, whose input is a view of the
             batch.
+        stored_bytes: all that a forward keeps where an R rebuilds the rest, the
+            stage's input included; default the input.
+        rebuilt_bytes: what that R adds; default all of the activations that are
+            not stored.
+        workspace_bytes: what a backward (B or I) needs only while it runs. Not
+            divided by V.
 
     No bytes at all means that they are not known; given some, the others are 0.
 
     Raises:
         ParameterError: a number that is negative or not finite, a
             weight_grad_memory above 1, or an input larger than the activations
-            that include it.
+            or the stored bytes that include it.
     """
 
     forward: PerStage = 1
@@ -64,13 +73,16 @@ class Cost:
     backward: PerStage | None = None
     recompute: PerStage | None = None
     overlap: PerStage | None = None
-    weight_grad_memory: Number = 1
+    weight_grad_memory: PerStage = 1
     weight_bytes: PerStage | None = None
     gradient_bytes: PerStage | None = None
     optimizer_bytes: PerStage | None = None
     activation_bytes: PerStage | None = None
     boundary_bytes: PerStage | None = None
     input_bytes: PerStage | None = None
+    stored_bytes: PerStage | None = None
+    rebuilt_bytes: PerStage | None = None
+    workspace_bytes: PerStage | None = None
 
     def __post_init__(self) -> None:
         for spec in fields(self):
@@ -80,7 +92,6 @@ class Cost:
             if isinstance(value, (np.ndarray, np.generic)):
                 value = value.tolist()
             per_stage = isinstance(value, Sequence) and not isinstance(value, str)
-            per_stage = per_stage and spec.name != "weight_grad_memory"
             given = tuple(value) if per_stage else (value,)
             for number in given:
                 if not is_number(number) or not math.isfinite(number) or number < 0:
@@ -90,11 +101,26 @@ class Cost:
                     )
             # A caller's list could change behind our back.
             object.__setattr__(self, spec.name, given if per_stage else value)
-        if self.weight_grad_memory > 1:
+        part = self.weight_grad_memory
+        most = max(part, default=0) if isinstance(part, Sequence) else part
+        if most > 1:
             raise ParameterError(
                 f"weight_grad_memory is a part of the activations, from 0 to 1, got "
-                f"{self.weight_grad_memory}"
+                f"{most}"
             )
+
+    @staticmethod
+    def from_trace(trace: Trace) -> Cost:
+        """The times per stage that explain a measured trace; no bytes.
+
+        `pipeproof.sim.fit` does it, and also tells what they leave unexplained.
+
+        Raises:
+            ParameterError: as `fit`.
+        """
+        from pipeproof.sim.fit import fit
+
+        return fit(trace).cost
 
     @property
     def knows_bytes(self) -> bool:
@@ -111,27 +137,45 @@ class Cost:
         Raises:
             ParameterError: a sequence whose length is not the number of stages.
         """
+        numbers, which = self.priced(program)
+        return [numbers[i] for i in which.tolist()]
+
+    def priced(self, program: Program) -> tuple[list[Number], NDArray[np.int64]]:
+        """The durations that compute instructions have, and which of them each has.
+
+        Raises:
+            ParameterError: as `durations`.
+        """
         schedule = program.schedule
         times = self._times(schedule)
         ops = schedule.ops
         # A table (kind, pipe, stage) → time, then one look-up per op.
         pipes, stages = len(schedule.placement.pipes), schedule.stages
         table = [times[Kind(k)] for k in range(len(Kind))]
-        flat = [number for by_pipe in table for row in by_pipe for number in row]
+        numbers = [number for by_pipe in table for row in by_pipe for number in row]
         pipe = schedule.pipe_of[np.where(ops.kind < Kind.REDUCE, ops.micro_batch, 0)]
         place = (ops.kind.astype(np.int64) * pipes + pipe) * stages + ops.stage
-        first = program.first_op[program.computes]
-        result = [flat[i] for i in place[first].tolist()]
-        groups = np.flatnonzero(program.op_count[program.computes] > 1)
-        for where in groups.tolist():
-            start = int(first[where])
-            members = range(
-                start, start + int(program.op_count[program.computes[where]])
-            )
-            result[where] = self._joint(
-                schedule, members, [flat[place[i]] for i in members]
-            )
-        return result
+        first, count = (
+            column[program.computes] for column in (program.first_op, program.op_count)
+        )
+        which = place[first]
+        groups = np.flatnonzero(count > 1)
+        if not len(groups):
+            return numbers, which
+        # Groups alike in all their ops take equally long.
+        alike = which[groups]
+        for nth in range(1, int(count.max())):
+            there = count[groups] > nth
+            more = place[np.where(there, first[groups] + nth, 0)]
+            _, alike = np.unique(alike, return_inverse=True)
+            alike = alike * (len(numbers) + 1) + np.where(there, more, len(numbers))
+        _, example, alike = np.unique(alike, return_index=True, return_inverse=True)
+        which[groups] = len(numbers) + alike
+        for group in groups[example].tolist():
+            members = range(int(first[group]), int(first[group] + count[group]))
+            parts = [numbers[place[i]] for i in members]
+            numbers.append(self._joint(schedule, members, parts))
+        return numbers, which
 
     def _joint(self, schedule: Schedule, members: range, times: list[Any]) -> Number:
         kinds = sorted(int(schedule.ops.kind[i]) for i in members)
@@ -143,10 +187,10 @@ class Cost:
         shares = self._per_stage("overlap", self.overlap, schedule, per_share=True)
         return divide(shares[pipe][int(schedule.ops.stage[forward])], schedule.slices)
 
-    def _times(self, schedule: Schedule) -> dict[Kind, list[list[Number]]]:
+    def _times(self, schedule: Schedule) -> dict[Kind, Table]:
         """(pipe, stage) → time, for every kind."""
 
-        def of(name: str, value: PerStage) -> list[list[Number]]:
+        def of(name: str, value: PerStage) -> Table:
             table = self._per_stage(name, value, schedule, per_share=True)
             return [[divide(number, schedule.slices) for number in r] for r in table]
 
@@ -159,14 +203,14 @@ class Cost:
         else:
             backward = of("backward", self.backward)
         again = forward if self.recompute is None else of("recompute", self.recompute)
-        free: list[list[Number]] = [[0] * schedule.stages for _ in forward]
+        free: Table = [[0] * schedule.stages for _ in forward]
         times = dict.fromkeys(Kind, free)
         times |= {Kind.F: forward, Kind.B: backward, Kind.R: again}
         return times | {Kind.I: input_grad, Kind.W: weight_grad}
 
     def _per_stage(
         self, name: str, value: PerStage, schedule: Schedule, *, per_share: bool
-    ) -> list[list[Number]]:
+    ) -> Table:
         """(pipe, stage) → number."""
         if not isinstance(value, int | float | Fraction):
             if len(value) != schedule.stages:
@@ -194,90 +238,150 @@ class Cost:
         kind, _, stage, micro_batch, _, _ = program.buffers.T
         pipe = schedule.pipe_of[np.maximum(micro_batch, 0)]
         place = pipe.astype(np.int64) * schedule.stages + stage
-        split = np.zeros(len(kind), dtype=np.bool_)
-        stashed = kind == BufferKind.WEIGHT_STASH
-        if stashed.any():
-            # An activation beside a stash for W is the part that I frees.
-            key = program.buffers[:, 2:5].astype(np.int64) @ _strides(schedule)
-            split = np.isin(key, key[stashed]) & (kind == BufferKind.ACTIVATION)
+        # An activation beside a stash for W is the part that I frees; beside a
+        # stored input, what an R has rebuilt.
+        split = _beside(BufferKind.WEIGHT_STASH, program)
+        rebuilt = _beside(BufferKind.STORED_INPUT, program)
+        parts = self._per_stage(
+            "weight_grad_memory", self.weight_grad_memory, schedule, per_share=False
+        )
+        keep = [number for row in parts for number in row]
 
-        def weigh(full: list[list[Number]]) -> dict[int, NDArray[Any]]:
-            keep = self.weight_grad_memory
-            whole = _flat(full)
+        def weigh(whole: Table, again: Table) -> dict[int, NDArray[Any]]:
+            """What is kept, or rebuilt; a look-up, for Fractions are slow."""
+            both = [n for row in [*whole, *again] for n in row]
+            stash = [plain(n * part) for n, part in zip(both, keep * 2)]
+            rest = [plain(n - part) for n, part in zip(both, stash)]
+            which = place + rebuilt * len(keep)
+            held, left, freed = (column(ns)[which] for ns in (both, stash, rest))
             return {
-                BufferKind.ACTIVATION: np.where(
-                    split, _flat(full, lambda n: n * (1 - keep))[place], whole[place]
-                ),
-                BufferKind.WEIGHT_STASH: _flat(full, lambda n: n * keep)[place],
+                BufferKind.ACTIVATION: np.where(split, freed, held),
+                BufferKind.WEIGHT_STASH: left,
             }
 
         shares = self._per_stage("activations", 1, schedule, per_share=True)
-        activations = _choose(kind, weigh(_over(shares, schedule.slices)))
+        full = _over(shares, schedule.slices)
+        activations = _choose(kind, weigh(full, full))
+        _weigh_copies(program, activations)
         if not self.knows_bytes:
             return Sizes(activations)
-        boundary, inputs, net = self._boundaries(schedule)
-        of_input = _flat(inputs)[place]
-        gradient_of_output = _flat(boundary)[place]
-        before = [[0, *row[:-1]] for row in boundary]
-        by_kind = weigh(net) | {
+        held = self._held(schedule)
+        of_input, output = _flat(held.input)[place], _flat(held.output)[place]
+        before = [[0, *row[:-1]] for row in held.output]
+        by_kind = weigh(held.kept, held.rebuilt) | {
             BufferKind.INPUT: of_input,
-            BufferKind.STORED_INPUT: of_input,
-            BufferKind.OUTPUT: gradient_of_output,
-            BufferKind.OUTPUT_GRAD: gradient_of_output,
+            BufferKind.STORED_INPUT: _flat(held.stored)[place],
+            BufferKind.OUTPUT: output,
+            BufferKind.OUTPUT_GRAD: output,
             BufferKind.INPUT_GRAD: _flat(before)[place],
         }
         weights = _choose(kind, by_kind)
-        # An OFFLOAD frees buffers and writes their host copies, in one order.
-        copying = np.flatnonzero(program.op_kind == Kind.OFFLOAD)
-        copies = program.writes.values[np.isin(program.writes.owner, copying)]
-        weights[copies] = weights[
-            program.frees.values[np.isin(program.frees.owner, copying)]
-        ]
-        return Sizes(activations, weights, self._resident(schedule))
+        _weigh_copies(program, weights)
+        arriving = None
+        if self.stored_bytes is not None:
+            arriving = np.where(kind == BufferKind.STORED_INPUT, of_input, weights)
+        return Sizes(
+            activations,
+            weights,
+            self._resident(schedule),
+            self._workspace(program),
+            arriving,
+        )
 
-    def _boundaries(
-        self, schedule: Schedule
-    ) -> tuple[list[list[Number]], list[list[Number]], list[list[Number]]]:
-        """Output, input, and activations beside the input, of each stage."""
-        boundary = self._bytes("boundary_bytes", schedule, per_share=False)
-        if self.input_bytes is None:
-            inputs: list[list[Number]] = [[0, *row[:-1]] for row in boundary]
-        else:
+    def _workspace(self, program: Program) -> NDArray[Any] | None:
+        """Per instruction, what its backward needs only while it runs."""
+        if self.workspace_bytes is None:
+            return None
+        schedule, ops = program.schedule, program.schedule.ops
+        needs = _flat(self._bytes("workspace_bytes", schedule, per_share=False))
+        backward = np.flatnonzero(np.isin(ops.kind, BACKWARD_KINDS))
+        node = schedule.node_of_op
+        instruction = np.full(len(schedule), -1, dtype=np.int64)
+        instruction[node[program.first_op[program.computes]]] = program.computes
+        pipe = schedule.pipe_of[ops.micro_batch[backward]].astype(np.int64)
+        result = np.zeros(len(program), dtype=needs.dtype)
+        np.add.at(
+            result,
+            instruction[node[backward]],
+            needs[pipe * schedule.stages + ops.stage[backward]],
+        )
+        return result
+
+    def _held(self, schedule: Schedule) -> _Held:
+        """What a stage's buffers weigh, by (pipe, stage)."""
+        output = self._bytes("boundary_bytes", schedule, per_share=False)
+        inputs: Table = [[0, *row[:-1]] for row in output]
+        if self.input_bytes is not None:
             inputs = self._bytes("input_bytes", schedule, per_share=False)
-        if self.activation_bytes is None:
-            return boundary, inputs, [[0] * schedule.stages for _ in inputs]
-        full = self._bytes("activation_bytes", schedule, per_share=True)
-        for rows in zip(full, inputs):
-            for stage, (all_of_it, of_input) in enumerate(zip(*rows)):
-                if of_input > all_of_it:
-                    raise ParameterError(
-                        f"stage {stage}: an input of {of_input} bytes exceeds the "
-                        f"{all_of_it} activation_bytes that include it"
-                    )
-        net = [[plain(a - b) for a, b in zip(*rows)] for rows in zip(full, inputs)]
-        return boundary, inputs, net
+        stored, full = inputs, inputs
+        if self.stored_bytes is not None:
+            stored = self._bytes("stored_bytes", schedule, per_share=True)
+            _refuse_less(stored, inputs, "stored_bytes that include it", "an input")
+        if self.activation_bytes is not None:
+            full = self._bytes("activation_bytes", schedule, per_share=True)
+            _refuse_less(full, inputs, "activation_bytes that include it", "an input")
+        kept = _minus(full, inputs)
+        if self.rebuilt_bytes is not None:
+            rebuilt = self._bytes("rebuilt_bytes", schedule, per_share=True)
+        elif self.activation_bytes is None:
+            rebuilt = kept
+        else:
+            _refuse_less(full, stored, "activation_bytes to rebuild", "a store")
+            rebuilt = _minus(full, stored)
+        return _Held(inputs, output, kept, stored, rebuilt)
 
-    def _bytes(
-        self, name: str, schedule: Schedule, *, per_share: bool
-    ) -> list[list[Number]]:
+    def _bytes(self, name: str, schedule: Schedule, *, per_share: bool) -> Table:
         value = getattr(self, name)
         table = self._per_stage(
             name, 0 if value is None else value, schedule, per_share=per_share
         )
-        if name in ("boundary_bytes", "input_bytes", "activation_bytes"):
-            return _over(table, schedule.slices)
-        return table
+        if name in ("weight_bytes", "gradient_bytes", "optimizer_bytes"):
+            return table
+        return _over(table, schedule.slices)
 
     def _resident(self, schedule: Schedule) -> dict[str, list[Number]]:
         result: dict[str, list[Number]] = {}
-        for name in ("weight_bytes", "gradient_bytes", "optimizer_bytes"):
+        names = ("weight_bytes", "gradient_bytes", "optimizer_bytes")
+        for name, called in zip(names, RESIDENT):
             held: list[Number] = [0] * schedule.devices
             table = self._bytes(name, schedule, per_share=True)
             for row, devices in zip(table, schedule.placement.pipes):
                 for number, device in zip(row, devices):
                     held[device] = plain(held[device] + number)
-            result[name.removesuffix("_bytes")] = held
+            result[called] = held
         return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Bytes of a stage for one micro-batch (or slice), by (pipe, stage).
+
+    Attributes:
+        input, output: the boundary tensors.
+        kept: what a forward keeps beside its input.
+        stored: all that it keeps where an R follows.
+        rebuilt: what that R adds.
+    """
+
+    input: Table
+    output: Table
+    kept: Table
+    stored: Table
+    rebuilt: Table
+
+
+def _minus(ones: Table, others: Table) -> Table:
+    return [[plain(a - b) for a, b in zip(*rows)] for rows in zip(ones, others)]
+
+
+def _refuse_less(whole: Table, part: Table, what: str, name: str) -> None:
+    for rows in zip(whole, part):
+        for stage, (all_of_it, of_part) in enumerate(zip(*rows)):
+            if of_part > all_of_it:
+                raise ParameterError(
+                    f"stage {stage}: {name} of {of_part} bytes exceeds the "
+                    f"{all_of_it} {what}"
+                )
 
 
 def divide(number: Number, by: int) -> Number:
@@ -287,15 +391,13 @@ def divide(number: Number, by: int) -> Number:
     return plain(Fraction(number, by) if isinstance(number, int) else number / by)
 
 
-def _over(table: list[list[Number]], by: int) -> list[list[Number]]:
+def _over(table: Table, by: int) -> Table:
     return [[divide(number, by) for number in row] for row in table]
 
 
-def _flat(
-    table: list[list[Number]], change: Callable[[Any], Any] = lambda number: number
-) -> NDArray[Any]:
+def _flat(table: Table) -> NDArray[Any]:
     """A table (pipe × stages) as one column."""
-    return column([plain(change(number)) for row in table for number in row])
+    return column([plain(number) for row in table for number in row])
 
 
 def _choose(kind: NDArray[Any], by_kind: dict[int, NDArray[Any]]) -> NDArray[Any]:
@@ -305,6 +407,24 @@ def _choose(kind: NDArray[Any], by_kind: dict[int, NDArray[Any]]) -> NDArray[Any
         where = kind == member
         result[where] = values[where]
     return result
+
+
+def _weigh_copies(program: Program, weights: NDArray[Any]) -> None:
+    """Give what is offloaded the weight that it had before."""
+    # An OFFLOAD frees buffers and writes their copies elsewhere, in one order.
+    copying = np.flatnonzero(program.op_kind == Kind.OFFLOAD)
+    copies = program.writes.values[np.isin(program.writes.owner, copying)]
+    freed = program.frees.values[np.isin(program.frees.owner, copying)]
+    weights[copies] = weights[freed]
+
+
+def _beside(kind: BufferKind, program: Program) -> NDArray[np.bool_]:
+    """Activations whose stage and micro-batch also has a buffer of this kind."""
+    there: NDArray[np.bool_] = program.buffers[:, 0] == kind
+    if not there.any():
+        return there
+    key = program.buffers[:, 2:5].astype(np.int64) @ _strides(program.schedule)
+    return np.isin(key, key[there])
 
 
 def _strides(schedule: Schedule) -> NDArray[np.int64]:

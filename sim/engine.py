@@ -7,18 +7,18 @@ buffers. Only what takes time becomes a SimPy event; what takes none ends at onc
 Times come from SimPy's clock alone, which only ever adds a duration to the time
 at which the last condition was met: every end is max(ready times) + duration,
 never a difference of two readings. So the engine works in any number type, and
-ints stay exact.
+ints stay exact. Only transfers that share a link with others are an exception: see
+`pipeproof.sim.fair`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import count, pairwise
-from typing import Any, cast
+from collections.abc import Callable
+from itertools import count
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import simpy
 from numpy.typing import NDArray
 
 from pipeproof.sched import Action, Program
@@ -27,9 +27,18 @@ from pipeproof.sched.errors import PipeproofError
 from pipeproof.sched.exact import Number
 from pipeproof.sched.program import Lists
 from pipeproof.sim.cluster import Cluster
+from pipeproof.sim.fair import FairLinks
+from pipeproof.sim.timing import Timing
+from pipeproof.sim.topology import Sharing
+from pipeproof.sim.waits import (
+    Edges,
+    admitted_by_start,
+    not_in_program,
+    streams_in_turn,
+)
 
-Edges = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""Pairs (before, after) of instructions."""
+if TYPE_CHECKING:
+    import simpy
 
 
 class DeadlockError(PipeproofError):
@@ -45,38 +54,41 @@ REPORT_EVERY = 20_000
 
 def play(
     program: Program,
-    durations: Sequence[Number],
+    timing: Timing,
     cluster: Cluster,
     progress: Progress | None = None,
-) -> tuple[list[Any], list[Any]]:
-    """Start and end of each instruction.
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Start and end of each instruction, in the timing's unit and number type.
+
+    Where transfers share links, exact times may be parts of that unit: objects.
 
     Args:
         program: what to play.
-        durations: per instruction; for a SEND, how long it occupies its link.
-        cluster: latencies, buffering, and whether devices share a processor.
+        timing: durations and latencies.
+        cluster: buffering, shared links, and which streams are one.
         progress: called now and then while it plays.
 
     Raises:
         DeadlockError: naming the instructions that wait for each other.
     """
-    engine = _Engine(program, durations, cluster)
+    engine = _Engine(program, timing, cluster)
     engine.run(progress)
-    return engine.start, engine.end
+    dtype = object if engine.shares and timing.scale else timing.durations.dtype
+    return np.array(engine.start, dtype=dtype), np.array(engine.end, dtype=dtype)
 
 
 class _Engine:
-    def __init__(
-        self, program: Program, durations: Sequence[Number], cluster: Cluster
-    ) -> None:
+    def __init__(self, program: Program, timing: Timing, cluster: Cluster) -> None:
+        import simpy  # only here: most programs are replayed
+
         size = len(program)
         self.start: list[Any] = [None] * size
         self.end: list[Any] = [None] * size
         self._program = program
         self._env = simpy.Environment(initial_time=0)
-        self._durations = durations
+        self._durations: list[Number] = timing.durations.tolist()
         self._after_end = _edges(program, cluster)
-        self._after_start = _admitted_by_start(program, cluster)
+        self._after_start = admitted_by_start(program, cluster)
         self._next = _grouped(size, self._after_end)
         self._next_of_start = dict(zip(*map(np.ndarray.tolist, self._after_start)))
         conditions = np.bincount(self._after_end[1], minlength=size)
@@ -85,9 +97,26 @@ class _Engine:
         # A receive ends when it is posted and its message is there.
         self._halves = dict.fromkeys(_where(program, Action.RECV).tolist(), 2)
         sends = _where(program, Action.SEND)
-        recvs = program.recv_of[program.message[sends]]
+        messages = program.message[sends]
+        recvs = program.recv_of[messages]
         self._recv_of = dict(zip(sends.tolist(), recvs.tolist()))
-        self._latency = _latencies(program, sends, cluster)
+        under_way = timing.latencies[messages].tolist()
+        self._latency: dict[int, Number] = dict(zip(sends.tolist(), under_way))
+        sharing = Sharing.of(program, cluster)
+        self._routes = {
+            index: route
+            for stream, route in sharing.routes.items()
+            for index in program.by_stream[stream].tolist()
+        }
+        bandwidths = sharing.bandwidths
+        if timing.scale is None:
+            bandwidths = list(map(float, bandwidths))
+        self._links = FairLinks(self._env, bandwidths, self._transferred)
+
+    @property
+    def shares(self) -> bool:
+        """Whether any transfers share a link."""
+        return bool(self._routes)
 
     def run(self, progress: Progress | None) -> None:
         ended: list[int] = []
@@ -109,7 +138,7 @@ class _Engine:
                 progress(total, total)
                 return
             if done % REPORT_EVERY == 0:
-                progress(done, total)
+                progress(min(done, total), total)  # shared links have more
             self._env.step()
 
     def _begin(self, index: int) -> bool:
@@ -120,7 +149,10 @@ class _Engine:
         duration = self._durations[index]
         if not duration:
             return True
-        self._in(duration, self._over, index)
+        if index in self._routes:
+            self._links.begin(index, self._routes[index], duration)
+        else:
+            self._in(duration, self._over, index)
         return False
 
     def _in(
@@ -133,6 +165,9 @@ class _Engine:
     def _half(self, recv: int) -> bool:
         self._halves[recv] -= 1
         return self._halves[recv] == 0
+
+    def _transferred(self, index: int) -> None:
+        self._settle([index])
 
     def _over(self, event: simpy.Event) -> None:
         self._settle([cast(int, event.value)])
@@ -154,6 +189,8 @@ class _Engine:
                 conditions[following] -= 1
                 if conditions[following] == 0:
                     self._go(following, ended)
+        if self._routes:
+            self._links.share()
 
     def _depart(self, send: int) -> bool:
         """The message is off; True if its receive ends at once."""
@@ -202,73 +239,18 @@ def _where(program: Program, action: Action) -> NDArray[np.int64]:
 
 def _edges(program: Program, cluster: Cluster) -> Edges:
     """Which instruction must end before which may start."""
-    streams = list(program.by_stream)
-    if cluster.shared_processor:
-        devices = program.schedule.devices
-        streams = [np.sort(np.concatenate(streams[:devices])), *streams[devices:]]
-    before = [members[:-1] for members in streams]
-    after = [members[1:] for members in streams]
-    before.append(program.waits_for.values.astype(np.int64))
-    after.append(program.waits_for.owner)
-    for waits, starts in _meetings(program):
+    turns = streams_in_turn(program, cluster)
+    before = [members[:-1] for members in turns]
+    after = [members[1:] for members in turns]
+    for waits, starts in (
+        (program.waits_for.values.astype(np.int64), program.waits_for.owner),
+        not_in_program(program, cluster),
+    ):
         before.append(waits)
         after.append(starts)
-    if isinstance(cluster.buffering, int):
-        # k buffers: a send waits until the receive k messages before is done.
-        for members in program.by_stream:
-            if len(members) and program.action[members[0]] == Action.SEND:
-                late = members[cluster.buffering :]
-                early = program.message[members[: len(late)]]
-                after.append(late)
-                before.append(program.recv_of[early].astype(np.int64))
     return np.concatenate(before), np.concatenate(after)
-
-
-def _meetings(program: Program) -> list[Edges]:
-    """A REDUCE starts on all devices at once: what one waits for, all wait for."""
-    reducing = _where(program, Action.REDUCE)
-    stage = program.schedule.ops.stage[program.first_op[reducing]]
-    needs = {index: program.waits_for[index] for index in reducing.tolist()}
-    for members in program.by_stream:
-        if len(members) and program.action[members[0]] == Action.REDUCE:
-            for one, following in pairwise(members.tolist()):
-                needs[following].append(one)
-    result: list[Edges] = []
-    for number in np.unique(stage).tolist():
-        group = reducing[stage == number].tolist()
-        pairs = [
-            (need, other)
-            for one in group
-            for need in needs[one]
-            for other in group
-            if other != one
-        ]
-        if pairs:
-            ends = np.array(pairs, dtype=np.int64)
-            result.append((ends[:, 0], ends[:, 1]))
-    return result
-
-
-def _admitted_by_start(program: Program, cluster: Cluster) -> Edges:
-    """Which receive must be posted before which send may start."""
-    sends = _where(program, Action.SEND)
-    if cluster.buffering != "rendezvous":
-        sends = sends[:0]
-    return program.recv_of[program.message[sends]].astype(np.int64), sends
 
 
 def _grouped(count: int, edges: Edges) -> list[list[int]]:
     before, after = edges
     return Lists(*csr(count, before, after)).to_lists()
-
-
-def _latencies(
-    program: Program, sends: NDArray[np.int64], cluster: Cluster
-) -> dict[int, Number]:
-    by_stream = {
-        number: cluster.link(stream.device, stream.peer).latency
-        for number, stream in enumerate(program.streams)
-        if stream.peer is not None
-    }
-    streams = program.stream[sends].tolist()
-    return {i: by_stream[stream] for i, stream in zip(sends.tolist(), streams)}

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import replace
-from fractions import Fraction
-from typing import Any
+from typing import Any, Literal, get_args
 
-import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched import Action, Program, Schedule, Trace, lower
-from pipeproof.sched.errors import ParameterError
-from pipeproof.sched.exact import Number, column
-from pipeproof.sched.memory import Sizes
-from pipeproof.sim.cluster import Cluster, Link
+from pipeproof.sched import Program, Schedule, Trace, lower
+from pipeproof.sched.causes import SHARED_PROCESSOR
+from pipeproof.sched.errors import ParameterError, UnsupportedError
+from pipeproof.sim.cluster import Cluster
 from pipeproof.sim.cost import Cost
 from pipeproof.sim.engine import Progress, play
+from pipeproof.sim.replay import replay
+from pipeproof.sim.timing import Timing
+
+Engine = Literal["auto", "events", "replay"]
+"""Who plays a program."""
 
 
 def simulate(
@@ -25,6 +24,7 @@ def simulate(
     cost: Cost | None = None,
     cluster: Cluster | None = None,
     *,
+    engine: Engine = "auto",
     progress: Progress | None = None,
 ) -> Trace:
     """Predict when everything runs and what memory it takes.
@@ -34,6 +34,9 @@ def simulate(
             wanted.
         cost: default 1 for each of forward, input gradient and weight gradient.
         cluster: default free links.
+        engine: `events`, the discrete-event engine; `replay`, one pass over the
+            program, many times as fast and equal to the last bit, where transfers
+            do not share links; `auto`, the replay where it applies.
         progress: called now and then with how many of how many events are over.
 
     Returns:
@@ -42,95 +45,47 @@ def simulate(
 
     Raises:
         ScheduleError: `check` has findings.
-        ParameterError: costs that do not fit the schedule.
-        UnsupportedError: ops that are not lowered yet.
+        ParameterError: costs that do not fit the schedule, or an unknown engine.
+        UnsupportedError: ops that are not lowered yet, or a replay of what only
+            the engine can play.
         DeadlockError: the cluster's buffering lets nothing go on.
     """
+    if engine not in get_args(Engine):
+        raise ParameterError(
+            f"engine must be one of {', '.join(get_args(Engine))}, got {engine!r}"
+        )
     cost, cluster = cost or Cost(), cluster or Cluster()
     program = schedule if isinstance(schedule, Program) else lower(schedule)
     sizes = cost.sizes(program)
-    durations = _durations(program, cost, cluster, sizes)
-    latencies = [
-        cluster.link_latency,
-        *(link.latency for link in cluster.links.values()),
-    ]
-    scale = _whole([*durations, *latencies])
-    if scale is None:
-        floats = list(map(float, durations))
-        start, end = play(program, floats, _with_latencies(cluster, float), progress)
-        times = np.array(start, dtype=np.float64), np.array(end, dtype=np.float64)
-    else:
-        whole = [int(time * scale) for time in durations]
-        start, end = play(
-            program,
-            whole,
-            _with_latencies(cluster, lambda time: int(time * scale)),
-            progress,
-        )
-        times = _exact(start, scale), _exact(end, scale)
-    notes = ("all devices share one processor",) if cluster.shared_processor else ()
-    return Trace(program, *times, "predicted", sizes, notes)
+    timing = Timing.of(program, cost, cluster, sizes)
+    start, end = _times(program, timing, cluster, engine, progress)
+    notes = (SHARED_PROCESSOR,) if cluster.shared_processor else ()
+    return Trace(
+        program,
+        timing.unscaled(start),
+        timing.unscaled(end),
+        "predicted",
+        sizes,
+        notes,
+    )
 
 
-def _durations(
-    program: Program, cost: Cost, cluster: Cluster, sizes: Sizes
-) -> list[Number]:
-    result: list[Number] = [0] * len(program)
-    for index, time in zip(program.computes.tolist(), cost.durations(program)):
-        result[index] = time
-    links = [
-        cluster.link_bandwidth,
-        *(link.bandwidth for link in cluster.links.values()),
-    ]
-    if any(bandwidth is not None for bandwidth in links):
-        for index, size in _copied(program, Action.SEND, sizes, "link").items():
-            stream = program.streams[program.stream[index]]
-            assert stream.peer is not None
-            result[index] = cluster.link(stream.device, stream.peer).occupied(size)
-    if cluster.host_bandwidth is not None:
-        host = Link(bandwidth=cluster.host_bandwidth)
-        for index, size in _copied(program, Action.COPY, sizes, "host").items():
-            result[index] = host.occupied(size)
-    return result
-
-
-def _copied(
-    program: Program, action: Action, sizes: Sizes, what: str
-) -> dict[int, Number]:
-    """The bytes that each instruction of this kind reads."""
-    if sizes.bytes is None:
-        raise ParameterError(
-            f"a {what} bandwidth needs bytes to send: give the Cost "
-            f"{'boundary' if what == 'link' else 'activation'}_bytes"
-        )
-    mine = np.isin(program.reads.owner, np.flatnonzero(program.action == action))
-    result: dict[int, Number] = {}
-    owners, read = program.reads.owner[mine], sizes.bytes[program.reads.values[mine]]
-    for index, size in zip(owners.tolist(), read.tolist()):
-        result[index] = result.get(index, 0) + size
-    return result
-
-
-def _whole(numbers: list[Any]) -> int | None:
-    """What makes all of them whole when multiplied; None if any is a float.
-
-    SimPy orders its events by time, and ints compare ten times as fast as
-    Fractions.
-    """
-    if any(issubclass(kind, float) for kind in set(map(type, numbers))):
-        return None
-    return math.lcm(1, *(Fraction(number).denominator for number in set(numbers)))
-
-
-def _with_latencies(cluster: Cluster, change: Callable[[Any], Number]) -> Cluster:
-    links = {
-        pair: replace(link, latency=change(link.latency))
-        for pair, link in cluster.links.items()
-    }
-    return replace(cluster, link_latency=change(cluster.link_latency), links=links)
-
-
-def _exact(times: list[Any], scale: int) -> NDArray[Any]:
-    if scale == 1:
-        return column(times)
-    return np.array([Fraction(time, scale) for time in times], dtype=object)
+def _times(
+    program: Program,
+    timing: Timing,
+    cluster: Cluster,
+    engine: Engine,
+    progress: Progress | None,
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    if engine == "events":
+        return play(program, timing, cluster, progress)
+    tell = progress or (lambda done, total: None)
+    try:
+        tell(0, timing.events)
+        times = replay(program, timing, cluster)
+        tell(timing.events, timing.events)
+    except UnsupportedError:
+        if engine == "replay":
+            raise
+        return play(program, timing, cluster, progress)
+    return times

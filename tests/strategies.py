@@ -43,54 +43,115 @@ def costs_of_stages(draw: st.DrawFn, stages: int) -> Cost:
 
 def needs(op: Op, there: set[Op], stages: int, slices: int) -> list[Op]:
     """What must be done before an op, of the ops that are there."""
-    _, s, m, q = op
+    kind, s, m, q = op
 
     def backward(stage: int, part: int) -> Op:
         whole = Op(Kind.B, stage, m, part)
         return whole if whole in there else Op(Kind.I, stage, m, part)
 
-    result = []
-    if op.kind == Kind.F:
-        result += [Op(Kind.F, s - 1, m, q)] if s > 0 else []
-        result += [Op(Kind.F, s, m, q - 1)] if q > 0 else []
-    elif op.kind == Kind.W:
-        result = [Op(Kind.I, s, m, q)]
-    else:
-        result = [Op(Kind.F, s, m, q)]
-        if op.kind in (Kind.B, Kind.I):
-            result += [Op(Kind.R, s, m, q)]
+    result = [] if kind == Kind.F else [Op(Kind.F, s, m, q)]
+    match kind:
+        case Kind.F:
+            result += [Op(Kind.F, s - 1, m, q)] if s > 0 else []
+            result += [Op(Kind.F, s, m, q - 1)] if q > 0 else []
+        case Kind.B | Kind.I:
+            result += [Op(Kind.R, s, m, q), Op(Kind.RELOAD, s, m, q)]
             result += [backward(s + 1, q)] if s + 1 < stages else []
             result += [backward(s, q + 1)] if q + 1 < slices else []
+        case Kind.W:
+            result = [Op(Kind.I, s, m, q)]
+        case Kind.RELOAD:
+            result = [Op(Kind.OFFLOAD, s, m, q)]
+        case Kind.REDUCE:
+            result = [
+                other
+                for other in there
+                if other.stage == s and other.kind in (Kind.B, Kind.W)
+            ]
     return [needed for needed in result if needed in there]
+
+
+Rows = list[list[list[Op]]]
+"""For each device its ops in order, those of an overlap group together."""
+
+OF_MICRO_BATCH = tuple(kind for kind in Kind if kind not in STAGE_KINDS)
+
+BESIDE = (Kind.OFFLOAD, Kind.RELOAD, Kind.REDUCE)
+"""Kinds that run beside the others; the k-th of one comes after those before."""
+
+
+def rows_of(schedule: Schedule) -> Rows:
+    """A schedule's rows, as `runs_through` takes them."""
+    rows: Rows = []
+    for device in range(schedule.devices):
+        row = schedule.row(device)
+        rows.append([])
+        for op, joined in zip(row, row.joined.tolist()):
+            if joined:
+                rows[-1][-1].append(op)
+            else:
+                rows[-1].append([op])
+    return rows
 
 
 def runs_through(schedule: Schedule) -> bool:
     """Whether it is complete, and devices that run their rows in order get through."""
-    rows = [list(schedule.row(device)) for device in range(schedule.devices)]
-    count = Counter(op for row in rows for op in row)
-    (pipe,) = schedule.placement.pipes
-    for s in range(schedule.stages):
-        for m in range(schedule.micro_batches):
+    rows = rows_of(schedule)
+    return _complete(schedule, rows) and _gets_done(schedule, rows)
+
+
+def _complete(schedule: Schedule, rows: Rows) -> bool:
+    """Every op once and at home; groups of ops that compute and are independent."""
+    at = Counter((d, op) for d, row in enumerate(rows) for group in row for op in group)
+    pipes = schedule.placement.pipes
+    for m in range(schedule.micro_batches):
+        for s, d in enumerate(pipes[schedule.pipe_of[m]]):
             for q in range(schedule.slices):
-                f, b, i, w, r = (
-                    count.pop(Op(kind, s, m, q), 0)
-                    for kind in (Kind.F, Kind.B, Kind.I, Kind.W, Kind.R)
-                )
-                if f != 1 or (b, i, w) not in ((1, 0, 0), (0, 1, 1)) or r > 1:
+                count = {k: at.pop((d, Op(k, s, m, q)), 0) for k in OF_MICRO_BATCH}
+                backward = count[Kind.B], count[Kind.I], count[Kind.W]
+                if count[Kind.F] != 1 or backward not in ((1, 0, 0), (0, 1, 1)):
                     return False
-    if count or any(pipe[op.stage] != d for d, row in enumerate(rows) for op in row):
-        return False
-    there = {op for row in rows for op in row}
+                away = count[Kind.OFFLOAD], count[Kind.RELOAD]
+                if count[Kind.R] > 1 or away not in ((0, 0), (1, 1)):
+                    return False
+    for s, homes in enumerate(map(set, zip(*pipes))):
+        reductions = {at.pop((d, Op(Kind.REDUCE, s, 0)), 0) for d in homes}
+        if not reductions <= {0, 1} or (len(homes) > 1 and reductions != {1}):
+            return False
+    return not at
+
+
+def _gets_done(schedule: Schedule, rows: Rows) -> bool:
+    stages, slices = schedule.stages, schedule.slices
+    there = {op for row in rows for group in row for op in group}
+    for row in rows:
+        ahead: set[Op] = set()
+        own = {op for group in row for op in group}
+        for group in row:
+            if len(group) > 1 and any(op.kind in BESIDE for op in group):
+                return False
+            for op in group:  # what it needs of its own device stands before it
+                if not ahead.issuperset(own & set(needs(op, there, stages, slices))):
+                    return False
+            ahead.update(group)
     done: set[Op] = set()
     moved = True
     while moved:
         moved = False
         for row in rows:
-            while row and done.issuperset(
-                needs(row[0], there, schedule.stages, schedule.slices)
-            ):
-                done.add(row.pop(0))
-                moved = True
+            waiting: set[Kind] = set()
+            for group in list(row):
+                kind = group[0].kind
+                beside = kind in BESIDE
+                needed = {n for op in group for n in needs(op, there, stages, slices)}
+                if kind not in waiting and done.issuperset(needed):
+                    row.remove(group)
+                    moved = True
+                    done.update(group)
+                elif not beside:
+                    break  # whatever stands behind waits for it
+                else:
+                    waiting.add(kind)
     return not any(rows)
 
 
@@ -149,14 +210,86 @@ def linear_extension(
 
 
 @st.composite
-def near_valid(draw: st.DrawFn) -> Schedule:
+def whole_language(draw: st.DrawFn) -> Schedule:
+    """A valid schedule of all that can be said: pipes, slices, groups, copies.
+
+    Any linear extension of the dependencies on any placement, one or two pipes,
+    with reductions where there are replicas, some activations offloaded, and
+    some independent neighbours joined in overlap groups.
+    """
+    first = draw(placements())
+    pipes = [first.pipes[0]]
+    if draw(st.booleans()):
+        homes = st.integers(0, first.devices - 1)
+        pipes.append(tuple(draw(homes) for _ in pipes[0]))
+    m, q = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    pipe_of = [draw(st.integers(0, len(pipes) - 1)) for _ in range(m)]
+    dice = draw(st.randoms(use_true_random=False))
+    there: set[Op] = set()
+    for stage in range(first.stages):
+        if len({pipe[stage] for pipe in pipes}) > 1 or dice.random() < 0.2:
+            there.add(Op(Kind.REDUCE, stage, 0))
+        for micro_batch in range(m):
+            for part in range(q):
+                kinds = [Kind.F, *dice.choice([(Kind.B,), (Kind.I, Kind.W)])]
+                kinds += dice.choice([(), (), (Kind.R,), (Kind.OFFLOAD, Kind.RELOAD)])
+                there |= {Op(kind, stage, micro_batch, part) for kind in kinds}
+    rows: Rows = [[] for _ in range(first.devices)]
+    for op in linear_extension(there, first.stages, q, dice):
+        if op.kind == Kind.REDUCE:
+            for device in {pipe[op.stage] for pipe in pipes}:
+                rows[device].append([op])
+        else:
+            rows[pipes[pipe_of[op.micro_batch]][op.stage]].append([op])
+    schedule = Schedule.of(
+        [[op for (op,) in row] for row in rows],
+        placement=Placement(tuple(pipes)),
+        micro_batches=m,
+        slices=q,
+        pipe_of=pipe_of if len(pipes) > 1 else None,
+        offload_to=draw(places_for_offloads(first.devices)),
+    )
+    for _ in range(draw(st.integers(0, 3))):
+        joined = _join_some(rows_of(schedule), dice)
+        trial = schedule.with_rows(_as_ops(joined))
+        schedule = trial if runs_through(trial) else schedule
+    return schedule
+
+
+@st.composite
+def places_for_offloads(draw: st.DrawFn, devices: int) -> list[int | None]:
+    """For each device another one, or the host."""
+    others = [[None, *range(d), *range(d + 1, devices)] for d in range(devices)]
+    return [draw(st.sampled_from(choices)) for choices in others]
+
+
+def _join_some(rows: Rows, dice: random.Random) -> Rows:
+    """One group joined with the next of its row."""
+    row = dice.choice([row for row in rows if row])
+    at = dice.randrange(len(row))
+    row[at : at + 2] = [[op for group in row[at : at + 2] for op in group]]
+    return rows
+
+
+def _as_ops(rows: Rows) -> list[list[Op | Ops]]:
+    return [
+        [overlap(*group) if len(group) > 1 else group[0] for group in row]
+        for row in rows
+    ]
+
+
+@st.composite
+def near_valid(
+    draw: st.DrawFn, valid: st.SearchStrategy[Schedule] | None = None
+) -> Schedule:
     """A valid schedule after one edit; a few edits leave it valid."""
-    schedule = draw(schedules())
-    rows = [list(schedule.row(device)) for device in range(schedule.devices)]
+    schedule = draw(schedules() if valid is None else valid)
+    rows = rows_of(schedule)
     device = draw(st.sampled_from([d for d, row in enumerate(rows) if row]))
     row = rows[device]
     at = draw(st.integers(0, len(row) - 1))
-    match draw(st.sampled_from(["swap", "drop", "twice", "move", "kind", "number"])):
+    edits = ["swap", "drop", "twice", "move", "kind", "number", "join", "part"]
+    match draw(st.sampled_from(edits)):
         case "swap":
             to = draw(st.integers(0, len(row) - 1))
             row[at], row[to] = row[to], row[at]
@@ -165,16 +298,23 @@ def near_valid(draw: st.DrawFn) -> Schedule:
         case "twice":
             row.insert(draw(st.integers(0, len(row))), row[at])
         case "move":
-            op = row.pop(at)
+            group = row.pop(at)
             target = rows[draw(st.integers(0, len(rows) - 1))]
-            target.insert(draw(st.integers(0, len(target))), op)
+            target.insert(draw(st.integers(0, len(target))), group)
         case "kind":
-            kind = draw(st.sampled_from([Kind.F, Kind.B, Kind.I, Kind.W, Kind.R]))
-            row[at] = row[at]._replace(kind=kind)
+            kind = draw(st.sampled_from(OF_MICRO_BATCH))
+            row[at] = [row[at][0]._replace(kind=kind), *row[at][1:]]
         case "number":
-            field = draw(st.sampled_from(["stage", "micro_batch", "slice"]))
-            row[at] = row[at]._replace(**{field: draw(st.integers(0, 5))})
-    return schedule.with_rows(rows)
+            named = row[at][0].kind not in STAGE_KINDS
+            of_stage = ["stage", "micro_batch"]
+            field = draw(st.sampled_from([*of_stage, "slice"] if named else of_stage))
+            edited = row[at][0]._replace(**{field: draw(st.integers(0, 5))})
+            row[at] = [edited, *row[at][1:]]
+        case "join":
+            row[at : at + 2] = [[op for group in row[at : at + 2] for op in group]]
+        case "part":
+            row[at : at + 1] = [[op] for op in row[at]]
+    return schedule.with_rows(_as_ops(rows))
 
 
 names = st.text(
@@ -214,6 +354,7 @@ def writable(draw: st.DrawFn) -> Schedule:
         slices=draw(st.integers(1, 3)),
         steps=steps,
         pipe_of=of_micro_batch if pipes > 1 else None,
+        offload_to=[draw(st.none() | numbers) for _ in range(devices)],
     )
 
 

@@ -81,7 +81,8 @@ def test_simulating_imports_no_torch() -> None:
         "import sys, pipeproof.sched, pipeproof.sim as sim\n"
         "s = pipeproof.sched.catalog.make('1f1b', devices=2, micro_batches=2)\n"
         "sim.simulate(s)\n"
-        "print({'torch', 'pipeproof.exec', 'numba', 'networkx'} & set(sys.modules))"
+        "heavy = {'torch', 'pipeproof.exec', 'numba', 'networkx', 'joblib'}\n"
+        "print(heavy & set(sys.modules))"
     )
 
     assert run(code) == "set()"

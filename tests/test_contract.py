@@ -134,7 +134,23 @@ def keeps_its_promises(program: Program) -> None:
         assert i == (message.recv if side else message.send)
         assert message.send < message.recv
     assert all(sent == received for sent, received in links.values())
+    stays_in_its_own_memory(program)
     buffers_are_sound(program)
+
+
+def stays_in_its_own_memory(program: Program) -> None:
+    """Only copies touch buffers elsewhere, on the device that `offload_to` names."""
+    home = program.buffers[:, 1]
+    guests = program.buffers[:, 0] == BufferKind.OFFLOADED
+    for touched in (program.reads, program.writes, program.frees):
+        device = program.device[touched.owner]
+        away = guests[touched.values]
+        assert (home[touched.values[~away]] == device[~away]).all()
+        for i, buffer in zip(touched.owner[away], touched.values[away]):
+            stream = program.streams[program.stream[i]]
+            assert program.action[i] == Action.COPY
+            assert stream.peer == home[buffer] != stream.device
+            assert stream.peer == program.schedule.offload_to[stream.device]
 
 
 def buffers_are_sound(program: Program) -> None:

@@ -33,6 +33,7 @@ def test_the_wheel_works_elsewhere(tmp_path: Path) -> None:
     for package in ("sched", "sim", "exec", "cli"):
         assert f"pipeproof/{package}/py.typed" in names
     assert "pipeproof/sched/PROGRAM.md" in names
+    assert "pipeproof/sim/CLUSTER.md" in names
     assert "pipeproof/__init__.py" not in names
 
     venv.create(tmp_path / "venv", with_pip=True)

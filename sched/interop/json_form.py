@@ -16,7 +16,9 @@
     }
 
 Ops and the placement are written as in the text form, whose parsers read them
-here too. With more than one pipe, `pipes` names the pipe of each micro-batch.
+here too. With more than one pipe, `pipes` names the pipe of each micro-batch. Where
+OFFLOADs go to another device's memory, `offload_to` names that device for each
+device, or null for the host; it may be left out, for the host everywhere.
 `name`, `slices` and `steps` may be left out, as in the text form.
 
 Reading is strict: what is not said above is refused, with its place as a path
@@ -30,7 +32,7 @@ import json
 from typing import Any, NoReturn
 
 from pipeproof.sched.errors import ParameterError, ParseError
-from pipeproof.sched.ir import Ops, Schedule, check_name
+from pipeproof.sched.ir import MAX_NUMBER, Ops, Schedule, check_name
 from pipeproof.sched.placement import Placement
 from pipeproof.sched.text import (
     MAX_MICRO_BATCHES,
@@ -43,7 +45,7 @@ FORMAT = "pipeproof-schedule"
 VERSION = 1
 
 _REQUIRED = ("format", "version", "devices", "placement", "micro_batches", "rows")
-_OPTIONAL = ("name", "slices", "steps", "pipes")
+_OPTIONAL = ("name", "slices", "steps", "pipes", "offload_to")
 _LONGEST_NUMBER = 20
 
 
@@ -61,6 +63,8 @@ def format_json(schedule: Schedule) -> str:
     }
     if len(schedule.placement.pipes) > 1:
         head["pipes"] = schedule.pipe_of.tolist()
+    if schedule.offloads_to_devices:
+        head["offload_to"] = schedule.offload_to
     lines = [f"  {json.dumps(key)}: {json.dumps(head[key])}," for key in head]
     rows = [
         f"    {json.dumps(words_of(schedule.row(device)))}"
@@ -97,6 +101,7 @@ def parse_json(text: str) -> Schedule:
     name = _name(form.get("name", "schedule"))
     placement = _placement(form["placement"], devices)
     pipe_of = _pipes(form.get("pipes"), placement, micro_batches * steps)
+    offload_to = _offload_to(form.get("offload_to", [None] * devices), devices)
     try:
         return Schedule.of(
             rows,
@@ -106,6 +111,7 @@ def parse_json(text: str) -> Schedule:
             slices=slices,
             steps=steps,
             pipe_of=pipe_of,
+            offload_to=offload_to,
         )
     except ParameterError as error:
         raise ParseError(f"$: {error}") from None
@@ -208,6 +214,23 @@ def _pipes(value: Any, placement: Placement, micro_batches: int) -> list[int] | 
     for index, pipe in enumerate(value):
         if type(pipe) is not int or not 0 <= pipe < pipes:
             raise _wrong(f"$.pipes[{index}]", f"a pipe of 0 … {pipes - 1}", pipe)
+    return value
+
+
+def _offload_to(value: Any, devices: int) -> list[int | None]:
+    if type(value) is not list:
+        raise _wrong("$.offload_to", "a list", value)
+    if len(value) != devices:
+        raise _wrong(
+            "$.offload_to", f"{devices} values, one a device", f"{len(value)} of them"
+        )
+    for index, target in enumerate(value):
+        if target is not None and (
+            type(target) is not int or not 0 <= target <= MAX_NUMBER
+        ):
+            raise _wrong(
+                f"$.offload_to[{index}]", "a device, or null for the host", target
+            )
     return value
 
 

@@ -2,8 +2,10 @@
 
 Boxes are coloured by kind and carry the micro-batch. Where a device holds more
 than one stage, the further a stage is along the model the paler its boxes. The
-ops of an overlap group share the height of their row. Hovering shows op and
-times. Every name is escaped, and nothing is fetched.
+ops of an overlap group share the height of their row. What is offloaded runs as a
+strip along the lower edge of the row while its copy takes time, and along the upper
+edge on its way back. Hovering shows op and times. Every name is escaped, and nothing
+is fetched.
 """
 
 from __future__ import annotations
@@ -13,9 +15,12 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any
 
+import numpy as np
+
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number
 from pipeproof.sched.ir import Kind, Op
+from pipeproof.sched.program import Action
 from pipeproof.sched.trace import Trace
 
 MAX_BOXES = 50_000
@@ -27,11 +32,14 @@ COLOURS = {
     Kind.I: ("#44bb99", "input gradient"),
     Kind.W: ("#eedd88", "weight gradient"),
     Kind.R: ("#ee8866", "recompute"),
+    Kind.OFFLOAD: ("#aaaa00", "offload"),
+    Kind.RELOAD: ("#ffaabb", "reload"),
 }
 OTHER = ("#bbbbbb", "other")
 FONT = "font-family='system-ui, sans-serif'"
 
 _LEFT, _TOP, _ROW, _GAP, _BELOW = 76, 46, 26, 4, 30
+_STRIP = 4
 _CHARACTER = 6.2  # width of a digit at 10 px
 
 
@@ -123,15 +131,39 @@ def _row(trace: Trace, device: int, y: float, per_unit: float) -> Iterator[str]:
             paler = held.index(op.stage) / len(held)
             x, wide = _LEFT + start * per_unit, (end - start) * per_unit
             yield _box(op, x, y + number * share, wide, share, paler, times)
+    yield from _copies(trace, device, y, per_unit)
+
+
+def _copies(trace: Trace, device: int, y: float, per_unit: float) -> Iterator[str]:
+    program = trace.program
+    mine = (program.action == Action.COPY) & (program.device == device)
+    for index in np.flatnonzero(mine).tolist():
+        start, end = float(trace.start[index]), float(trace.end[index])
+        if end == start:
+            continue
+        op = program.schedule.ops[int(program.first_op[index])]
+        edge = y if op.kind == Kind.RELOAD else y + _ROW - _STRIP
+        x, wide = _LEFT + start * per_unit, (end - start) * per_unit
+        stream = program.streams[program.stream[index]]
+        times = f"{start:.6g} – {end:.6g}, {stream}"
+        yield _box(op, x, edge, wide, _STRIP, 0, times, named=False)
 
 
 def _box(
-    op: Op, x: float, y: float, wide: float, high: float, paler: float, times: str
+    op: Op,
+    x: float,
+    y: float,
+    wide: float,
+    high: float,
+    paler: float,
+    times: str,
+    *,
+    named: bool = True,
 ) -> str:
     colour = COLOURS.get(op.kind, OTHER)[0]
     text = str(op.micro_batch) + (f".{op.slice}" if op.slice else "")
     label = ""
-    if wide > len(text) * _CHARACTER + 2:
+    if named and wide > len(text) * _CHARACTER + 2:
         label = (
             f"<text x='{x + wide / 2:.2f}' y='{y + high / 2 + 3.5:.1f}' "
             f"text-anchor='middle' font-size='10'>{text}</text>"

@@ -65,6 +65,7 @@ def _resized(schedule: Schedule, rows: list[Ops], micro_batches: int) -> Schedul
         placement=schedule.placement,
         micro_batches=micro_batches,
         slices=schedule.slices,
+        offload_to=schedule.offload_to,
     )
 
 

@@ -47,6 +47,7 @@ def retime(
     schedule: Schedule,
     times: Mapping[Kind, PerStage],
     *,
+    overlap: PerStage | None = None,
     activations: Number | None = None,
     link_latency: Number = 0,
 ) -> Schedule:
@@ -57,11 +58,12 @@ def retime(
     keeps itself. Deterministic. A heuristic: a faster order may exist.
 
     Args:
-        schedule: of one step, without OFFLOAD. Overlap groups stay together and
-            take the sum of their ops' times.
+        schedule: of one step, without OFFLOAD. Overlap groups stay together.
         times: for each kind, the time of one op, or one per stage. Unlike in
             `Cost`, a number is that of a stage, not of a device's whole share,
             and of a slice. B defaults to I + W, R to F, REDUCE to 0.
+        overlap: joint time of a group F&B (or F&I&W), by F's stage; default, and of
+            any other group, the sum of its ops' times.
         activations: at most so many live activations on each device at any time,
             in micro-batches of its share; counted as `peak_activations` does,
             from the start of F (or R) to the end of B, or of W.
@@ -77,7 +79,7 @@ def retime(
     if activations is not None:
         _number("activations", activations)
     lower(schedule)  # refuses what cannot be timed
-    durations = _durations(schedule, times)
+    durations = _durations(schedule, times, overlap)
     graph = _Graph.of(schedule, durations, link_latency)
     best: Schedule | None = None
     best_time: Number = 0
@@ -88,7 +90,8 @@ def retime(
         )
         if candidate.digest not in seen:
             seen.add(candidate.digest)
-            time = _makespan(candidate, _durations(candidate, times), link_latency)
+            durations = _durations(candidate, times, overlap)
+            time = _makespan(candidate, durations, link_latency)
             if best is None or time < best_time:
                 best, best_time = candidate, time
     if best is None:
@@ -107,23 +110,17 @@ def _number(name: str, value: object) -> None:
         )
 
 
-def _durations(schedule: Schedule, times: Mapping[Kind, PerStage]) -> list[Number]:
-    """The time of each op."""
+def _durations(
+    schedule: Schedule, times: Mapping[Kind, PerStage], overlap: PerStage | None
+) -> list[Number]:
+    """The time of each op; a joint one whole on its group's first."""
     if unknown := [key for key in times if not isinstance(key, Kind)]:
         raise ParameterError(
             f"times has keys of Kind, such as Kind.F, got {unknown[0]!r}"
         )
     by_stage: dict[Kind, list[Number]] = {}
     for kind, value in times.items():
-        given = [value] * schedule.stages if is_number(value) else list(value)  # type: ignore[arg-type]
-        if len(given) != schedule.stages:
-            raise ParameterError(
-                f"times[{kind.name}] has {len(given)} numbers for {schedule.stages} "
-                "stages: give one number, or one per stage"
-            )
-        for number in given:
-            _number(f"times[{kind.name}]", number)
-        by_stage[kind] = [plain(number) for number in given]
+        by_stage[kind] = _per_stage(f"times[{kind.name}]", value, schedule.stages)
     if Kind.I in by_stage and Kind.W in by_stage:
         both = zip(by_stage[Kind.I], by_stage[Kind.W])
         by_stage.setdefault(Kind.B, [plain(i + w) for i, w in both])
@@ -134,7 +131,36 @@ def _durations(schedule: Schedule, times: Mapping[Kind, PerStage]) -> list[Numbe
         if schedule.has(kind):
             raise ParameterError(f"times lacks {kind.name}, of which there are ops")
     pairs = zip(schedule.ops.kind.tolist(), schedule.ops.stage.tolist())
-    return [by_stage[Kind(kind)][stage] for kind, stage in pairs]
+    result = [by_stage[Kind(kind)][stage] for kind, stage in pairs]
+    if overlap is not None:
+        joint = _per_stage("overlap", overlap, schedule.stages)
+        for members, stage in _pairs(schedule):
+            for op in members:
+                result[op] = 0
+            result[members.start] = joint[stage]
+    return result
+
+
+def _per_stage(name: str, value: PerStage, stages: int) -> list[Number]:
+    given = [value] * stages if is_number(value) else list(value)  # type: ignore[arg-type]
+    if len(given) != stages:
+        raise ParameterError(
+            f"{name} has {len(given)} numbers for {stages} stages: give one number, or "
+            "one per stage"
+        )
+    for number in given:
+        _number(name, number)
+    return [plain(number) for number in given]
+
+
+def _pairs(schedule: Schedule) -> Iterator[tuple[range, int]]:
+    """Each group F&B or F&I&W, with the stage of its F."""
+    ops = schedule.ops
+    first = np.flatnonzero(~ops.joined)
+    for start, end in pairwise([*first.tolist(), len(ops)]):
+        kinds = ops.kind[start:end].tolist()
+        if sorted(kinds) in ([Kind.F, Kind.B], [Kind.F, Kind.I, Kind.W]):
+            yield range(start, end), int(ops.stage[start + kinds.index(Kind.F)])
 
 
 def _makespan(

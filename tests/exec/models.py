@@ -22,13 +22,14 @@ DTYPES = (torch.float32, torch.float64)
 
 
 def _executed(name: str) -> bool:
-    schedule = catalog.make(name, devices=2, micro_batches=4)
+    schedule = catalog.make(name, devices=4, micro_batches=8)
     kinds = {Kind(kind) for kind in schedule.ops.kind.tolist()}
     return kinds <= RUNS and schedule.slices == 1
 
 
 EXECUTED = [name for name in CATALOG if _executed(name)]
-"""The rows that the executor runs: those without split backwards, slices, pipes."""
+"""The rows that the executor runs: those without split backwards, slices,
+pipes and copies."""
 
 
 def small(name: str) -> Schedule:

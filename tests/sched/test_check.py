@@ -2,7 +2,7 @@ from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
-from strategies import near_valid, runs_through, schedules
+from strategies import near_valid, runs_through, schedules, whole_language
 
 from pipeproof.sched import (
     B,
@@ -279,14 +279,14 @@ def test_asynchronous_steps_can_be_said() -> None:
     assert check(Schedule.of([row], steps=2)).ok
 
 
-@given(schedule=schedules())
+@given(schedule=schedules() | whole_language())
 def test_any_linear_extension_is_clean(schedule: Schedule) -> None:
     assert runs_through(schedule)
     check(schedule).raise_if_bad()
 
 
 @settings(max_examples=400)
-@given(schedule=near_valid())
+@given(schedule=near_valid() | near_valid(whole_language()))
 def test_one_edit_is_found_unless_it_breaks_nothing(schedule: Schedule) -> None:
     report = check(schedule)
 
@@ -318,3 +318,15 @@ device 0 | 0F0 (0F1&0OFFLOAD0) 0B1 0RELOAD0 0B0
 
     assert finding.rule == "group"
     assert finding.found == "OFFLOAD0 runs beside the compute stream anyway"
+
+
+def test_offloads_go_to_another_device() -> None:
+    rows = [[F(0, 0), B(0, 0)], [F(1, 0), B(1, 0)]]
+
+    assert [str(f) for f in check(Schedule.of(rows, offload_to=[0, 2])).findings] == [
+        "device 0: its OFFLOADs go to itself; expected another device of 0 … 1, or the "
+        "host. Name in offload_to the device whose memory takes them.",
+        "device 1: its OFFLOADs go to device 2; expected another device of 0 … 1, or "
+        "the host. Name in offload_to the device whose memory takes them.",
+    ]
+    assert check(Schedule.of(rows, offload_to=[1, 0])).ok

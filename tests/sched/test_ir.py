@@ -1,5 +1,6 @@
 import dataclasses
 import resource
+from typing import Any
 
 import numpy as np
 import pytest
@@ -249,3 +250,28 @@ def test_ten_million_ops_take_less_than_a_gibibyte() -> None:
     assert held == 140_000_000
     assert (after - before) << 10 < 1 << 30
     assert isinstance(schedule.ops, Ops)
+
+
+def test_where_offloads_go_is_part_of_what_a_schedule_is() -> None:
+    rows = [[F(0, 0), B(0, 0)], [F(1, 0), B(1, 0)]]
+    host, other = Schedule.of(rows), Schedule.of(rows, offload_to=[1, None])
+
+    assert host.offload_to == (None, None)
+    assert host == Schedule.of(rows, offload_to=[None, None])
+    assert other not in (host, Schedule.of(rows, offload_to=[None, 0]))
+    assert other.with_rows([other.row(0), other.row(1)]) == other
+    assert other.renamed("another") == other
+
+
+@pytest.mark.parametrize(
+    ("offload_to", "message"),
+    [
+        ([1], "offload_to says where the OFFLOADs of 1 devices go, expected 2"),
+        ([1, -1], "device 1 names -1, expected the number of a device, or None"),
+        ([True, None], "device 0 names True, expected the number of a device"),
+        ([None, 2**31], "device 1 names 2147483648, expected the number of a device"),
+    ],
+)
+def test_refuses_where_offloads_cannot_go(offload_to: Any, message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        Schedule.of([[F(0, 0)], [B(0, 0)]], offload_to=offload_to)

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given
-from strategies import schedules
+from strategies import BESIDE, schedules, whole_language
 from test_contract import POLICIES, keeps_its_promises
 
 import pipeproof.sched
@@ -14,12 +14,14 @@ from pipeproof.sched import (
     BufferKind,
     F,
     I,
+    Kind,
     Placement,
     Program,
     Schedule,
     W,
     catalog,
     lower,
+    op,
 )
 
 TWO_DEVICES = lower(catalog.make("1f1b", devices=2, micro_batches=3))
@@ -88,21 +90,25 @@ def test_a_split_backward_stashes_for_w_and_recompute_stores_its_input() -> None
     ]
 
 
-@given(schedule=schedules())
+@given(schedule=schedules() | whole_language())
 def test_any_schedule_lowers_to_a_sound_program(schedule: Schedule) -> None:
+    rows = [
+        [op for op in schedule.row(d) if op.kind not in BESIDE]
+        for d in range(schedule.devices)
+    ]
     for policy in POLICIES:
         program = lower(schedule, **policy)
         keeps_its_promises(program)
-        assert rows(program) == [list(schedule.row(d)) for d in range(schedule.devices)]
+        assert computed(program) == rows
 
 
-def rows(program: Program) -> list[list[object]]:
+def computed(program: Program) -> list[list[object]]:
     """The ops of each compute stream, in order."""
     streams = program.by_stream[: program.schedule.devices]
     return [[op for i in members for op in program[i].ops] for members in streams]
 
 
-@given(schedule=schedules())
+@given(schedule=schedules() | whole_language())
 def test_lowers_the_same_every_time(schedule: Schedule) -> None:
     """Ranks lower for themselves, and must agree."""
     first, again = lower(schedule), lower(Schedule.parse(schedule.format()))
@@ -113,6 +119,20 @@ def test_lowers_the_same_every_time(schedule: Schedule) -> None:
         column = getattr(first, field.name)
         if isinstance(column, np.ndarray):
             assert (column == getattr(again, field.name)).all()
+
+
+def test_a_replica_that_no_micro_batch_passes_is_reduced_too() -> None:
+    """Its REDUCE once read the gradient of another device."""
+    program = lower(
+        Schedule.of(
+            [[op(Kind.REDUCE, 0)], [F(0, 0), B(0, 0), op(Kind.REDUCE, 0)]],
+            placement=Placement(((1,), (0,))),
+            pipe_of=[0],
+        )
+    )
+    reductions = [program[i] for i in np.flatnonzero(program.action == Action.REDUCE)]
+
+    assert [[buffer.device for buffer in r.reads] for r in reductions] == [[0], [1]]
 
 
 def test_more_than_a_hundred_stages() -> None:

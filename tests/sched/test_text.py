@@ -4,7 +4,7 @@ import tracemalloc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import schedules, writable
+from strategies import whole_language, writable
 
 from pipeproof.sched import F, Kind, ParseError, Placement, Schedule, op, overlap
 
@@ -28,6 +28,7 @@ micro-batches: 3
 slices: 2
 steps: 2
 pipes: 0-2 5 | 3-4
+offload-to: 1 host
 
 device 0 | 0F0 0F0.1 (0F1&1B0.1&1W7) 0R2 0OFFLOAD1 0RELOAD1.1 0I0 0REDUCE 0STEP1
 device 1 |
@@ -40,6 +41,7 @@ def test_says_everything() -> None:
     assert schedule.format() == EVERYTHING
     assert schedule.placement == Placement.bidirectional(2)
     assert schedule.pipe_of.tolist() == [0, 0, 0, 1, 1, 0]
+    assert schedule.offload_to == (1, None)
     assert (schedule.micro_batches, schedule.slices, schedule.steps) == (3, 2, 2)
     assert list(schedule.row(0)) == [
         *(F(0, 0), F(0, 0, 1)),
@@ -59,6 +61,13 @@ def test_reads_back_what_it_writes_to_the_letter(schedule: Schedule) -> None:
     assert again == schedule
     assert again.name == schedule.name
     assert again.format() == text
+
+
+def test_offloads_go_to_the_host_unless_it_is_said() -> None:
+    said = TWO.replace("steps: 1", "steps: 1\noffload-to: host host")
+
+    assert Schedule.parse(TWO).offload_to == (None, None)
+    assert Schedule.parse(said).format() == TWO
 
 
 def test_comments_blank_lines_and_windows_line_ends_are_skipped() -> None:
@@ -178,6 +187,21 @@ BIDIRECTIONAL = "bidirectional\npipes: "
         ("linear", BIDIRECTIONAL + "0|0", "line 4: pipes: 0 names a micro-batch twice"),
         ("linear", BIDIRECTIONAL + "0|1", "line 4: pipes: 1 lies outside 0-0"),
         ("linear", BIDIRECTIONAL + "|", "line 4: pipes: micro-batch 0 has no pipe"),
+        (
+            "steps: 1",
+            "offload-to: 1",
+            "line 6: offload-to: expected 2 words, one a device, found 1",
+        ),
+        (
+            "steps: 1",
+            "offload-to: 1 disk",
+            "line 6: offload-to: expected a device or 'host', found 'disk'",
+        ),
+        (
+            "steps: 1",
+            "offload-to: 2147483648 host",
+            "line 6: offload-to: expected a device or 'host', found '2147483648'",
+        ),
     ],
 )
 def test_refuses_a_header(old: str, new: str, message: str) -> None:
@@ -236,7 +260,7 @@ def test_raises_only_parse_errors(text: str) -> None:
 
 
 @given(
-    schedule=writable() | schedules(),
+    schedule=writable() | whole_language(),
     at=st.integers(0, 400),
     length=st.integers(0, 9),
     put=st.text(max_size=6) | st.text("0123456789FBIWR.&()|[]: \n", max_size=6),

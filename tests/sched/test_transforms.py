@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -460,6 +461,29 @@ def test_replicas_reduce_and_groups_stay_together() -> None:
         retime(grouped, UNIT, activations=1)
 
 
+@settings(max_examples=20)
+@given(p=st.integers(1, 3), some=some_times, joint=times)
+def test_joint_times_are_reckoned_with(
+    p: int, some: dict[Kind, int | Fraction], joint: int | Fraction
+) -> None:
+    pairs = catalog.make("dualpipe-v", devices=p, micro_batches=2 * p)
+    cost = replace(cost_of(pairs, some), overlap=[joint] * pairs.stages)
+    timed = retime(pairs, some, overlap=joint)
+
+    assert simulate(timed, cost).makespan <= simulate(pairs, cost).makespan
+
+
+def test_an_order_that_only_joint_times_bring() -> None:
+    pairs = catalog.make("dualpipe-v", devices=4, micro_batches=8)
+    cost = replace(cost_of(pairs, UNIT), overlap=[0] * pairs.stages)
+
+    spans = [
+        simulate(schedule, cost).makespan
+        for schedule in (pairs, retime(pairs, UNIT), retime(pairs, UNIT, overlap=0))
+    ]
+    assert spans == [39, 39, 38]
+
+
 def test_what_cannot_be_retimed() -> None:
     plain = catalog.make("gpipe", devices=2, micro_batches=2)
     with pytest.raises(ParameterError, match="times lacks B, of which there are ops"):
@@ -468,6 +492,8 @@ def test_what_cannot_be_retimed() -> None:
         retime(plain, {Kind.F: [1, 2, 3], Kind.B: 2})
     with pytest.raises(ParameterError, match=r"times\[B\] must be a finite .* got -1"):
         retime(plain, {Kind.F: 1, Kind.B: -1})
+    with pytest.raises(ParameterError, match="overlap has 3 numbers for 2 stages"):
+        retime(plain, UNIT | {Kind.B: 2}, overlap=[1, 2, 3])
     with pytest.raises(ParameterError, match=r"times\[B\] must be a finite .* got inf"):
         retime(plain, {Kind.F: 1, Kind.B: [1, float("inf")]})
     with pytest.raises(ParameterError, match=r"keys of Kind, such as Kind\.F, got 'F'"):

@@ -1,15 +1,12 @@
-import dataclasses
 from fractions import Fraction
-from itertools import pairwise
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import costs_of_stages, schedules, sizes, times
+from strategies import costs_of_stages, schedules
 
 from pipeproof.sched import (
-    Action,
     B,
     F,
     ParameterError,
@@ -22,7 +19,7 @@ from pipeproof.sched import (
     recompute,
 )
 from pipeproof.sched.ops import Kind
-from pipeproof.sim import Cluster, Cost, Link, lower_bound, simulate
+from pipeproof.sim import Cluster, Cost, Link, simulate
 
 ONE_TICK = Cost(forward=1, input_grad=1, weight_grad=0)
 
@@ -151,21 +148,21 @@ def test_memory_by_class_with_recomputation() -> None:
     assert run.peak_activations == [1, 1]
     assert run.peak_bytes == [4000 + 100 + 10, 4000 + 2 * 10 + 90 + 10]
     assert {name: max(line.tolist()) for name, line in curve.by_class.items()} == {
-        "weight": 1000,
-        "gradient": 1000,
+        "weights": 1000,
+        "gradients": 1000,
         "optimizer": 2000,
-        "activation": 90,
-        "weight_stash": 0,
-        "input": 0,
-        "stored_input": 20,
-        "output": 0,
-        "output_grad": 0,
-        "input_grad": 10,
+        "activations": 90,
+        "stored_inputs": 20,
+        "weight_grad_stash": 0,
+        "boundary": 20,  # input 0, and at the same time the place for input 1
+        "workspace": 0,
         "host": 0,
+        "offloaded": 0,
     }
-    assert at(curve.time, curve.by_class["activation"]) == {
+    assert at(curve.time, curve.by_class["activations"]) == {
         0: 0,
         1: 0,
+        2: 0,
         3: 90,
         4: 90,
         5: 90,
@@ -173,7 +170,7 @@ def test_memory_by_class_with_recomputation() -> None:
         7: 0,
     }
     assert curve.peak == 4120
-    assert curve.at_peak()["stored_input"] == 20
+    assert curve.at_peak()["stored_inputs"] == 20
     assert run.memory().peak >= 8000
 
 
@@ -242,144 +239,6 @@ def test_peak_activations_are_counted_op_by_op(
     assert run.peak_activations == expected
 
 
-# Why
-
-
-def test_each_gap_names_what_it_waits_for() -> None:
-    run = simulate(one_f_one_b(2, 3), ONE_TICK)
-    first, second = run.gaps(0)
-
-    assert [(g.start, g.end) for g in run.gaps(0)] == [(2, 3), (6, 7)]
-    assert first.explain(run) == (
-        "device 0 idles 1 until 3: 0B0 waits for 1B0 on device 1, which ends at 3"
-    )
-    assert run.program.label(second.waits_for) == "1B2"
-    assert run.gaps(1)[0].explain(run) == (
-        "device 1 idles 1 until 1: 1F0 waits for 0F0 on device 0, which ends at 1"
-    )
-
-
-def test_a_gap_behind_a_send_that_blocks() -> None:
-    program = lower(gpipe(2, 2), transfers="blocking")
-    run = simulate(program, Cost(boundary_bytes=2), Cluster(link_bandwidth=1))
-
-    assert run.gaps(0)[0].explain(run) == (
-        "device 0 idles 2 until 3: 0F1 waits for a send of its own device"
-    )
-
-
-def test_a_gap_on_a_shared_processor() -> None:
-    run = simulate(gpipe(2, 2), ONE_TICK, Cluster(shared_processor=True))
-
-    assert run.gaps(1)[0].explain(run) == (
-        "device 1 idles 2 until 2: 1F0 waits for 0F1 on device 0, which ends at 2"
-    )
-
-
-def test_a_gap_that_nothing_explains() -> None:
-    """As a measured trace has them: the device was busy with something else."""
-    run = simulate(gpipe(1, 1), ONE_TICK)
-    late = dataclasses.replace(run, start=run.start + 2, end=run.end + 2)
-
-    assert late.gaps(0)[0].explain(late) == (
-        "device 0 idles 2 until 2: 0F0 comes late, though all it needs is there"
-    )
-
-
-def test_critical_path_of_a_small_timetable() -> None:
-    run = simulate(one_f_one_b(2, 2), ONE_TICK, Cluster(link_latency=1))
-    labels = [run.program.label(i) for i in run.critical_path()]
-
-    assert [
-        label for label in labels if "recv" not in label and "send" not in label
-    ] == [*("0F0", "1F0", "1B0", "1F1", "1B1", "0B1")]
-
-
-def test_critical_path_follows_a_message_that_arrives_late() -> None:
-    """The receive was posted after the send had ended, and still waited."""
-    schedule = Schedule.of(
-        [[F(0, range(2)), B(0, range(2))], [F(1, 0), B(1, 0), F(1, 1), B(1, 1)]]
-    )
-    program = lower(schedule, receives="late")
-    run = simulate(program, ONE_TICK, Cluster(link_latency=5))
-    labels = [run.program.label(i) for i in run.critical_path()]
-
-    assert labels[:4] == [
-        "0F0",
-        "send activation 0→1:0",
-        "recv activation 0→1:0",
-        "1F0",
-    ]
-
-
-@st.composite
-def runs(draw: st.DrawFn) -> Trace:
-    schedule = draw(schedules())
-    program = lower(
-        schedule,
-        transfers=draw(st.sampled_from(["overlapped", "blocking"])),
-        receives=draw(st.sampled_from(["early", "late"])),
-    )
-    cost = dataclasses.replace(
-        draw(costs_of_stages(schedule.stages)), boundary_bytes=draw(times)
-    )
-    cluster = Cluster(
-        link_latency=draw(times),
-        link_bandwidth=draw(st.none() | st.integers(1, 4)),
-        buffering=draw(st.sampled_from(["eager", "rendezvous", 1, 2])),
-        shared_processor=draw(st.booleans()),
-    )
-    return simulate(program, cost, cluster)
-
-
-@given(run=runs())
-def test_critical_path_leaves_no_gap(run: Trace) -> None:
-    """Each starts when the one before ends, but for messages under way."""
-    path = run.critical_path()
-    recvs = run.program.action == Action.RECV
-
-    assert run.start[path[0]] == 0
-    assert run.end[path[-1]] == run.makespan
-    for before, after in pairwise(path):
-        late = recvs[after] and run.end[after] > run.start[after]
-        assert run.end[before] == run.start[after] or late
-
-
-@given(run=runs())
-def test_gaps_and_work_fill_the_time(run: Trace) -> None:
-    for device in range(run.program.schedule.devices):
-        gaps = run.gaps(device)
-        computes = run.program.computes
-        mine = computes[run.program.device[computes] == device]
-        last = max(run.end[mine].tolist(), default=0)
-
-        assert run.busy[device] + sum(gap.end - gap.start for gap in gaps) == last
-        assert all(gap.explain(run) for gap in gaps)
-
-
-# Bounds
-
-
-@given(data=st.data(), schedule=schedules(), latency=times, shared=st.booleans())
-def test_no_order_beats_the_bound(
-    data: st.DataObject, schedule: Schedule, latency: Any, shared: bool
-) -> None:
-    cost = data.draw(costs_of_stages(schedule.stages))
-    cluster = Cluster(link_latency=latency, shared_processor=shared)
-    program = lower(schedule)
-
-    assert (
-        lower_bound(program, cost, cluster) <= simulate(program, cost, cluster).makespan
-    )
-
-
-@given(p=sizes, m=sizes)
-def test_gpipe_and_1f1b_reach_the_bound(p: int, m: int) -> None:
-    for schedule in (gpipe(p, m), one_f_one_b(p, m)):
-        program = lower(schedule)
-        assert lower_bound(program) == simulate(program).makespan == 3 * (m + p - 1)
-
-
 # Refusals
 
 
@@ -394,7 +253,7 @@ def test_gpipe_and_1f1b_reach_the_bound(p: int, m: int) -> None:
         ({"forward": "12"}, "one per stage, got '12'"),
         ({"weight_grad": [1, -2]}, "weight_grad must be .* got -2"),
         ({"weight_grad_memory": 2}, "from 0 to 1, got 2"),
-        ({"weight_grad_memory": [1]}, r"weight_grad_memory must be .* got \[1\]"),
+        ({"weight_grad_memory": [1, 2]}, "from 0 to 1, got 2"),
         ({"weight_bytes": -5}, "weight_bytes must be a finite number"),
     ],
 )

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from strategies import positive_times, times
 
 from pipeproof.sched import CATALOG, Kind, ParameterError, check
-from pipeproof.sched.gen import dualpipe_v, v_half, v_min, zb_v
+from pipeproof.sched.gen import dualpipe_v, zb_v
 from pipeproof.sched.row import Case
 from pipeproof.sim import Cost, simulate
 
@@ -48,32 +48,6 @@ def test_zb_v_where_w_is_shorter_than_i_and_i_than_f() -> None:
     run = simulate(zb_v(4, 12), cost)
 
     assert float(run.span - run.ideal) == 27.4  # not 3(F - W) = 27.6
-
-
-@pytest.mark.parametrize("p", range(3, 13))
-@pytest.mark.parametrize("more", [0, 3])
-def test_v_half_in_chunks(p: int, more: int) -> None:
-    run = simulate(v_half(p, 2 * p + more), Cost(2, 2, 2))
-
-    assert run.makespan - run.ideal == 3 * p - (4 if p % 2 else 7)
-    assert [2 * peak for peak in run.peak_activations] == [2 * (p // 2) + 2] * p
-
-
-@pytest.mark.parametrize("p", range(2, 13))
-@pytest.mark.parametrize("more", [0, 3])
-def test_v_min_in_chunks(p: int, more: int) -> None:
-    run = simulate(v_min(p, 2 * p + more), Cost(2, 2, 2))
-
-    assert run.makespan - run.ideal == 4 * p - (5 if p % 3 else 7)
-    assert 2 * max(run.peak_activations) == 2 * ((p + 4) // 3)
-
-
-def test_v_min_idles_more_with_more_micro_batches_where_times_differ() -> None:
-    cost = Cost(forward=2, input_grad=10, weight_grad=0)
-    runs = [simulate(v_min(4, m), cost) for m in (8, 16)]
-    idle = [run.makespan - run.ideal for run in runs]
-
-    assert idle[0] < idle[1]
 
 
 @given(

@@ -15,6 +15,7 @@ from pipeproof.sched import (
     Action,
     F,
     I,
+    Kind,
     ParameterError,
     Placement,
     Schedule,
@@ -82,7 +83,7 @@ def assert_valid(trace: Trace, events: list[Event]) -> None:
         assert send["ts"] <= recvs[number]["ts"]
         assert send["pid"] != recvs[number]["pid"]
 
-    resident = {"weight", "gradient", "optimizer"}
+    resident = {"weights", "gradients", "optimizer"}
     counters = defaultdict(list)
     for event in of_phase(events, "C"):
         counters[event["name"], event["pid"]].append(event)
@@ -91,7 +92,10 @@ def assert_valid(trace: Trace, events: list[Event]) -> None:
         assert times == sorted(times)
         last = counter[-1]["args"]
         assert not any(last[key] for key in last.keys() - resident)
-        peak = max(sum(event["args"].values()) for event in counter)
+        peak = max(
+            sum(size for where, size in event["args"].items() if where != "host")
+            for event in counter
+        )
         if name == "bytes":
             assert trace.peak_bytes is not None
             assert peak == pytest.approx(float(trace.peak_bytes[device]))
@@ -109,7 +113,9 @@ def test_every_schedule_exports_a_valid_trace(
     name: str, data: st.DataObject, policy: Any, latency: Any
 ) -> None:
     p, m = data.draw(sizes_of(name))
-    schedule = recompute(catalog.make(name, devices=p, micro_batches=m), policy)
+    schedule = catalog.make(name, devices=p, micro_batches=m)
+    if not schedule.has(Kind.OFFLOAD):  # the two together are not lowered
+        schedule = recompute(schedule, policy)
     trace = simulate(schedule, BYTES, Cluster(link_latency=latency))
 
     assert_valid(trace, exported(trace)["traceEvents"])

@@ -57,6 +57,7 @@ def everything() -> Schedule:
         slices=2,
         steps=2,
         pipe_of=[0, 1, 1, 0],
+        offload_to=[None, None, 1],
     )
 
 
@@ -82,6 +83,8 @@ def test_round_trip_of_all_there_is_to_say() -> None:
 
     assert (back.digest, back.name) == (schedule.digest, schedule.name)
     assert back.ops.joined.sum() == 1
+    assert back.offload_to == (None, None, 1)
+    assert '"offload_to": [null, null, 1],' in format_json(schedule)
     assert format_json(back) == format_json(schedule)
 
 
@@ -133,6 +136,13 @@ ROWS = json.loads(TWO_BY_THREE)["rows"]
         (changed(pipes=[0, 0, 1]), r"\$\.pipes\[2\]: expected a pipe of 0 … 0"),
         (changed(pipes={}), r"\$\.pipes: expected a list, found an object"),
         (changed(placement="bidirectional"), r"\$: expected the key 'pipes'"),
+        (changed(offload_to=1), r"\$\.offload_to: expected a list, found 1"),
+        (changed(offload_to=[1]), r"\$\.offload_to: expected 2 values, one a device"),
+        (
+            changed(offload_to=[1, True]),
+            r"\$\.offload_to\[1\]: expected a device, or null for the host, found true",
+        ),
+        (changed(offload_to=[-1, None]), r"\$\.offload_to\[0\]: .*, found -1"),
         (changed(rows="0F0"), r"\$\.rows: expected a list of rows, found '0F0'"),
         (changed(rows=[[]]), r"\$\.rows: expected 2 rows, one a device, found"),
         (changed(rows=[[], "0F0"]), r"\$\.rows\[1\]: expected a list of op words"),

@@ -230,6 +230,10 @@ def test_says_what_torch_has_no_word_for() -> None:
     for schedule, message in (
         (recompute(made, "always"), "no R, only F, B, I and W; recompute"),
         (
+            catalog.make("bpipe", devices=4, micro_batches=4),
+            r"^bpipe\(.*has no OFFLOAD, RELOAD, only F, B, I and W$",
+        ),
+        (
             Schedule.of([[F(0, 0), B(0, 0), op(Kind.STEP, 0)]]),
             "no STEP, .* steps in the training loop",
         ),

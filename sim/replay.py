@@ -1,0 +1,181 @@
+"""The replay of a program: every time in one pass over its instructions.
+
+`lower` keeps instructions in an order in which each comes after all it can ever
+wait for. So where the time that an instruction takes is known before it starts, no
+queue of events is needed: in that order,
+
+    start = max(ends of all it waits for)
+    end   = start + duration, or of a RECV max(start, end of its SEND + latency)
+
+which are the additions and comparisons of the discrete-event engine, and so its
+times to the last bit. What it waits for is
+
+* the instruction before it on its stream, and its `waits_for`;
+* of a REDUCE, what the other devices' reductions of this stage wait for;
+* of a SEND with k buffers, the end of the receive k messages before;
+* of a SEND under rendezvous, what its receive waits for before it is posted. In
+  `lower`'s order a SEND stands next to its RECV, so all that is earlier too.
+
+Streams that are one, on a shared processor or by the cluster's stream model, take
+turns in the program's order.
+
+Not played, but left to the engine: transfers that share a link, whose durations
+depend on each other, and programs (made by hand) in which some instruction stands
+before one it waits for. The latter are found by the pass itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeproof.sched import Action, Program, kernels
+from pipeproof.sched.deps import csr
+from pipeproof.sched.errors import UnsupportedError
+from pipeproof.sched.program import Lists
+from pipeproof.sim.cluster import Cluster
+from pipeproof.sim.timing import Timing
+from pipeproof.sim.topology import contended
+from pipeproof.sim.waits import Edges, admitted_by_start, not_in_program, turns
+
+_RECV = int(Action.RECV)
+
+
+def replay(
+    program: Program, timing: Timing, cluster: Cluster
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Start and end of each instruction, in the timing's unit and number type.
+
+    Args:
+        program: what to play.
+        timing: durations and latencies.
+        cluster: buffering, stream model, and whether devices share a processor.
+
+    Raises:
+        UnsupportedError: only the discrete-event engine can play it.
+    """
+    refuse_contention(program, cluster)
+    turn = turns(program, cluster)
+    waits = all_waits(program, turn, cluster)
+    dtype = timing.durations.dtype
+    columns: list[NDArray[Any]] = [
+        turn,
+        program.action,
+        program.message,
+        np.ascontiguousarray(program.send_of),
+        waits.offsets,
+        waits.values,
+        timing.durations,
+        timing.latencies,
+        np.zeros(len(program.streams), dtype=dtype),
+        np.zeros(len(program), dtype=dtype),
+        np.zeros(len(program), dtype=dtype),
+        np.full(1, -1),
+    ]
+    start, end, stuck = kernels.run(
+        _pass, columns, results=[9, 10, 11], size=len(program) + len(waits.values)
+    )
+    if stuck[0] >= 0:
+        raise not_in_order(program, int(stuck[0]))
+    return start, end
+
+
+def _pass(
+    turn: Any,
+    action: Any,
+    message: Any,
+    send_of: Any,
+    offsets: Any,
+    waits: Any,
+    durations: Any,
+    latencies: Any,
+    free: Any,
+    start: Any,
+    end: Any,
+    stuck: Any,
+) -> None:
+    for i in range(len(turn)):
+        stream = turn[i]
+        ready = free[stream]
+        for place in range(offsets[i], offsets[i + 1]):
+            before = waits[place]
+            if before >= i:
+                stuck[0] = i
+                return
+            if end[before] > ready:
+                ready = end[before]
+        start[i] = ready
+        if action[i] == _RECV:
+            send = send_of[message[i]]
+            if send >= i:
+                stuck[0] = i
+                return
+            over = end[send] + latencies[message[i]]
+            if ready > over:
+                over = ready
+        else:
+            over = ready + durations[i]
+        end[i] = over
+        free[stream] = over
+
+
+def refuse_contention(program: Program, cluster: Cluster) -> None:
+    """Raise where transfers share a link.
+
+    Raises:
+        UnsupportedError: how long each takes then depends on the others.
+    """
+    if contended(program, cluster):
+        raise UnsupportedError(
+            f"{program.schedule.summary}: transfers share a network card or a node's "
+            "way to its host, so how long each takes depends on the others: only "
+            "simulate(..., engine='events') can play them"
+        )
+
+
+def not_in_order(program: Program, index: int) -> UnsupportedError:
+    """What to raise where an instruction waits for one behind it in the list."""
+    return UnsupportedError(
+        f"{program.schedule.summary}: instruction {index}, {program.label(index)} "
+        f"(device {program.device[index]}), stands before one that it waits for: only "
+        "simulate(..., engine='events') can play it"
+    )
+
+
+def all_waits(program: Program, turn: NDArray[Any], cluster: Cluster) -> Lists:
+    """All that each instruction waits for, beside its stream and its message."""
+    before, after = not_in_program(program, cluster)
+    recvs, sends = admitted_by_start(program, cluster)
+    if len(sends):
+        further = _posted(program, turn, recvs, sends)
+        before = np.concatenate([before, further[0]])
+        after = np.concatenate([after, further[1]])
+    if not len(before):
+        return program.waits_for
+    rows = np.concatenate([program.waits_for.owner, after])
+    values = np.concatenate([program.waits_for.values, before])
+    offsets, grouped = csr(len(program), rows, values)
+    return Lists(offsets, grouped.astype(np.int32))
+
+
+def _posted(
+    program: Program,
+    turn: NDArray[Any],
+    recvs: NDArray[np.int64],
+    sends: NDArray[np.int64],
+) -> Edges:
+    """What must end before a SEND may start, because its RECV waits for it."""
+    order = np.argsort(turn, kind="stable")
+    follows = np.flatnonzero(turn[order[1:]] == turn[order[:-1]])
+    previous = np.full(len(program), -1, dtype=np.int64)
+    previous[order[follows + 1]] = order[follows]
+    send_of = np.full(len(program), -1, dtype=np.int64)
+    send_of[recvs] = sends
+    behind = previous[recvs] >= 0
+    owner = send_of[program.waits_for.owner]
+    return (
+        np.concatenate([previous[recvs[behind]], program.waits_for.values[owner >= 0]]),
+        np.concatenate([sends[behind], owner[owner >= 0]]),
+    )

@@ -1,0 +1,140 @@
+"""What a sweep answers: the figures of each point, or why there are none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeproof.sched import Trace
+from pipeproof.sched.errors import ParameterError
+from pipeproof.sched.exact import Number, column, ratio
+from pipeproof.sim.sweep_points import Point
+
+Status = Literal["simulated", "refused", "broken"]
+"""`refused`: the schedule does not allow these sizes or options, or the cost does
+not fit it; `broken`: `check` has findings, or the simulation deadlocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a simulation came to; times in the cost's unit.
+
+    A table holds floats: what was exact is rounded, once, to the nearest.
+
+    Attributes:
+        stages: S.
+        chunks: V, the most stages of one pipe on a device.
+        slices: Q.
+        ops: of all devices.
+        makespan, span, ideal, bubble_fraction, bubble_ratio, span_bubble: as
+            `Trace` defines them.
+        peak_activations: by device, in micro-batches of its share.
+        peak_bytes: by device; None where the cost gives no bytes.
+    """
+
+    stages: int
+    chunks: int
+    slices: int
+    ops: int
+    makespan: float
+    span: float
+    ideal: float
+    bubble_fraction: float
+    bubble_ratio: float
+    span_bubble: float
+    peak_activations: tuple[float, ...]
+    peak_bytes: tuple[float, ...] | None
+
+    @classmethod
+    def of(cls, trace: Trace) -> Figures:
+        """The figures of a trace.
+
+        Raises:
+            ParameterError: one is beyond the range of a float.
+        """
+        schedule = trace.program.schedule
+        # numpy is fast with whole numbers, and slow with Fractions.
+        activations, parts = _whole(trace.sizes.activations)
+        times, ticks = _whole(np.concatenate([trace.start, trace.end]))
+        start, end = np.split(times, 2)
+        sizes = replace(trace.sizes, activations=activations)
+        trace = replace(trace, start=start, end=end, sizes=sizes)
+        peak_bytes = trace.peak_bytes
+        return cls(
+            stages=schedule.stages,
+            chunks=max(map(max, schedule.placement.shares())),
+            slices=schedule.slices,
+            ops=len(schedule),
+            makespan=_rounded(trace.makespan, ticks),
+            span=_rounded(trace.span, ticks),
+            ideal=_rounded(trace.ideal, ticks),
+            bubble_fraction=_rounded(trace.bubble_fraction),
+            bubble_ratio=_rounded(trace.bubble_ratio),
+            span_bubble=_rounded(trace.span_bubble),
+            peak_activations=tuple(_rounded(n, parts) for n in trace.peak_activations),
+            peak_bytes=None if peak_bytes is None else tuple(map(_rounded, peak_bytes)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A point and its answer.
+
+    Attributes:
+        point: what was asked.
+        status: how it went.
+        figures: None unless it was simulated.
+        reason: why it was not, on one line.
+    """
+
+    point: Point
+    status: Status
+    figures: Figures | None = None
+    reason: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """One flat row: a DataFrame takes a list of these.
+
+        The point, the figures by their names (None where there are none), and
+        the largest of each peak.
+        """
+        record: dict[str, Any] = {**self.point.described(), "status": self.status}
+        for spec in fields(Figures):
+            record[spec.name] = figure = getattr(self.figures, spec.name, None)
+            if spec.name.startswith("peak_"):
+                record[f"max_{spec.name}"] = None if figure is None else max(figure)
+        return {**record, "reason": self.reason}
+
+
+def columns(results: Iterable[Result]) -> dict[str, list[Any]]:
+    """The records by column, as `pandas.DataFrame` and `pyarrow.table` take them."""
+    records = [result.record() for result in results]
+    return {name: [r[name] for r in records] for name in records[0]} if records else {}
+
+
+def _whole(numbers: NDArray[Any]) -> tuple[NDArray[Any], int]:
+    """Fractions as multiples of 1 / n, and n; 1 for what holds none."""
+    if numbers.dtype != object:
+        return numbers, 1
+    given = numbers.tolist()
+    parts = math.lcm(*{number.denominator for number in given})
+    return column([n.numerator * (parts // n.denominator) for n in given]), parts
+
+
+def _rounded(number: Number, parts: int = 1) -> float:
+    """Number / parts, rounded once."""
+    try:
+        result = float(ratio(number, parts))
+    except OverflowError:
+        result = math.inf
+    if not math.isfinite(result):
+        raise ParameterError(
+            "a result is beyond the range of floating point: give costs in a "
+            "larger unit"
+        )
+    return result

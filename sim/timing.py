@@ -1,0 +1,277 @@
+"""How long the instructions of a program take on a cluster, in one number type.
+
+What both ways of playing a program share: the discrete-event engine and the
+replay. Ints and Fractions stay exact: all are multiplied by what makes them whole,
+and divided by it in the end. A single float among them makes all of them float64.
+
+A program of millions of instructions has few different durations. They are worked
+out one by one, and spread over the instructions by numpy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeproof.sched import Action, Program
+from pipeproof.sched.errors import ParameterError
+from pipeproof.sched.exact import Number, column, plain, ratio
+from pipeproof.sched.memory import Sizes
+from pipeproof.sched.program import StreamKind
+from pipeproof.sim.cluster import Cluster, Link
+from pipeproof.sim.cost import Cost
+
+Index = NDArray[np.int64]
+
+BETWEEN_DEVICES = (StreamKind.TO_DEVICE, StreamKind.FROM_DEVICE)
+
+LONGEST = 2**62
+"""Where durations and latencies add up to less, no time overflows an int64."""
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Numbers of some of the instructions (or messages) of a program.
+
+    Attributes:
+        where: which instructions.
+        numbers: the different ones.
+        which: for each of `where`, its place in `numbers`.
+    """
+
+    where: Index
+    numbers: list[Number]
+    which: Index
+
+    def counts(self) -> list[int]:
+        """How often each number is used."""
+        used: list[int] = np.bincount(self.which, minlength=len(self.numbers)).tolist()
+        return used
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Durations and latencies of a program on a cluster.
+
+    Attributes:
+        durations: per instruction; for a SEND, how long it occupies its link.
+        latencies: per message, from the end of its SEND to its arrival.
+        scale: exact times are whole multiples of 1 / scale, and kept as these: in
+            int64 if no sum of them can overflow, else as Python's ints. None
+            for float64.
+    """
+
+    durations: NDArray[Any]
+    latencies: NDArray[Any]
+    scale: int | None
+
+    @classmethod
+    def of(cls, program: Program, cost: Cost, cluster: Cluster, sizes: Sizes) -> Timing:
+        """Exact if all numbers that the program meets are ints or Fractions.
+
+        Args:
+            program: what is to be played.
+            cost: times of its ops.
+            cluster: its links.
+            sizes: what the cost says of its buffers, for links with a bandwidth.
+
+        Raises:
+            ParameterError: costs that do not fit the schedule, or a bandwidth
+                without bytes.
+        """
+        spent = [computing(program, cost, cluster)]
+        spent += _sending(program, cluster, sizes) + _copying(program, cluster, sizes)
+        under_way = _latencies(program, cluster)
+        used = [
+            (number, count)
+            for prices in (*spent, under_way)
+            for number, count in zip(prices.numbers, prices.counts())
+            if count
+        ]
+        scale = _whole([number for number, _ in used])
+        if scale is None:
+            dtype: Any = np.float64
+        else:
+            total = sum(number * scale * count for number, count in used)
+            dtype = np.int64 if total < LONGEST else object
+
+        def scaled(number: Any) -> Number:
+            return float(number) if scale is None else int(number * scale)
+
+        return cls(
+            _spread(len(program), spent, scaled, dtype),
+            _spread(len(program.messages), [under_way], scaled, dtype),
+            scale,
+        )
+
+    @property
+    def events(self) -> int:
+        """How many of all durations and latencies take time."""
+        return int(np.count_nonzero(self.durations)) + int(
+            np.count_nonzero(self.latencies)
+        )
+
+    def unscaled(self, times: NDArray[Any]) -> NDArray[Any]:
+        """Times in the cost's unit: int64 or float64, else objects.
+
+        Args:
+            times: sums of durations and latencies.
+        """
+        if self.scale is None:
+            return times
+        if self.scale == 1:
+            return times if times.dtype != object else column(times.tolist())
+        distinct, which = np.unique(times, return_inverse=True)
+        exact = [Fraction(time, self.scale) for time in distinct.tolist()]
+        return np.array(exact, dtype=object)[which]
+
+
+def _whole(numbers: list[Any]) -> int | None:
+    """What makes all of them whole when multiplied; None if any is a float."""
+    if any(isinstance(number, float) for number in numbers):
+        return None
+    return math.lcm(1, *(Fraction(number).denominator for number in numbers))
+
+
+def _spread(
+    size: int, prices: list[Prices], scaled: Callable[[Any], Number], dtype: Any
+) -> NDArray[Any]:
+    result = np.zeros(size, dtype=dtype)
+    for some in prices:
+        used = np.array(some.counts(), dtype=np.bool_)
+        table = np.zeros(len(some.numbers), dtype=dtype)
+        for place in np.flatnonzero(used).tolist():
+            table[place] = scaled(some.numbers[place])
+        result[some.where] = table[some.which]
+    return result
+
+
+def computing(program: Program, cost: Cost, cluster: Cluster) -> Prices:
+    """How long each COMPUTE takes on its device.
+
+    Raises:
+        ParameterError: a sequence whose length is not the number of stages.
+    """
+    prices = Prices(program.computes, *cost.priced(program))
+    if not cluster.speeds:
+        return prices
+    devices = program.schedule.devices
+    codes, which = _distinct(prices.which * devices + program.device[program.computes])
+    numbers = [
+        ratio(prices.numbers[code // devices], cluster.speed(code % devices))
+        for code in codes
+    ]
+    return Prices(prices.where, numbers, which)
+
+
+def _sending(program: Program, cluster: Cluster, sizes: Sizes) -> list[Prices]:
+    """How long each SEND occupies its link, where bytes cost time."""
+    links = _links(program, cluster)
+    if all(link.bandwidth is None for link in links.values()):
+        return []
+    sends = np.flatnonzero(program.action == Action.SEND)
+    size, which = _read(program, sends, sizes, "link")
+    return [_by_stream(program, sends, size, which, links)]
+
+
+def _by_stream(
+    program: Program,
+    where: Index,
+    size: list[Number],
+    which: Index,
+    links: dict[int, Link],
+) -> Prices:
+    """How long transfers of these sizes take, each over its stream's link."""
+    code = program.stream[where].astype(np.int64) * max(1, len(size)) + which
+    pairs, which = _distinct(code)
+    streams_and_sizes = (divmod(pair, len(size)) for pair in pairs)
+    times = [links[stream].occupied(size[n]) for stream, n in streams_and_sizes]
+    return Prices(where, times, which)
+
+
+def _copying(program: Program, cluster: Cluster, sizes: Sizes) -> list[Prices]:
+    """How long each COPY takes: to and from the host, and between devices."""
+    links = {
+        number: cluster.link(*stream.link)
+        for number, stream in enumerate(program.streams)
+        if stream.link is not None and stream.kind in BETWEEN_DEVICES
+    }
+    copies = np.flatnonzero(program.action == Action.COPY)
+    over = np.isin(program.stream[copies], list(links))
+    away, host = copies[over], copies[~over]
+    result = []
+    if cluster.host_link.bandwidth is not None and len(host):
+        size, which = _read(program, host, sizes, "host")
+        times = list(map(cluster.host_link.occupied, size))
+        result.append(Prices(host, times, which))
+    if all(link.bandwidth is None for link in links.values()):
+        size, which = [0], np.zeros(len(away), dtype=np.int64)
+    else:
+        size, which = _read(program, away, sizes, "link")
+    if links:
+        # A SEND's latency is its receiver's to wait for; here nobody else waits.
+        taken = _by_stream(program, away, size, which, links)
+        stream = program.stream[away].astype(np.int64)
+        pairs, which = _distinct(stream * len(taken.numbers) + taken.which)
+        times = [
+            plain(taken.numbers[n] + links[number].latency)
+            for number, n in (divmod(pair, len(taken.numbers)) for pair in pairs)
+        ]
+        result.append(Prices(away, times, which))
+    return result
+
+
+def _latencies(program: Program, cluster: Cluster) -> Prices:
+    links = _links(program, cluster)
+    numbers = [
+        links[stream].latency if stream in links else 0
+        for stream in range(len(program.streams))
+    ]
+    sends = program.stream[program.send_of].astype(np.int64)
+    return Prices(np.arange(len(program.messages)), numbers, sends)
+
+
+def _links(program: Program, cluster: Cluster) -> dict[int, Link]:
+    """The link of each stream that sends."""
+    return {
+        number: cluster.link(stream.device, stream.peer)
+        for number, stream in enumerate(program.streams)
+        if stream.kind == StreamKind.SEND and stream.peer is not None
+    }
+
+
+def _read(
+    program: Program, where: Index, sizes: Sizes, what: str
+) -> tuple[list[Number], Index]:
+    """The bytes that each of these instructions reads.
+
+    Returns:
+        The different numbers of bytes, and which each has.
+    """
+    if sizes.bytes is None:
+        raise ParameterError(
+            f"a {what} bandwidth needs bytes to send: give the Cost "
+            f"{'boundary' if what == 'link' else 'activation'}_bytes"
+        )
+    owner, buffer = program.reads.owner, program.reads.values
+    wanted = np.zeros(len(program), dtype=np.bool_)
+    wanted[where] = True
+    mine = wanted[owner]
+    size = sizes.bytes
+    if size.dtype == np.int64 and int(size.max(initial=0)) * len(owner) >= LONGEST:
+        size = size.astype(object)
+    total = np.zeros(len(program), dtype=size.dtype)
+    np.add.at(total, owner[mine], size[buffer[mine]])
+    return _distinct(total[where])
+
+
+def _distinct(values: NDArray[Any]) -> tuple[list[Any], Index]:
+    """The different values, and which of them each is: few among many."""
+    different = np.unique(values)
+    return different.tolist(), np.searchsorted(different, values)

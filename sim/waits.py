@@ -1,0 +1,119 @@
+"""What instructions wait for by the cluster, beyond what their program says.
+
+Both ways of playing a program read it here: the discrete-event engine and the
+replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeproof.sched import Action, Program
+from pipeproof.sched.program import StreamKind
+from pipeproof.sim.cluster import Cluster
+
+Edges = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Pairs (before, after) of instructions."""
+
+
+def streams_in_turn(program: Program, cluster: Cluster) -> list[NDArray[np.int64]]:
+    """The instructions of each stream, one after the other.
+
+    Streams that a shared processor or the cluster's stream model make one are one
+    list, in the program's order. There every instruction stands behind all that it
+    waits for: merging streams delays a program that `lower` wrote, and never
+    deadlocks it, but where sender and receiver are one stream (`sync` on a shared
+    processor) under rendezvous.
+    """
+    merged: dict[Hashable, list[NDArray[np.int64]]] = {}
+    for number, members in enumerate(program.by_stream):
+        merged.setdefault(_turn(program, number, cluster), []).append(members)
+    return [
+        members[0] if len(members) == 1 else np.sort(np.concatenate(members))
+        for members in merged.values()
+    ]
+
+
+def turns(program: Program, cluster: Cluster) -> NDArray[np.int32]:
+    """For each instruction the number of the first stream that is one with its own."""
+    first: dict[Hashable, int] = {}
+    numbers = [
+        first.setdefault(_turn(program, number, cluster), number)
+        for number in range(len(program.streams))
+    ]
+    if numbers == list(range(len(numbers))):
+        return program.stream
+    return np.array(numbers, dtype=np.int32)[program.stream]
+
+
+def _turn(program: Program, number: int, cluster: Cluster) -> Hashable:
+    """Equal for streams that are one."""
+    stream = program.streams[number]
+    if stream.kind == StreamKind.COMPUTE or cluster.streams == "sync":
+        return "compute", 0 if cluster.shared_processor else stream.device
+    if stream.kind in (StreamKind.SEND, StreamKind.RECV):
+        if cluster.streams == "pair":
+            return "pair", stream.device, stream.peer
+        if cluster.streams == "one":
+            return "one", stream.device
+    return number
+
+
+def not_in_program(program: Program, cluster: Cluster) -> Edges:
+    """Which instruction must end before which may start, beside `waits_for`.
+
+    A REDUCE starts on all devices at once; of k buffers one must be free.
+    """
+    pairs = _meetings(program, cluster)
+    if isinstance(cluster.buffering, int):
+        # A send waits until the receive k messages before is done.
+        for members in program.by_stream:
+            if len(members) and program.action[members[0]] == Action.SEND:
+                late = members[cluster.buffering :]
+                early = program.message[members[: len(late)]]
+                pairs.append((program.recv_of[early].astype(np.int64), late))
+    if not pairs:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    return (
+        np.concatenate([before for before, _ in pairs]),
+        np.concatenate([after for _, after in pairs]),
+    )
+
+
+def admitted_by_start(program: Program, cluster: Cluster) -> Edges:
+    """Which receive must be posted before which send may start."""
+    sends = np.flatnonzero(program.action == Action.SEND)
+    if cluster.buffering != "rendezvous":
+        sends = sends[:0]
+    return program.recv_of[program.message[sends]].astype(np.int64), sends
+
+
+def _meetings(program: Program, cluster: Cluster) -> list[Edges]:
+    """A REDUCE starts on all devices at once: what one waits for, all wait for."""
+    reducing = np.flatnonzero(program.action == Action.REDUCE)
+    if not len(reducing):
+        return []
+    stage = program.schedule.ops.stage[program.first_op[reducing]]
+    needs = {index: program.waits_for[index] for index in reducing.tolist()}
+    for members in streams_in_turn(program, cluster):
+        at = 1 + np.flatnonzero(program.action[members[1:]] == Action.REDUCE)
+        for one, following in zip(members[at - 1].tolist(), members[at].tolist()):
+            needs[following].append(one)
+    result: list[Edges] = []
+    for number in np.unique(stage).tolist():
+        group = reducing[stage == number].tolist()
+        pairs = [
+            (need, other)
+            for one in group
+            for need in needs[one]
+            if need not in group  # two in one stream can only be in turn
+            for other in group
+            if other != one
+        ]
+        if pairs:
+            ends = np.array(pairs, dtype=np.int64)
+            result.append((ends[:, 0], ends[:, 1]))
+    return result
