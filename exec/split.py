@@ -10,20 +10,27 @@ fork, and the gradient that arrives at a fork is all that its parameters need::
 
 I runs the spine and catches the gradient at each fork; W starts at the forks
 with what was caught, and runs what hangs off the spine. Autograd computes only
-what leads to the gradients asked for, so no product is formed twice.
+what leads to the gradients asked for, so no product is formed twice. Of what the
+forward saved, I lets go of what W will not read, such as the input of gelu.
 
-Where this would compute anything twice, or add up in another order than an
-undivided backward, the parameter's gradient is formed in I as well:
+A parameter's gradient is formed in I as well, and W only adds it to `.grad`,
 
-* it hangs off several forks: autograd sums its parts before it adds them to
+* where it hangs off several forks: autograd sums its parts before it adds them to
   `.grad`, and floating point minds the difference;
-* it shares a branch with such a one;
-* its fork is a Python `autograd.Function`, which computes all its gradients at
-  once;
-* the stage runs parts of its forward again in its backward (checkpointing).
+* where it shares a branch with such a one;
+* where its fork is a Python `autograd.Function`, which computes all its gradients
+  at once;
+* where its fork has vectors only, as a norm's has: these gradients and the
+  input's are one pass over the data, and W would need two tensors to repeat it;
+* where the stage runs parts of its forward again in its backward (checkpointing),
+  or its first forward puts a hook on a tensor: these would run in I and in W.
 
-What W does with a gradient that I formed is to add it to `.grad`. Where no input
-wants a gradient, the spine leads to the node that is furthest from the outputs.
+I is the undivided backward, and nothing is left to W, where autograd refuses to
+be asked for some gradients only (reentrant checkpointing), and where a parameter
+whose gradient I would form has a hook, which adding to `.grad` would call again.
+
+Where no input wants a gradient, the spine leads to the node that is furthest from
+the outputs.
 
 The walk is done once for a shape of graph. A later graph is recognised by the
 kind and the order of creation of the nodes that the walk found; one that differs
@@ -35,17 +42,24 @@ that it follows the graph's nodes is our own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 Root = Tensor | GradientEdge
+
+MOST_PLANS = 8
+"""Shapes of graph that are remembered for a stage."""
+LET_GO_FROM = 1 << 15
+"""Bytes of a saved tensor from which on letting go of it is worth 4 µs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,26 +76,46 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """A node by which a graph is recognised.
+
+    Attributes:
+        node: its number.
+        kind: its type.
+        name: None where the type tells as much.
+        age: how many nodes were made between it and the first root.
+    """
+
+    node: int
+    kind: Any
+    name: str | None
+    age: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What one shape of graph needs.
 
     Attributes:
-        steps: how to come to the nodes: each (a, i) is the i-th of what the a-th
-            leads to, the roots being the first.
-        marks: (node, name, age) of those by which the graph is recognised; the age
-            is how many nodes were made between it and the first root.
+        steps: how to come to the nodes, which are numbered as they are found, the
+            roots first: (node, which of those that it leads to).
+        marks: of all nodes but leaves.
         leaves: (node, parameter) of those that take up a gradient.
         caught: (node, output) of each fork's gradients.
         calls: of W.
         early: leaves whose gradient is formed in I.
+        spare: (node, attribute) of saved tensors that W does not need.
+        whole: whether I is the undivided backward.
     """
 
-    steps: tuple[tuple[int, int], ...]
-    marks: tuple[tuple[int, str, int], ...]
+    steps: tuple[tuple[int, tuple[int, ...]], ...]
+    marks: tuple[Mark, ...]
     leaves: tuple[tuple[int, Tensor], ...]
     caught: tuple[tuple[int, int], ...]
     calls: tuple[Call, ...]
     early: tuple[Tensor, ...]
+    spare: tuple[tuple[int, str], ...]
+    whole: bool
 
 
 @dataclass(slots=True)
@@ -90,18 +124,23 @@ class Rest:
 
     Attributes:
         calls: what autograd has yet to run: from where, with what, to which leaves.
-        formed: gradients that I had to form, with their leaves.
+        formed: leaves whose gradients I had to form.
+        gradients: these.
     """
 
     calls: list[tuple[list[GradientEdge], list[Tensor], tuple[Tensor, ...]]]
-    formed: list[tuple[Tensor, Tensor]]
+    formed: list[Tensor]
+    gradients: list[Tensor]
 
     def run(self) -> None:
-        """W: add the weights' gradients to `.grad`."""
-        for edges, caught, leaves in self.calls:
+        """W: add the weights' gradients to `.grad`. Once: they are let go of."""
+        while self.calls:
+            edges, caught, leaves = self.calls.pop()
             torch.autograd.backward(edges, caught, inputs=leaves)
-        for leaf, gradient in self.formed:
-            torch.autograd.backward(leaf, gradient)
+        formed, gradients = self.formed, self.gradients
+        self.formed, self.gradients = [], []
+        if formed:
+            torch.autograd.backward(formed, gradients)
 
 
 class Splitter:
@@ -114,9 +153,22 @@ class Splitter:
     def __init__(self, modules: Sequence[nn.Module] = ()) -> None:
         self._modules = modules
         self._plans: list[Plan] = []
+        self._at_once = False
+        self._watched = False
 
     def forget(self) -> None:
         """The stage has other parameters than before."""
+        self._plans.clear()
+
+    def watching(self) -> AbstractContextManager[object]:
+        """To run the forward in: the first that makes a graph is searched for hooks."""
+        if self._watched or not torch.is_grad_enabled():
+            return _UNWATCHED
+        self._watched = True
+        return _HookWatch(self._has_hooks)
+
+    def _has_hooks(self) -> None:
+        self._at_once = True
         self._plans.clear()
 
     def input_grads(
@@ -132,31 +184,23 @@ class Splitter:
         Returns:
             Their gradients, None for one that no output depends on; and W.
         """
-        edges = [_edge(root) for root in roots]
-        known = self._known(edges)
-        if known is not None:
-            return _halved(*known, roots, gradients, leaves)
-        plan = _walked(edges, leaves)
-        nodes = _recognised(plan, edges)
+        starts = [_node(root) for root in roots]
+        for number, plan in enumerate(self._plans):
+            nodes = _recognised(plan, starts)
+            if nodes is not None:
+                if number:
+                    self._plans.insert(0, self._plans.pop(number))  # the latest first
+                return _halved(plan, nodes, roots, gradients, leaves)
+        plan = _walked(starts, leaves, at_once=self._at_once)
+        nodes = _recognised(plan, starts)
         assert nodes is not None  # in the graph that it was made from
         with _running(self._modules) as ran:
             result = _halved(plan, nodes, roots, gradients, leaves)
-        # Whoever runs again would do so in each call of autograd.
-        plan = _walked(edges, leaves, at_once=True) if ran else plan
+        if ran and not plan.whole:
+            # Whoever runs again would do so in each call of autograd.
+            plan = _walked(starts, leaves, at_once=True)
         self._plans = [plan, *self._plans[: MOST_PLANS - 1]]
         return result
-
-    def _known(self, roots: list[GradientEdge]) -> tuple[Plan, list[Node]] | None:
-        for number, plan in enumerate(self._plans):
-            nodes = _recognised(plan, roots)
-            if nodes is not None:
-                self._plans.insert(0, self._plans.pop(number))  # the latest first
-                return plan, nodes
-        return None
-
-
-MOST_PLANS = 8
-"""Shapes of graph that are remembered for a stage."""
 
 
 def _halved(
@@ -167,32 +211,70 @@ def _halved(
     leaves: list[Tensor],
 ) -> tuple[list[Tensor | None], Rest]:
     """I by a plan, whose nodes these are; and W."""
+    if plan.whole or (plan.early and any(v._backward_hooks for v in plan.early)):
+        return _undivided(roots, gradients, leaves), Rest([], [], [])
     forks = [GradientEdge(nodes[node], output) for node, output in plan.caught]
     outputs: list[Any] = list(roots)  # torch takes a mixture, its types do not
     inputs: list[Any] = [*leaves, *plan.early, *forks]
     if not inputs:  # nothing in this stage learns, and none before it
-        return [], Rest([], [])
+        return [], Rest([], [], [])
     found = torch.autograd.grad(
         outputs,
         inputs,
-        list(gradients),
-        retain_graph=True,
+        gradients,
+        retain_graph=bool(forks),
         allow_unused=True,
     )
+    for number, attribute in plan.spare:
+        _let_go(nodes[number], attribute)
     early, forked = len(leaves), len(leaves) + len(plan.early)
-    caught = found[forked:]
-    calls = []
+    rest = Rest([], [], [])
     for call in plan.calls:
-        there = [i for i in call.catches if caught[i] is not None]
+        there = [i for i in call.catches if found[forked + i] is not None]
         if there:
-            starts = [forks[i] for i in there]
-            calls.append((starts, [caught[i] for i in there], call.leaves))
-    formed = [
-        (leaf, gradient)
-        for leaf, gradient in zip(plan.early, found[early:forked])
-        if gradient is not None
-    ]
-    return list(found[:early]), Rest(calls, formed)
+            starts, caught = (
+                [forks[i] for i in there],
+                [found[forked + i] for i in there],
+            )
+            rest.calls.append((starts, caught, call.leaves))
+    for leaf, gradient in zip(plan.early, found[early:forked]):
+        if gradient is not None:
+            rest.formed.append(leaf)
+            rest.gradients.append(gradient)
+    return list(found[:early]), rest
+
+
+def _undivided(
+    roots: Sequence[Root], gradients: Sequence[Tensor], leaves: list[Tensor]
+) -> list[Tensor | None]:
+    """B; the leaves are left without a `.grad`."""
+    outputs: list[Any] = list(roots)
+    for leaf in leaves:
+        leaf.grad = None
+    torch.autograd.backward(outputs, gradients)
+    found = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return found
+
+
+_UNWATCHED = nullcontext()
+
+
+class _HookWatch(TorchFunctionMode):
+    """Tells of hooks that are put on tensors within a graph meanwhile."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        hooks = func in (Tensor.register_hook, Tensor.retain_grad)
+        if hooks and not args[0].is_leaf:
+            self._tell()
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -207,45 +289,91 @@ def _running(modules: Sequence[nn.Module]) -> Iterator[list[nn.Module]]:
             hook.remove()
 
 
-def _edge(root: Root) -> GradientEdge:
-    return get_gradient_edge(root) if isinstance(root, Tensor) else root
+def _saved(node: Node, attribute: str) -> Sequence[Any]:
+    """What a node has saved under a name: torch's SavedTensor objects."""
+    saved = getattr(node, attribute)
+    return saved if isinstance(saved, (tuple, list)) else (saved,)
 
 
-def _variable(node: Node) -> Tensor | None:
+def _let_go(node: Node, attribute: str) -> None:
+    """Let go of saved tensors, but for those that have hooks of their own.
+
+    Autograd asks a saved tensor's hooks what to keep, and is told: nothing.
+    """
+    for saved in _saved(node, attribute):
+        if saved.unpack_hook is None and saved.data is not None:
+            saved.register_hooks(_nothing, _missing)
+
+
+def _nothing(_: Tensor) -> None:
+    return None
+
+
+def _missing(_: None) -> NoReturn:
+    raise RuntimeError(
+        "a tensor saved for the backward was let go of after I, which W should not "
+        "have needed: the graph has changed since I"
+    )
+
+
+def _large(node: Node, kept: set[int]) -> Iterator[str]:
+    """Where a node saves what is worth letting go of; what is at `kept` lives on."""
+    for attribute in dir(node):
+        if attribute.startswith("_raw_saved_"):
+            for saved in _saved(node, attribute):
+                tensor = saved.data if saved.unpack_hook is None else None
+                if (
+                    isinstance(tensor, Tensor)
+                    and tensor.nbytes >= LET_GO_FROM
+                    and tensor.untyped_storage().data_ptr() not in kept
+                ):
+                    yield attribute
+                    break
+
+
+def _node(root: Root) -> Node:
+    if isinstance(root, GradientEdge):
+        return root.node
+    return root.grad_fn or get_gradient_edge(root).node
+
+
+def _variable(node: Node | None) -> Tensor | None:
     """What a node adds gradients up in, if that is all it does."""
-    return getattr(node, "variable", None)
+    found: Tensor | None = node.variable if type(node) is _ACCUMULATES else None  # type: ignore[attr-defined]
+    return found
 
 
-def _in_python(node: object) -> bool:
-    return isinstance(node, BackwardCFunction)
+_ACCUMULATES = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
+_REENTRANT = CheckpointFunction._backward_cls
 
 
-def _recognised(plan: Plan, roots: list[GradientEdge]) -> list[Node] | None:
+def _recognised(plan: Plan, roots: list[Node]) -> list[Node] | None:
     """The plan's nodes in another graph; None if that has another shape."""
-    nodes = [root.node for root in roots]
+    nodes: list[Any] = list(roots)
     try:
-        for parent, child in plan.steps:
-            node = nodes[parent].next_functions[child][0]
-            if node is None:
-                return None
-            nodes.append(node)
-        newest = nodes[0]._sequence_nr()
-        for number, name, age in plan.marks:
-            node = nodes[number]
-            if node.name() != name or newest - node._sequence_nr() != age:
-                return None
-        for number, leaf in plan.leaves:
-            if _variable(nodes[number]) is not leaf:
-                return None
-    except IndexError:  # a node that leads to fewer
+        for number, children in plan.steps:
+            below = nodes[number].next_functions
+            for child in children:
+                nodes.append(below[child][0])
+    except (IndexError, AttributeError):  # a node that leads to fewer, or to none
         return None
+    newest = roots[0]._sequence_nr()
+    for mark in plan.marks:
+        node: Any = nodes[mark.node]
+        if (
+            type(node) is not mark.kind
+            or newest - node._sequence_nr() != mark.age
+            or (mark.name is not None and node.name() != mark.name)
+        ):
+            return None
+    for number, leaf in plan.leaves:
+        if _variable(nodes[number]) is not leaf:
+            return None
     return nodes
 
 
-def _walked(
-    roots: list[GradientEdge], inputs: list[Tensor], *, at_once: bool = False
-) -> Plan:
-    graph = _Graph([root.node for root in roots])
+def _walked(roots: list[Node], inputs: list[Tensor], *, at_once: bool) -> Plan:
+    graph = _Graph(roots)
     ends = {get_gradient_edge(leaf).node for leaf in inputs}
     spine = graph.leading_to(ends or graph.furthest())
     branches = {node: graph.branches(node, spine, ends) for node in graph.order}
@@ -257,29 +385,51 @@ def _walked(
             kept := [leaf for branch in hanging for leaf in branch if leaf not in early]
         )
     }
-    outputs = graph.outputs(roots)
-    caught = [(fork, number) for fork in late for number in sorted(outputs[fork])]
     leaves = {n: leaf for n in graph.order if (leaf := _variable(n)) is not None}
+    # All outputs of a fork, for another graph of this shape may use others.
+    caught = [(fork, i) for fork in late for i in range(len(fork._input_metadata))]
     inner = [node for node in graph.order if node in spine and node not in ends]
-    place, steps = graph.paths([*late, *inner[-1:], *leaves])
-    age = roots[0].node._sequence_nr()
+    needed = {n for fork in late for n in graph.off(fork, spine)} | late.keys()
+    addresses = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
+    spare = [
+        (node, attribute)
+        for node in graph.order
+        if late and node not in needed
+        for attribute in _large(node, addresses)
+    ]
+    place, steps = graph.paths(
+        [*late, *inner[-1:], *leaves, *(node for node, _ in spare)]
+    )
     calls = []
     for level in graph.levels(list(late)):
         members = [i for i, (fork, _) in enumerate(caught) if fork in level]
         below = [leaves[leaf] for fork in level for leaf in late[fork]]
         calls.append(Call(tuple(members), tuple(below)))
     return Plan(
-        tuple(steps),
-        tuple(
-            (i, node.name(), age - node._sequence_nr())
-            for node, i in place.items()
+        steps=tuple(steps),
+        marks=tuple(
+            _mark(number, node, roots[0])
+            for node, number in place.items()
             if node not in leaves
         ),
-        tuple((place[n], leaf) for n, leaf in leaves.items() if n not in ends),
-        tuple((place[fork], number) for fork, number in caught),
-        tuple(calls),
-        tuple(leaves[leaf] for leaf in early),
+        leaves=tuple((place[n], leaf) for n, leaf in leaves.items() if n not in ends),
+        caught=tuple((place[fork], output) for fork, output in caught),
+        calls=tuple(calls),
+        early=tuple(leaves[leaf] for leaf in early),
+        spare=tuple((place[node], attribute) for node, attribute in spare),
+        whole=any(isinstance(node, _REENTRANT) for node in graph.order),
     )
+
+
+def _in_python(node: object) -> bool:
+    return isinstance(node, BackwardCFunction)
+
+
+def _mark(number: int, node: Node, root: Node) -> Mark:
+    name = node.name()
+    same = type(node).__name__ == name
+    age = root._sequence_nr() - node._sequence_nr()
+    return Mark(number, type(node), None if same else name, age)
 
 
 def _early(
@@ -289,10 +439,11 @@ def _early(
     forks: dict[Node, set[Node]] = {}
     early: dict[Node, None] = {}
     for fork, hanging in branches.items():
+        in_one = at_once or _in_python(fork) or _cheap(hanging)
         for branch in hanging:
             for leaf in branch:
                 forks.setdefault(leaf, set()).add(fork)
-                if at_once or _in_python(fork) or len(forks[leaf]) > 1:
+                if in_one or len(forks[leaf]) > 1:
                     early[leaf] = None
     several = [branch for hanging in branches.values() for branch in hanging]
     settled = -1
@@ -302,6 +453,12 @@ def _early(
             if not early.keys().isdisjoint(branch):
                 early |= branch
     return early
+
+
+def _cheap(branches: list[dict[Node, None]]) -> bool:
+    """Whether a fork has vectors only, without hooks."""
+    leaves = [_variable(leaf) for branch in branches for leaf in branch]
+    return all(v is not None and v.dim() < 2 and not v._backward_hooks for v in leaves)
 
 
 class _Graph:
@@ -340,14 +497,23 @@ class _Graph:
         return result
 
     def furthest(self) -> set[Node]:
-        """The node with the longest way from the roots that is not a leaf."""
+        """The node with the longest way from the roots that is not a leaf.
+
+        One that leads nowhere with an edge has an input that wants no gradient,
+        and is better than the transposed weight below it.
+        """
         inner = [node for node in self.order if _variable(node) is None]
         distance = dict.fromkeys(self.order, 0)
         for node in self.order:
             for child, _ in self.below[node]:
                 if child is not None:
                     distance[child] = max(distance[child], distance[node] + 1)
-        return {max(inner, key=distance.__getitem__)} if inner else set()
+
+        def rank(node: Node) -> tuple[int, bool]:
+            took_input = any(child is None for child, _ in self.below[node])
+            return distance[node] + took_input, took_input
+
+        return {max(inner, key=rank)} if inner else set()
 
     def branches(
         self, node: Node, spine: set[Node], inputs: set[Node]
@@ -373,36 +539,45 @@ class _Graph:
             self._off[node] = found
         return self._off[node]
 
-    def outputs(self, roots: list[GradientEdge]) -> dict[Node, set[int]]:
-        """Of each node, the outputs for which a gradient arrives."""
-        result: dict[Node, set[int]] = {node: set() for node in self.order}
-        for root in roots:
-            result[root.node].add(root.output_nr)
-        for edges in self.below.values():
-            for child, number in edges:
-                if child is not None:
-                    result[child].add(number)
-        return result
+    def off(self, fork: Node, spine: set[Node]) -> Iterator[Node]:
+        """The nodes below a fork that are off the spine, and itself if it is."""
+        waiting, seen = [fork], {fork}
+        while waiting:
+            node = waiting.pop()
+            if node not in spine:
+                yield node
+            for child, _ in self.below[node]:
+                if child is not None and child not in spine and child not in seen:
+                    seen.add(child)
+                    waiting.append(child)
 
     def paths(
         self, targets: list[Node]
-    ) -> tuple[dict[Node, int], list[tuple[int, int]]]:
-        """Where each target stands when the steps to all of them are taken."""
-        parent: dict[Node, tuple[Node, int]] = {}
+    ) -> tuple[dict[Node, int], list[tuple[int, tuple[int, ...]]]]:
+        """The number of each node on the ways to these, and the steps to them."""
+        parent: dict[Node, Node] = {}
         for node in self.order:
-            for number, (child, _) in enumerate(self.below[node]):
-                if child is not None and child not in parent:
-                    parent[child] = node, number
-        place = {root: i for i, root in reversed(list(enumerate(self._roots)))}
-        steps: list[tuple[int, int]] = []
+            for child, _ in self.below[node]:
+                if child is not None:
+                    parent.setdefault(child, node)
+        wanted = dict.fromkeys(self._roots)
         for target in targets:
-            chain = [target]
-            while chain[-1] not in place:
-                chain.append(parent[chain[-1]][0])
-            for node in reversed(chain[:-1]):
-                above, number = parent[node]
-                place[node] = len(self._roots) + len(steps)
-                steps.append((place[above], number))
+            node = target
+            while node not in wanted:
+                wanted[node] = None
+                node = parent[node]
+        place = {root: i for i, root in reversed(list(enumerate(self._roots)))}
+        count = len(self._roots)
+        steps: list[tuple[int, tuple[int, ...]]] = []
+        for node in self.order:
+            children: list[int] = []
+            for number, (child, _) in enumerate(self.below[node]):
+                if child in wanted and child not in place and parent[child] is node:
+                    place[child] = count + len(children)
+                    children.append(number)
+            if children:
+                steps.append((place[node], tuple(children)))
+                count += len(children)
         return place, steps
 
     def levels(self, forks: list[Node]) -> list[set[Node]]:

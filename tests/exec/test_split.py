@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+from pipeproof.exec import Pipeline
 from pipeproof.exec.split import Splitter
+from pipeproof.sched import catalog
 
 WIDTH = 4
 
@@ -232,6 +237,193 @@ def test_walks_a_graph_that_changed_anew() -> None:
 
         assert same(split, whole)
         assert same(later, learned)
+
+
+def test_tells_outputs_of_one_node_apart() -> None:
+    """Whose gradient arrives may change while the graph's shape does not."""
+    which = [0]
+    stage = Calls(lambda w, b, x: (x @ (w * 2) + b).chunk(2, 1)[which[0]], SQUARE, ROW)
+    splitter = Splitter()
+    for which[0] in (0, 1, 0):
+        inputs = [torch.randn(3, WIDTH)]
+        whole, _, learned = gradients(stage, inputs, None)
+        split, _, later = gradients(stage, inputs, splitter)
+
+        assert same(split, whole)
+        assert same(later, learned)
+
+
+def steps(stages: list[nn.Module], x: Tensor, count: int = 2) -> Pipeline:
+    """ZB-H1 on these, gradients added up over steps."""
+    schedule = catalog.make("zb-h1", devices=len(stages), micro_batches=4)
+    pipeline = Pipeline(stages, schedule, functional.mse_loss)
+    for _ in range(count):
+        pipeline.step(x, torch.ones(8, WIDTH))
+    return pipeline
+
+
+def undivided(stages: list[nn.Module], x: Tensor, count: int = 2) -> None:
+    """The same by `loss.backward()`."""
+    for _ in range(count):
+        for part in x.tensor_split(4):
+            output = nn.Sequential(*stages)(part)
+            (functional.mse_loss(output, torch.ones(2, WIDTH)) / 4).backward()
+
+
+def learned(stages: list[nn.Module]) -> Grads:
+    found: Grads = []
+    for stage in stages:
+        for parameter in stage.parameters():
+            found.append(parameter.grad)
+            parameter.grad = None
+    return found
+
+
+def test_a_stage_whose_input_wants_no_gradient() -> None:
+    """Its first node is where the spine ends; what is above it waits for W."""
+    embedding = nn.Embedding(10, WIDTH)
+    last = nn.Linear(WIDTH, WIDTH)
+    stage = nn.Sequential(embedding, nn.Linear(WIDTH, WIDTH), nn.Tanh(), last)
+    output = stage(torch.tensor([1, 2, 2]))
+    with Products() as first:
+        found, rest = Splitter().input_grads([output], [torch.ones_like(output)], [])
+    with Products() as second:
+        rest.run()
+
+    assert found == []
+    assert first.count.total() == second.count.total() == 2
+
+    stages = [stage, nn.Linear(WIDTH, WIDTH)]
+    learned(stages)
+    ids = torch.randint(10, (8,))
+    steps(stages, ids)
+    ours = learned(stages)
+    undivided(stages, ids)
+    assert same(ours, learned(stages))
+
+
+def test_the_first_of_all_products_waits_too() -> None:
+    """The spine ends at the layer that the batch goes into, not at its weight."""
+    stage = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+    output = stage(torch.randn(3, WIDTH))
+    with Products() as first:
+        _, rest = Splitter().input_grads([output], [torch.ones_like(output)], [])
+    with Products() as second:
+        rest.run()
+
+    assert (first.count.total(), second.count.total()) == (1, 2)
+
+
+class Checkpointed(nn.Module):
+    """A layer that is run again in its backward; counts its runs."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.layer, self.reentrant, self.runs = nn.Linear(WIDTH, WIDTH), reentrant, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        def run(value: Tensor) -> Tensor:
+            self.runs += 1
+            return torch.tanh(self.layer(value))
+
+        return checkpoint(run, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_run_once_more(reentrant: bool) -> None:
+    """Of the first micro-batch twice, perhaps: it is how they are found out."""
+    inner = [Checkpointed(reentrant) for _ in range(2)]
+    ends = [nn.Linear(WIDTH, WIDTH) for _ in range(2)]
+    stages = [nn.Sequential(end, layer) for end, layer in zip(ends, inner)]
+    x = torch.randn(8, WIDTH)
+    pipeline = steps(stages, x, 1)
+    for layer in inner:
+        layer.runs = 0
+    pipeline.step(x, torch.ones(8, WIDTH))
+    ours = learned(stages)
+    assert [layer.runs for layer in inner] == [8, 8]
+
+    undivided(stages, x)
+    assert same(ours, learned(stages))
+
+
+def test_parameters_replaced_between_steps() -> None:
+    stages = [nn.Linear(WIDTH, WIDTH) for _ in range(2)]
+    x = torch.randn(8, WIDTH)
+    pipeline = steps(stages, x)
+    for stage in stages:
+        stage.weight = nn.Parameter(torch.randn(SQUARE))
+        stage.bias.grad = None
+    pipeline.step(x, torch.ones(8, WIDTH))
+    ours = learned(stages)
+
+    undivided(stages, x, 1)
+    assert same(ours, learned(stages))
+
+
+class Hooked(nn.Module):
+    """A hook on what a layer returns, and on its weight: each makes it half."""
+
+    def __init__(self, layer: nn.Module, keep: bool) -> None:
+        super().__init__()
+        self.layer, self.keep, self.calls = layer, keep, Counter[str]()
+        self.kept: list[Tensor] = []
+        for name, parameter in layer.named_parameters():
+            parameter.register_hook(lambda grad, name=name: self.halve(name, grad))
+
+    def halve(self, name: str, grad: Tensor) -> Tensor:
+        self.calls[name] += 1
+        return grad / 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer(x)
+        hidden.register_hook(lambda grad: self.halve("hidden", grad))
+        if self.keep:
+            hidden.retain_grad()
+            self.kept.append(hidden)
+        return torch.tanh(hidden)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(
+    "layer", [lambda: nn.Linear(WIDTH, WIDTH), lambda: nn.LayerNorm(WIDTH)]
+)
+def test_hooks_run_as_often_as_in_one_backward(
+    layer: Callable[[], nn.Module], keep: bool
+) -> None:
+    stages = [Hooked(layer(), keep) for _ in range(2)]
+    x = torch.randn(8, WIDTH)
+    steps(stages, x)
+    ours, calls = learned(stages), [stage.calls.copy() for stage in stages]
+    kept = [hidden.grad for stage in stages for hidden in stage.kept]
+    for stage in stages:
+        stage.calls.clear()
+        stage.kept.clear()
+    undivided(stages, x)
+
+    assert calls == [stage.calls for stage in stages]
+    assert same(ours, learned(stages))
+    assert len(kept) == (16 if keep else 0)
+    assert same(kept, [hidden.grad for stage in stages for hidden in stage.kept])
+
+
+def test_what_w_will_not_read_is_let_go_of() -> None:
+    """The input of a gelu goes with I; that of a linear layer, with W."""
+    stage = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+    leaf = torch.randn(256, 64, requires_grad=True)
+    hidden = stage[0](leaf)
+    output = stage[2](stage[1](hidden))
+    gelu = hidden.untyped_storage()
+    alive = weakref.ref(gelu)
+    del hidden, gelu
+    assert alive() is not None
+    _, rest = Splitter().input_grads([output], [torch.ones_like(output)], [leaf])
+
+    assert alive() is None
+    with pytest.raises(RuntimeError, match="let go of after I"):
+        torch.autograd.grad(output.sum(), leaf, retain_graph=True)
+    rest.run()
+    assert stage[0].weight.grad is not None
 
 
 @st.composite
