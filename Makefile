@@ -52,6 +52,7 @@ experiments: $(VENV)/ready
 	$(BIN)/python experiments/bubble_by_stages.py
 	$(BIN)/python experiments/simulation_speed.py
 	$(BIN)/python experiments/replay_speed.py
+	$(BIN)/python experiments/lowering_speed.py
 	$(BIN)/python experiments/executor_overhead.py
 
 lint: $(VENV)/ready $(VENV)/typing
