@@ -192,9 +192,10 @@ class Buffers:
         key = kind * self.schedule.stages + table[arrives, 2]
         key = key * self.schedule.devices + table[arrives, 1]
         by_key = np.lexsort((recv, key))
-        _, starts = np.unique(key[by_key], return_index=True)
+        key = key[by_key]
+        starts = 1 + np.flatnonzero(key[1:] != key[:-1])
         waiting: list[Index] = []
-        for members in np.split(by_key, starts[1:]):
+        for members in np.split(by_key, starts):
             born, buffer = recv[members], arrives[members]
             by_death = buffer[np.argsort(freed_by[buffer])]
             free = np.searchsorted(freed_by[by_death], born)

@@ -10,38 +10,30 @@ up everything behind::
     device 0 | 0F0 0F1 ........................ 0B0
                    └─ 1F0 ─ 1B0 ─ transfer ─ latency ┘
 
-All of it is read off the times alone, so that it holds for predicted and for
-measured ones. Where an instruction starts later than its last condition was met,
-the time between is nobody's: it comes late.
+All of it is read off the program and the times, so that it holds for predicted and
+for measured ones. Of conditions met at the same time one is named. What only the
+transport makes an instruction wait for is not in the program: it is inferred where
+an instruction starts late, at the very time at which such a condition was met. Where
+none was, the time between is nobody's: it comes late.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from enum import IntEnum
-from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched.exact import Number, column, plain
-from pipeproof.sched.program import Action, StreamKind
+from pipeproof.sched.parts import Index, Parts, Times, scale_of, scaled, unscaled
+from pipeproof.sched.program import Action, Lists
 
 if TYPE_CHECKING:
     from pipeproof.sched.trace import Trace
 
-Index = NDArray[np.int64]
-Times = NDArray[Any]
-
 SHARED_PROCESSOR = "all devices share one processor"
 """The note of a trace whose compute streams take turns."""
-
-
-LATE = len(Action)
-"""In place of an action: nothing ran, though it could have."""
 
 
 class Why(IntEnum):
@@ -67,141 +59,16 @@ class Why(IntEnum):
     """Of a RECV: its message, whose SEND is the cause."""
 
 
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """Stretches of time and what held up all behind them, latest first.
-
-    Attributes:
-        of: which of the walks each belongs to.
-        instruction: that ran; where it is `late`, that could have run and did not.
-        late: whether nothing was missing, and yet nothing ran.
-        start, end: in the trace's unit of time.
-    """
-
-    trace: Trace
-    of: Index
-    instruction: Index
-    late: NDArray[np.bool_]
-    start: Times
-    end: Times
-
-    def __len__(self) -> int:
-        return len(self.of)
-
-    @property
-    def duration(self) -> Times:
-        """Of each part."""
-        return self.end - self.start
-
-    def by_name(self, *, kinds: bool = False) -> dict[str, Number]:
-        """Total time by what ran, the longest first: `stage 1`, `link 0→1 transfer`.
-
-        Args:
-            kinds: tell the kinds of op apart: `stage 1 F`.
-        """
-        names, which = self.names(kinds=kinds)
-        found = totals(which, self.duration)
-        ordered = sorted(found.items(), key=lambda item: (-item[1], names[item[0]]))
-        return {names[code]: total for code, total in ordered}
-
-    def names(self, *, kinds: bool = False) -> tuple[list[str], Index]:
-        """The different names of what ran, and which of them each part has."""
-        return name_of(self.trace, self.instruction, self.late, kinds=kinds)
-
-
-def totals(which: Index, durations: Times) -> dict[int, Number]:
-    """The sum of the durations of each code that occurs."""
-    if not len(which):
-        return {}
-    order = np.argsort(which, kind="stable")
-    codes, first = np.unique(which[order], return_index=True)
-    sums = np.add.reduceat(durations[order], first)
-    return {int(code): plain(total) for code, total in zip(codes, sums.tolist())}
-
-
-def name_of(
-    trace: Trace,
-    instructions: Index,
-    late: NDArray[np.bool_] | None = None,
-    *,
-    kinds: bool = False,
-) -> tuple[list[str], Index]:
-    """What instructions are the work of: a stage, a link, a host, a reduction.
-
-    Args:
-        trace: what they are of.
-        instructions: of it.
-        late: which of them came late: that is the work of nobody.
-        kinds: tell the kinds of op apart, and groups of them.
-
-    Returns:
-        The different names, and which of them each instruction has.
-    """
-    program = trace.program
-    action = program.action[instructions].astype(np.int64)
-    if late is not None:
-        action = np.where(late, LATE, action)
-    first = program.first_op[instructions]
-    stage = np.where(first >= 0, program.schedule.ops.stage[first], 0)
-    computes = (action == Action.COMPUTE) | (action == Action.REDUCE)
-    place = np.where(computes, stage, program.stream[instructions].astype(np.int64))
-    # Of a device, whatever its stream: compute streams come first, by device.
-    place = np.where(action == LATE, program.device[instructions], place)
-    of_kinds = np.zeros_like(action)
-    if kinds:
-        of_kinds = _kinds(trace, instructions) * (action == Action.COMPUTE)
-    places = 1 + int(place.max(initial=0))
-    code = (of_kinds * (len(Action) + 1) + action) * places + place
-    distinct, which = np.unique(code, return_inverse=True)
-    example = np.empty(len(distinct), dtype=np.int64)
-    example[which] = np.arange(len(code))
-    names = [
-        _name(trace, int(instructions[i]), int(action[i]), int(place[i]), kinds)
-        for i in example.tolist()
-    ]
-    return names, which
-
-
-def _kinds(trace: Trace, instructions: Index) -> Index:
-    """A number for the kinds of an instruction's ops, in any order; 0 for none."""
-    program = trace.program
-    bits = np.int64(1) << program.schedule.ops.kind.astype(np.int64)
-    upto = np.concatenate([[0], np.cumsum(bits)])
-    first, count = program.first_op[instructions], program.op_count[instructions]
-    result: Index = upto[first + count] - upto[first]
-    return np.where(count > 0, result, 0)
-
-
-def _name(trace: Trace, instruction: int, action: int, place: int, kinds: bool) -> str:
-    program = trace.program
-    if action == Action.COMPUTE:
-        if not kinds:
-            return f"stage {place}"
-        ops = program[instruction].ops
-        return f"stage {place} {'&'.join(sorted(op.kind.name for op in ops))}"
-    if action == Action.REDUCE:
-        return f"reduction of stage {place}"
-    stream = program.streams[place]
-    match action:
-        case Action.SEND:
-            return f"link {stream.device}→{stream.peer} transfer"
-        case Action.RECV:
-            return f"link {stream.peer}→{stream.device} latency"
-        case Action.COPY:
-            if stream.link is not None:
-                return "copies over link {}→{}".format(*stream.link)
-            way = "from" if stream.kind == StreamKind.FROM_HOST else "to"
-            return f"copies {way} the host of device {stream.device}"
-        case Action.LOCAL:
-            return f"hand-overs on device {stream.device}"
-        case _:
-            return f"lateness of device {stream.device}"
-
-
 class Causes:
     """The last condition of each instruction.
 
     Time and memory linear in the instructions.
+
+    Args:
+        trace: whose instructions.
+        conditions: where they are known, the stream on which each takes its turn,
+            and all that it waits for beside that and its message; nothing is then
+            inferred from times.
 
     Attributes:
         trace: whose instructions.
@@ -209,7 +76,9 @@ class Causes:
         why: of `Why`, which condition that was.
     """
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(
+        self, trace: Trace, conditions: tuple[NDArray[Any], Lists] | None = None
+    ) -> None:
         self.trace = trace
         self._scale = scale_of(trace.start, trace.end)
         self._start, self._end = (
@@ -219,14 +88,24 @@ class Causes:
         self.of = np.full(size, -1, dtype=np.int64)
         self.why = np.full(size, Why.NOTHING, dtype=np.int8)
         self._met = np.full(size, -1, dtype=self._end.dtype)
+        if conditions is None:
+            self._infer()
+        else:
+            turn, waits = conditions
+            before = _previous(np.arange(size), turn)
+            behind = np.flatnonzero(before >= 0)
+            self._offer(behind, before[behind], Why.STREAM)
+            self._needs(waits)
+        self._since = self._arrivals()
+
+    def _infer(self) -> None:
         self._previous_on_stream()
-        self._needs()
+        self._needs(self.trace.program.waits_for)
         self._meetings()
         self._turns(Action.RECV, Action.COMPUTE, Action.LOCAL, Action.COPY)
         self._turns(Action.REDUCE)
         self._admissions()
         self._turns(Action.SEND)
-        self._since = self._arrivals()
 
     def _offer(self, after: Index, before: Index, why: Why) -> None:
         """Note a condition of each of some instructions, if it was met last."""
@@ -245,8 +124,7 @@ class Causes:
             apart = program.stream[turns[1:]] != program.stream[turns[:-1]]
             self._offer(turns[1:][apart], turns[:-1][apart], Why.PROCESSOR)
 
-    def _needs(self) -> None:
-        waits = self.trace.program.waits_for
+    def _needs(self, waits: Lists) -> None:
         there = np.flatnonzero(np.diff(waits.offsets))
         if not len(there):
             return
@@ -275,9 +153,11 @@ class Causes:
                 self._offer(others.astype(np.int64), causes, Why.MEETING)
 
     def _turns(self, *actions: Action) -> None:
-        """Streams of a device may be one: then they take turns.
+        """Streams of a device may be one: then they take turns, in this order.
 
-        What starts late does so when an earlier one of its device ends.
+        What starts late does so when the one before it in such a stream ends: of
+        the sends and receives between two devices, of all of a device, or of
+        everything on it.
         """
         program = self.trace.program
         late = np.flatnonzero(
@@ -285,20 +165,21 @@ class Causes:
         )
         if not len(late):
             return
-        size = len(program)
-        times, rank = np.unique(self._end, return_inverse=True)
-        at = np.searchsorted(times, self._start[late])
-        known = times[np.minimum(at, len(times) - 1)] == self._start[late]
-        late, at = late[known], at[known]
+        messages = np.flatnonzero(program.message >= 0)
         device = program.device.astype(np.int64)
-        place = device * len(times) + rank
-        order = np.lexsort((np.arange(size), place))
-        wanted = device[late] * len(times) + at
-        # Sorted by device, end and index: the last one of these before it.
-        nearest = np.searchsorted(place[order] * size + order, wanted * size + late)
-        before = order[np.maximum(nearest - 1, 0)]
-        there = (nearest > 0) & (place[before] == wanted)
-        self._offer(late[there], before[there], Why.TURN)
+        peers = [-1 if s.peer is None else s.peer for s in program.streams]
+        peer = np.array(peers, dtype=np.int64)[program.stream]
+        pair = device * program.schedule.devices + peer
+        everything = np.arange(len(program))
+        for members, key in (
+            (messages, pair),
+            (messages, device),
+            (everything, device),
+        ):
+            before = _previous(members, key)[late]
+            there = (before >= 0) & (self._end[before] == self._start[late])
+            self._offer(late[there], before[there], Why.TURN)
+            late = late[~there]
 
     def _admissions(self) -> None:
         """What only the transport makes a SEND wait for.
@@ -425,24 +306,10 @@ class Causes:
         return path[::-1]
 
 
-def scale_of(*columns: Times) -> int | None:
-    """What makes Fractions among these times whole when multiplied; None for none."""
-    if all(times.dtype != object for times in columns):
-        return None
-    return math.lcm(*(t.denominator for times in columns for t in times.tolist()))
-
-
-def scaled(times: Times, scale: int | None) -> Times:
-    """Fractions as ints, which compare and add a hundred times as fast."""
-    if scale is None:
-        return times
-    return column([t.numerator * (scale // t.denominator) for t in times.tolist()])
-
-
-def unscaled(times: Times, scale: int | None) -> Times:
-    """And back."""
-    if scale is None:
-        return times
-    distinct, which = np.unique(times, return_inverse=True)
-    exact = [Fraction(time, scale) for time in distinct.tolist()]
-    return np.array([*exact, None], dtype=object)[:-1][which]
+def _previous(members: Index, key: Index) -> Index:
+    """For each of these instructions the one before with its key; else -1."""
+    order = members[np.argsort(key[members], kind="stable")]
+    alike = key[order[1:]] == key[order[:-1]]
+    result = np.full(len(key), -1, dtype=np.int64)
+    result[order[1:][alike]] = order[:-1][alike]
+    return result

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched.causes import Causes, Index, Parts, Times, Why, name_of, totals
+from pipeproof.sched.causes import Causes, Why
 from pipeproof.sched.exact import Number, plain
+from pipeproof.sched.parts import Index, Parts, Times, name_of, totals
 from pipeproof.sched.program import Action, MessageKind, Program
 
 if TYPE_CHECKING:

@@ -108,6 +108,22 @@ def gathered(
     return offsets[:-1], result
 
 
+def numbered(keys: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The different keys, ascending, and the place of each of `keys` among them.
+
+    Without a sort where the keys, which are no less than 0, reach about as far as
+    there are many.
+    """
+    reach = int(keys.max(initial=-1)) + 1
+    if reach > 4 * len(keys):
+        different = np.unique(keys)
+        return different, np.searchsorted(different, keys)
+    different = np.flatnonzero(np.bincount(keys, minlength=reach))
+    place = np.empty(reach, dtype=np.int32)
+    place[different] = np.arange(len(different), dtype=np.int32)
+    return different, place[keys]
+
+
 def _count(row: Any, offsets: Any) -> None:
     for i in range(len(row)):
         offsets[row[i] + 2] += 1

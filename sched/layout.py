@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipeproof.sched.deps import Index, OpTable, csr, neighbours
 from pipeproof.sched.ir import BACKWARD_KINDS, BESIDE_KINDS, Kind, Schedule
+from pipeproof.sched.kernels import numbered
 from pipeproof.sched.program import Action, MessageKind, Stream, StreamKind
 
 BEFORE, AT, BEHIND = 0, 1, 2
@@ -119,7 +120,13 @@ def hops_of(schedule: Schedule, table: OpTable, nodes: Nodes) -> Hops:
         np.array([MessageKind.ACTIVATION, MessageKind.GRADIENT], dtype=np.int8),
         [len(down[0]), len(up[0])],
     )
-    by_production = np.lexsort((source_op, nodes.rank[nodes.of_op[source_op]]))
+    # Ops by rank, those of a group in their order; an op produces one hop at most.
+    every = np.arange(len(schedule), dtype=np.int32)
+    _, ops = csr(len(nodes.rank), nodes.rank[nodes.of_op], every)
+    hop_of_op = np.full(len(schedule), -1, dtype=np.int32)
+    hop_of_op[source_op] = np.arange(len(source_op), dtype=np.int32)
+    by_production = hop_of_op[ops]
+    by_production = by_production[by_production >= 0]
     source_op, target_op = source_op[by_production], target_op[by_production]
     source, target = nodes.of_op[source_op], nodes.of_op[target_op]
     return Hops(
@@ -239,12 +246,10 @@ def lay_out(
 def _streams(schedule: Schedule, hops: Hops) -> tuple[tuple[Stream, ...], Index, Index]:
     """All streams, and for each hop that of its SEND and of its RECV."""
     remote = np.flatnonzero(hops.remote)
-    _, example, number = np.unique(
-        hops.pair[remote], return_index=True, return_inverse=True
-    )
+    pair = hops.source_device[remote].astype(np.int64) * schedule.devices
+    pairs, number = numbered(pair + hops.target_device[remote])
     streams = [Stream(device, StreamKind.COMPUTE) for device in range(schedule.devices)]
-    ends = hops.source_device[remote[example]], hops.target_device[remote[example]]
-    for a, b in zip(*(devices.tolist() for devices in ends)):
+    for a, b in (divmod(pair, schedule.devices) for pair in pairs.tolist()):
         streams += [Stream(a, StreamKind.SEND, b), Stream(b, StreamKind.RECV, a)]
     send = np.full(len(hops.kind), -1, dtype=np.int32)
     send[remote] = schedule.devices + 2 * number

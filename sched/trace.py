@@ -17,12 +17,13 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from pipeproof.sched import metrics
-from pipeproof.sched.causes import Causes, Parts
+from pipeproof.sched.causes import Causes
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, mean, ratio
 from pipeproof.sched.gaps import Gaps
 from pipeproof.sched.grid import draw
 from pipeproof.sched.memory import Curve, Ledger, Peak, Sizes
+from pipeproof.sched.parts import Parts
 from pipeproof.sched.program import Program
 
 Times = NDArray[Any]

@@ -1,11 +1,11 @@
 """What would make a step shorter: what 1 % less of each thing buys.
 
-With the order of everything given, the makespan is the longest of all paths through
-the program, and so a convex function of its durations. Taking the part x off the
-time of some instructions therefore shortens it by no more than x times what the
-critical path spends in them, and by less where another path then becomes the
-longest. The first is read off one simulation; the second, the truth, needs another
-simulation for each group of instructions.
+With the order of everything given, and no links shared, the makespan is the longest
+of all paths through the program, and so a convex function of its durations. Taking
+the part x off the time of some instructions therefore shortens it by no more than x
+times what the critical path spends in them, and by less where another path then
+becomes the longest. The first is read off one simulation; the second, the truth,
+needs another simulation for each group of instructions.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched import Program, Schedule, Trace, lower
-from pipeproof.sched.causes import Index, name_of, totals
+from pipeproof.sched.causes import Causes
 from pipeproof.sched.errors import ParameterError, UnsupportedError
 from pipeproof.sched.exact import Number, is_number, plain
+from pipeproof.sched.parts import Index, name_of, totals
 from pipeproof.sim.cluster import Cluster
 from pipeproof.sim.cost import Cost
 from pipeproof.sim.engine import play
 from pipeproof.sim.predict import simulate
-from pipeproof.sim.replay import replay
+from pipeproof.sim.replay import all_waits, replay
 from pipeproof.sim.timing import LONGEST, Timing
+from pipeproof.sim.topology import contended
+from pipeproof.sim.waits import turns
 
 By = Literal["stage", "device"]
 
@@ -39,7 +42,8 @@ class Gain:
         name: what they do: `stage 1 F`, `device 1`, `link 0→1 transfer`.
         time: of all of them together.
         critical: what the critical path spends in them.
-        most: what the gain would be if the critical path stayed the longest.
+        most: what the gain would be if the critical path stayed the longest; no
+            gain is larger, but where links are shared.
         gain: by how much the makespan gets shorter.
     """
 
@@ -76,9 +80,9 @@ def sensitivity(
     """How much sooner a step ends if one thing takes less time.
 
     The groups are, of ops, each stage's F, B, I, W, … or each device's; of each
-    link its transfers (what more bandwidth shortens) and its latency; the copies of
-    each device to and from its host; the reductions of each stage. Those that take
-    no time are left out.
+    link its transfers and its latency; the copies of each device to and from its
+    host; the reductions of each stage. Those that take no time are left out. A part
+    x less time for transfers is what 1 / (1 - x) times the bandwidth comes to.
 
     Args:
         schedule: lowered with the default policies; a Program where others are
@@ -102,19 +106,23 @@ def sensitivity(
     program = schedule if isinstance(schedule, Program) else lower(schedule)
     trace = simulate(program, cost, cluster)
     names, group = _groups(trace, by)
-    parts = trace.critical_parts
-    held_up = ~parts.late
-    spent = totals(group[parts.instruction[held_up]], parts.duration[held_up])
+    turn = turns(program, cluster)
+    parts = Causes(trace, (turn, all_waits(program, turn, cluster))).critical
+    spent = totals(group[parts.instruction], parts.duration)
     timing = Timing.of(program, cost, cluster, trace.sizes)
     own = _own_time(program, timing)
+    shared = contended(program, cluster)
     gains = []
     for number, time in totals(group, own).items():
         if not time:
             continue
-        shorter = _shortened(program, timing, group == number, less)
-        # A group's critical time may be 0: its gain then is, too.
         critical = spent.get(number, 0)
-        gain = trace.makespan - _makespan(program, shorter, cluster)
+        gain: Any = 0
+        # Beside the critical path nothing is gained, unless transfers share links:
+        # then less of one thing changes how long others take.
+        if critical or shared:
+            shorter = _shortened(program, timing, group == number, less)
+            gain = trace.makespan - _makespan(program, shorter, cluster)
         gains.append(
             Gain(
                 names[number],

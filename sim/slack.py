@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched import Trace, kernels
-from pipeproof.sched.causes import scale_of, scaled, unscaled
 from pipeproof.sched.exact import column
+from pipeproof.sched.parts import scale_of, scaled, unscaled
 from pipeproof.sim.cluster import Cluster
 from pipeproof.sim.replay import all_waits, not_in_order
 from pipeproof.sim.waits import turns

@@ -16,7 +16,17 @@ from pipeproof.cli import commands, main, options
 from pipeproof.sched import POLICIES
 from pipeproof.sched.interop.chrome import UNITS
 
-COMMANDS = ["list", "show", "check", "simulate", "explain", "sweep", "run", "verify", "export"]
+COMMANDS = [
+    "list",
+    "show",
+    "check",
+    "simulate",
+    "explain",
+    "sweep",
+    "run",
+    "verify",
+    "export",
+]
 HEAVY = ["torch", "numba", "simpy", "networkx", "rich", "numpy", "pipeproof.sched"]
 
 

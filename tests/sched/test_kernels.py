@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeproof.sched import catalog, check, kernels, lower
-from pipeproof.sched.kernels import gathered, levels
+from pipeproof.sched.kernels import gathered, levels, numbered
 from pipeproof.sim import simulate
 
 graphs = st.integers(1, 12).flatmap(
@@ -69,6 +69,14 @@ def test_grouped_in_the_order_given(blocks: list[list[tuple[int, int]]]) -> None
             offsets, values = gathered(5, columns, np.int32)
         assert values.dtype == np.int32
         assert [part.tolist() for part in np.split(values, offsets[1:-1])] == expected
+
+
+@given(keys=st.lists(st.integers(0, 9) | st.integers(0, 999)))
+def test_numbered_as_unique_does(keys: list[int]) -> None:
+    different, place = numbered(np.array(keys, dtype=np.int64))
+
+    assert different.tolist() == sorted(set(keys))
+    assert different[place].tolist() == keys
 
 
 def test_works_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,7 @@ def test_the_peak_of_a_small_timetable() -> None:
         "boundary": 10,
         "workspace": 50,
         "host": 0,
+        "offloaded": 0,
     }
 
 

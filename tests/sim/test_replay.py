@@ -167,6 +167,16 @@ def test_an_instruction_before_one_it_waits_for_is_found() -> None:
         simulate_many(program, np.ones((1, len(program.computes))))
 
 
+def test_a_deadlock_is_named_by_the_engine() -> None:
+    """One stream for everything cannot post a receive while it waits to send."""
+    program = lower(catalog.make("gpipe", devices=2, micro_batches=1))
+    alone = Cluster(shared_processor=True, streams="sync", buffering="rendezvous")
+
+    assert both(program, Cost(), alone) is None
+    with pytest.raises(DeadlockError, match="instructions never run"):
+        simulate(program, None, alone)
+
+
 SHARED = Cluster(devices_per_node=2, nic_bandwidth=1)
 
 
@@ -182,6 +192,8 @@ def test_shared_links_are_left_to_the_engine() -> None:
     )
     with pytest.raises(UnsupportedError, match="share a network card"):
         simulate(schedule, cost, SHARED, engine="replay")
+    with pytest.raises(UnsupportedError, match="share a network card"):
+        simulate_many(schedule, np.ones((1, len(schedule))), cost, SHARED)
 
 
 def test_says_which_engines_there_are() -> None:
