@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := sched sim exec cli
+WORKERS := --numprocesses auto --maxprocesses 8
 TYPED := $(PACKAGES:%=-p pipeproof.%)
 
 # Our package directories are named like the standard library's `sched` and the
@@ -17,7 +18,7 @@ help:
 	@echo 'make demo      train a small GPT pipelined and not, compare, write a trace'
 	@echo 'make test      the tests (a few minutes)'
 	@echo 'make test-all  the tests, long ones too'
-	@echo 'make experiments  measure speed, write experiments/results/'
+	@echo 'make experiments  repeat figures and measurements, write experiments/results/'
 	@echo 'make lint      formatting, lint, types'
 	@echo 'make format    rewrite files as the formatter wants them'
 	@echo 'make dist      wheel and sdist under dist/'
@@ -39,17 +40,20 @@ demo: $(VENV)/ready
 	$(BIN)/python experiments/demo.py
 
 test: $(VENV)/ready
-	$(BIN)/pytest
+	$(BIN)/pytest $(WORKERS)
 
 test-all: $(VENV)/ready
-	$(BIN)/pytest -m 'slow or not slow'
+	$(BIN)/pytest $(WORKERS) -m 'slow or not slow'
 
 experiments: $(VENV)/ready
-	$(BIN)/python experiments/simulation_speed.py
-	$(BIN)/python experiments/replay_speed.py
-	$(BIN)/python experiments/executor_overhead.py
+	$(BIN)/python experiments/gpipe_table2.py
+	$(BIN)/python experiments/zero_bubble_tables.py
 	$(BIN)/python experiments/recomputation.py
 	$(BIN)/python experiments/bubble_by_stages.py
+	$(BIN)/python experiments/simulation_speed.py
+	$(BIN)/python experiments/replay_speed.py
+	$(BIN)/python experiments/lowering_speed.py
+	$(BIN)/python experiments/executor_overhead.py
 
 lint: $(VENV)/ready $(VENV)/typing
 	$(BIN)/ruff format --check

@@ -331,11 +331,20 @@ def _dtype(default: str) -> Callable[[Function], Function]:
     help="Learning rate of SGD.",
 )
 @click.option(
+    "--ranks",
+    type=int,
+    metavar="P",
+    help="Start a process for each device of the schedule, on this host.",
+)
+@click.option(
     "--trace", "trace_path", metavar="PATH", help="Write the last step's Chrome trace."
 )
 @as_json
 def run(*, wanted: Wanted, as_json: bool, **rest: Any) -> None:
-    """Train a model with a schedule, in this process, and measure it.
+    """Train a model with a schedule, and measure it.
+
+    In this process, in one for each device (--ranks), or as one of torchrun's:
+    torchrun --nproc-per-node=P -m pipeproof.exec, with these arguments.
 
     Needs torch. MODULE:FUNCTION is your own code (MODULE a dotted name or a path
     that ends in .py): it is called with stages=, batch=, dtype=, seed= and

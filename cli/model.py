@@ -7,6 +7,7 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,8 @@ def load_example(
     if rows < 1:
         raise ParameterError(f"batch must be at least 1, got {rows}")
     make = EXAMPLES.get(model) or _own(model, list(EXAMPLES))
+    if model in EXAMPLES:
+        make = partial(make, slices=schedule.slices)
     try:
         made = make(
             stages=schedule.stages, batch=rows, dtype=getattr(torch, dtype), seed=seed

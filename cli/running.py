@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import click
 import torch
+import torch.distributed as dist
 
 from pipeproof.cli.model import load_example
 from pipeproof.cli.options import Wanted
@@ -16,23 +18,44 @@ from pipeproof.cli.output import emit_json, write_file
 from pipeproof.cli.predict import figures
 from pipeproof.cli.simulating import tell
 from pipeproof.cli.source import load
-from pipeproof.exec import Pipeline
-from pipeproof.sched import ParameterError
+from pipeproof.exec import Pipeline, Ranks, launch
+from pipeproof.sched import ParameterError, Schedule, Trace
 from pipeproof.sched.interop.chrome import write_chrome
+
+
+@dataclass(frozen=True)
+class Training:
+    """What to train and how; see the options of the command."""
+
+    schedule: Schedule
+    model: str
+    batch: int | None
+    device: str
+    seed: int
+    dtype: str
+    steps: int
+    lr: float
+    quiet: bool
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of it: of each step its loss and seconds, of the last a trace."""
+
+    losses: list[float]
+    seconds: list[float]
+    trace: Trace
 
 
 def train(
     wanted: Wanted,
     *,
-    model: str,
-    batch: int | None,
-    device: str,
-    seed: int,
-    dtype: str,
-    steps: int,
-    lr: float,
+    ranks: int | None,
     trace_path: str | None,
     as_json: bool,
+    steps: int,
+    lr: float,
+    **options: Any,
 ) -> None:
     """Train some steps with SGD, and print losses, times and the last trace."""
     if steps < 1:
@@ -40,12 +63,56 @@ def train(
     if not 0 <= lr < math.inf:
         raise ParameterError(f"lr must be a finite number of at least 0, got {lr}")
     schedule = load(wanted)
-    example = load_example(model, schedule, batch, dtype, seed)
-    devices = devices_of(device)
-    pipeline = Pipeline(example.stages, schedule, example.loss_fn, devices=devices)
+    training = Training(schedule, steps=steps, lr=lr, quiet=as_json, **options)
+    by_torchrun = dist.is_available() and dist.is_torchelastic_launched()
+    if by_torchrun:
+        trained = _as_rank_of_torchrun(training, ranks)
+    elif ranks is not None:
+        _check_ranks(ranks, schedule)
+        (trained, *_) = launch(train_as_rank, ranks, training)
+    else:
+        trained = _train(training)
+    if trained is not None:
+        _report(trained, trace_path, as_json=as_json)
+
+
+def _as_rank_of_torchrun(training: Training, ranks: int | None) -> Trained | None:
+    if ranks is not None:
+        raise ParameterError("--ranks starts ranks, and torchrun has done so already")
+    dist.init_process_group("gloo")
+    joined = Ranks.of(True)
+    with joined.together("its beginning"):
+        _check_ranks(joined.size, training.schedule)
+    return train_as_rank(joined, training)
+
+
+def _check_ranks(ranks: int, schedule: Schedule) -> None:
+    if ranks != schedule.devices:
+        raise ParameterError(
+            f"{schedule.summary} needs {schedule.devices} ranks, one for each device, "
+            f"got {ranks}"
+        )
+
+
+def train_as_rank(ranks: Ranks, training: Training) -> Trained | None:
+    """One rank's part; the first one tells how it went."""
+    trained = _train(training, ranks)
+    return trained if ranks.rank == 0 else None
+
+
+def _train(training: Training, ranks: Ranks | None = None) -> Trained:
+    schedule, steps = training.schedule, training.steps
+    example = load_example(
+        training.model, schedule, training.batch, training.dtype, training.seed
+    )
+    devices = devices_of(training.device)
+    pipeline = Pipeline(
+        example.stages, schedule, example.loss_fn, devices, ranks=ranks or False
+    )
     parameters = [p for stage in example.stages for p in stage.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=lr)
-    torch.manual_seed(seed)
+    optimizer = torch.optim.SGD(parameters, lr=training.lr)
+    torch.manual_seed(training.seed)
+    quiet = training.quiet or (ranks is not None and ranks.rank > 0)
     losses, seconds = [], []
     for step in range(steps):
         started = perf_counter()
@@ -55,17 +122,21 @@ def train(
         losses.append(loss.item())
         _settle(devices)
         seconds.append(perf_counter() - started)
-        if not as_json:
+        if not quiet:
             took = f"{seconds[-1] * 1e3:,.1f} ms"
             click.echo(f"step {step + 1}/{steps}: loss {losses[-1]:.6f}, {took}")
-    trace = pipeline.trace
+    return Trained(losses, seconds, pipeline.trace)
+
+
+def _report(trained: Trained, trace_path: str | None, *, as_json: bool) -> None:
+    trace, seconds = trained.trace, trained.seconds
     if trace_path is not None:
         write_file(trace_path, lambda file: write_chrome(trace, file))
     if as_json:
         emit_json(
             {
                 **figures(trace),
-                "losses": [x if math.isfinite(x) else None for x in losses],
+                "losses": [x if math.isfinite(x) else None for x in trained.losses],
                 "step_seconds": seconds,
                 "median_step_seconds": median(seconds),
             }

@@ -6,9 +6,12 @@ Knows `sched` and torch, never `sim`.
 from pipeproof.exec.errors import BatchError as BatchError
 from pipeproof.exec.errors import LossError as LossError
 from pipeproof.exec.errors import ModelError as ModelError
+from pipeproof.exec.errors import RankError as RankError
 from pipeproof.exec.errors import StepError as StepError
 from pipeproof.exec.examples import EXAMPLES as EXAMPLES
 from pipeproof.exec.examples import Example as Example
+from pipeproof.exec.group import Ranks as Ranks
+from pipeproof.exec.launch import launch as launch
 from pipeproof.exec.measure import ActivationMeter as ActivationMeter
 from pipeproof.exec.partition import split_evenly as split_evenly
 from pipeproof.exec.pipeline import Pipeline as Pipeline

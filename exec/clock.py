@@ -18,6 +18,9 @@ class Clock:
 
     Args:
         devices: that may be named; the clock starts when all of them are idle.
+
+    Attributes:
+        origin: when it started, by `perf_counter`.
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
@@ -25,7 +28,7 @@ class Clock:
         self._cuda = {d for d in devices if d.type == "cuda"}
         for device in self._cuda:
             torch.cuda.synchronize(device)
-        self._origin = time.perf_counter()
+        self.origin = time.perf_counter()
         self._base = {device: self._event(device) for device in self._cuda}
 
     @staticmethod
@@ -41,7 +44,7 @@ class Clock:
     def _now(self, device: torch.device) -> Any:
         if device in self._cuda:
             return device, self._event(device)
-        return time.perf_counter() - self._origin
+        return time.perf_counter() - self.origin
 
     def read(self) -> tuple[list[float], list[float]]:
         """Start and end of each instruction, in seconds from the clock's start."""

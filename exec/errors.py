@@ -23,3 +23,7 @@ class StepError(PipeproofError, RuntimeError):
     Gradients of some micro-batches are in `.grad` by then and others are not:
     zero them before the next step.
     """
+
+
+class RankError(PipeproofError, RuntimeError):
+    """Ranks that do not agree, or that end because another one failed."""

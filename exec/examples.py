@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeproof.exec.batch import Value
+from pipeproof.exec.batch import LossFn, Value
 from pipeproof.exec.partition import split_evenly
-from pipeproof.exec.runtime import LossFn
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Example:
     Attributes:
         stages: one for each stage of the schedule.
         inputs, targets: a batch.
-        loss_fn: a mean over rows.
+        loss_fn: a mean over rows, and over positions where there are any.
     """
 
     stages: list[nn.Sequential]
@@ -35,12 +35,14 @@ def mlp(
     *,
     batch: int = 64,
     width: int = 64,
+    slices: int = 1,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Example:
     """A regression: one linear layer and a tanh for each stage.
 
-    Inputs and targets have shape (batch, width).
+    Inputs and targets have shape (batch, width); for several slices (batch, 4 ×
+    slices, width).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -48,26 +50,42 @@ def mlp(
             nn.Sequential(nn.Linear(width, width, dtype=dtype), nn.Tanh())
             for _ in range(stages)
         ]
-        inputs = torch.randn(batch, width, dtype=dtype)
-        targets = torch.sin(inputs.roll(1, dims=1))
+        shape = (batch, width) if slices == 1 else (batch, 4 * slices, width)
+        inputs = torch.randn(shape, dtype=dtype)
+        targets = torch.sin(inputs.roll(1, dims=-1))
     return Example(layers, inputs, targets, functional.mse_loss)
 
 
 class Embedding(nn.Module):
-    """Token and position embeddings: (batch, tokens) → (batch, tokens, width)."""
+    """Token and position embeddings: (batch, tokens) → (batch, tokens, width).
+
+    Its carry is the position of the next slice's first token.
+    """
+
+    takes_carry = True
 
     def __init__(self, vocabulary: int, tokens: int, width: int) -> None:
         super().__init__()
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(tokens, width)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, carry: Any = None) -> Any:
         """Sum of the two embeddings."""
-        return self.token(ids) + self.position.weight[: ids.shape[1]]  # type: ignore[no-any-return]
+        if carry is None:
+            return self.token(ids) + self.position.weight[: ids.shape[1]]
+        first = carry if isinstance(carry, Tensor) else torch.zeros_like(ids[0, 0])
+        at = first + torch.arange(ids.shape[1], device=ids.device)
+        return self.token(ids) + self.position(at), at[-1] + 1
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block with causal attention."""
+    """A pre-norm transformer block with causal attention.
+
+    Its carry is the keys and values so far: two of (batch, heads, tokens, width of
+    a head).
+    """
+
+    takes_carry = True
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -81,15 +99,26 @@ class Block(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, carry: Any = None) -> Any:
         """(batch, tokens, width) → the same shape."""
         q, k, v = (
             part.unflatten(2, (self.heads, -1)).transpose(1, 2)
             for part in self.qkv(self.norm_1(x)).chunk(3, dim=2)
         )
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        seen = None
+        if carry:
+            k, v = torch.cat([carry[0], k], 2), torch.cat([carry[1], v], 2)
+            # The last query sees all keys, each one before it one less.
+            all_seen = torch.ones(
+                q.shape[2], k.shape[2], dtype=torch.bool, device=q.device
+            )
+            seen = all_seen.tril(k.shape[2] - q.shape[2])
+        mixed = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=seen is None
+        )
         x = x + self.dropout(self.proj(mixed.transpose(1, 2).flatten(2)))
-        return x + self.dropout(self.mlp(self.norm_2(x)))  # type: ignore[no-any-return]
+        x = x + self.dropout(self.mlp(self.norm_2(x)))
+        return x if carry is None else (x, (k, v))
 
 
 def gpt_layers(
@@ -118,15 +147,20 @@ def gpt(
     stages: int,
     *,
     batch: int = 16,
+    slices: int = 1,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Example:
-    """A byte-level GPT with dropout, on random bytes: (batch, 64) → (batch, 64)."""
+    """A byte-level GPT with dropout, on random bytes.
+
+    Inputs and targets have shape (batch, tokens), 64 tokens or as many as slices.
+    """
+    tokens = max(64, slices)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers = gpt_layers(layers=max(6, stages - 2))
+        layers = gpt_layers(layers=max(6, stages - 2), tokens=tokens)
         model = split_evenly(layers, stages)
-        ids = torch.randint(256, (batch, 65))
+        ids = torch.randint(256, (batch, tokens + 1))
     parts = [part.to(dtype) for part in model]
     return Example(parts, ids[:, :-1], ids[:, 1:].contiguous(), token_loss)
 

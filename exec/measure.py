@@ -1,20 +1,27 @@
 """Count live activations from outside the executor.
 
-The meter never looks at what the executor keeps. It learns of a storage when
-autograd saves a tensor for backward, or when one enters a stage, and sees it die
-through a weak reference to the storage itself: a storage counts once however many
-tensors share it, and for as long as anything at all holds it.
+The meter never looks at what the executor keeps. It learns of a storage when a
+tensor enters a stage, or from the nodes of the graph that the functions of torch
+make, which tell what they saved for backward; and sees it die through a weak
+reference to the storage itself: a storage counts once however many tensors share
+it, and for as long as anything at all holds it.
+
+It does not go by saved-tensor hooks: a tensor saved under hooks is out of reach
+of whoever would let go of it, so that measuring would change what is measured.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
 
 from pipeproof.exec.stage import StageModule, units_of
 
@@ -23,9 +30,9 @@ class ActivationMeter:
     """Live bytes while it is entered, of all stages and of each.
 
     Counts what is saved for backward, and the inputs of stages, stored ones
-    included; neither parameters, nor buffers, nor what a forward uses only
-    meanwhile. That is what the simulator's activation, input and stored input
-    bytes predict.
+    included; neither parameters, nor buffers, nor gradients, nor what a forward
+    uses only meanwhile, nor what hooks on saved tensors keep in its place. That is
+    what the simulator's activation, input and stored input bytes predict.
 
     Args:
         stages: as given to `Pipeline`; all run in this thread.
@@ -51,8 +58,9 @@ class ActivationMeter:
         self._stage = 0
         self._seen: dict[int, list[Any]] = {}
         self._ignored: set[int] = set()
+        self._walked: set[int] = set()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._saved, _same)
+        self._watch = _Watch(self._made)
 
     def ignore(self, *tensors: Tensor) -> None:
         """Leave these out: a batch that lives on anyway, say."""
@@ -65,7 +73,7 @@ class ActivationMeter:
             enter = self._entering(number)
             hook = units[0].register_forward_pre_hook(enter, prepend=True)
             self._handles.append(hook)
-        self._hooks.__enter__()
+        self._watch.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
@@ -74,10 +82,11 @@ class ActivationMeter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._hooks.__exit__(kind, error, traceback)
+        self._watch.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._walked.clear()
 
     def _entering(self, number: int) -> Any:
         def enter(_: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -87,9 +96,18 @@ class ActivationMeter:
 
         return enter
 
-    def _saved(self, tensor: Tensor) -> Tensor:
-        self._see(tensor, saved=True)
-        return tensor
+    def _made(self, tensors: list[Tensor]) -> None:
+        """Look at the nodes behind these that are new."""
+        waiting = [tensor.grad_fn for tensor in tensors]
+        while waiting:
+            node = waiting.pop()
+            # A node's number in the order of creation; of leaves' nodes, all ones.
+            if node is None or (number := node._sequence_nr()) in self._walked:
+                continue
+            self._walked.add(number)
+            for tensor in _saved_by(node):
+                self._see(tensor, saved=True)
+            waiting += [child for child, _ in node.next_functions]
 
     def _see(self, tensor: Tensor, *, saved: bool) -> None:
         storage = tensor.untyped_storage()
@@ -116,8 +134,36 @@ class ActivationMeter:
             self.live_of[stage] -= size
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+class _Watch(TorchFunctionMode):
+    """Shows what each function of torch was given, and what it made."""
+
+    def __init__(self, show: Callable[[list[Tensor]], None]) -> None:
+        super().__init__()
+        self._show = show
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # A custom autograd.Function is none of torch's; what uses its result is.
+        self._show(_tensors(args) + _tensors(result))
+        return result
+
+
+def _saved_by(node: Node) -> Iterator[Tensor]:
+    """The tensors that a node saved; what hooks made of one is not looked at."""
+    for name in _attributes(type(node)):
+        saved = getattr(node, name)
+        for one in saved if isinstance(saved, (tuple, list)) else (saved,):
+            tensor = one.data if one.unpack_hook is None else None
+            if tensor is not None and tensor.dim():  # a factor is no activation
+                yield tensor
+
+
+@cache
+def _attributes(kind: type) -> list[str]:
+    """Under which nodes of a kind have what they saved: torch's SavedTensor."""
+    return [name for name in dir(kind) if name.startswith("_raw_saved_")]
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from pipeproof.exec.batch import LossScale, Value, check_scale, factors, rows_of, split
+from pipeproof.exec.batch import (
+    LossFn,
+    LossScale,
+    Value,
+    check_pairs,
+    check_scale,
+    factors,
+    split,
+)
+from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError, ModelError
+from pipeproof.exec.group import Ranks
+from pipeproof.exec.ranked import Ranked
+from pipeproof.exec.replicas import Replica
 from pipeproof.exec.rng import step_seed
-from pipeproof.exec.runtime import LossFn, Runtime, Step
-from pipeproof.exec.stage import Stage, StageModule
-from pipeproof.exec.tensors import copied
+from pipeproof.exec.runtime import Runtime
+from pipeproof.exec.stage import Stage, StageModule, check_sliced
+from pipeproof.exec.step import Step
+from pipeproof.exec.tensors import copied, flat
 from pipeproof.sched import (
     BufferKind,
-    Kind,
     ParameterError,
     Program,
     Schedule,
     Trace,
-    UnsupportedError,
     lower,
 )
 from pipeproof.sched.causes import SHARED_PROCESSOR
 from pipeproof.sched.memory import Sizes
 
-RUNS = {Kind.F, Kind.B, Kind.R}
-
 
 class Pipeline:
-    """Trains a model in stages as a schedule says, in one process.
+    """Trains a model in stages as a schedule says.
+
+    In one process, or in one for each device of the schedule (`ranks`).
 
     `step` does what this does, for one batch::
 
@@ -41,8 +54,18 @@ class Pipeline:
     Stage s of the schedule is `stages[s]`. What a stage returns is what the next
     one is called with: a tensor, or a tuple of tensors as one argument. A stage may
     be a sequence of units, the smallest pieces a partition may cut between (an
-    `nn.Sequential` is one); dropout and other randomness depends on the unit
-    and the micro-batch, not on the schedule or on where the cuts fall.
+    `nn.Sequential` is one); dropout and other randomness depends on the unit,
+    the micro-batch and the slice, not on the schedule or on where the cuts fall.
+
+    Where the schedule cuts micro-batches into slices along the sequence, dimension
+    1, a unit is called on one slice after the other, and must work position by
+    position. One that needs what earlier slices computed, as causal attention does
+    keys and values, says `takes_carry = True`: it is called as `unit(x, carry)`, with
+    `()` for the first slice, and returns `(y, carry)`; the carry, a tensor or a
+    nested tuple of tensors, goes to its call on the next slice.
+
+    Where several devices hold a stage (two pipes), each sums the gradients of its
+    micro-batches, and REDUCE adds the sum over the devices to `.grad` once.
 
     Args:
         stages: one for each stage of the schedule; moved to their devices.
@@ -50,16 +73,26 @@ class Pipeline:
         loss_fn: (output of the last stage, targets) → scalar.
         devices: one for all, or one for each device of the schedule.
         loss_scale: how the micro-batches' losses add up to the batch's. `rows`:
-            `loss_fn` is a mean over rows, and each counts with its rows. `sum`: it
-            is a sum. A callable gives the weight of a micro-batch from its targets
-            (how many tokens count, for a mean that ignores some).
+            `loss_fn` is a mean over rows, and each counts with its rows; where the
+            schedule has slices it is a mean over rows and positions, and each slice
+            counts with its share of both. `sum`: it is a sum. A callable gives the
+            weight of a micro-batch, or of a slice, from its targets (how many tokens
+            count, for a mean that ignores some).
+        ranks: run one device of the schedule in this process, and the others in
+            those of a process group: a `Ranks`, a group, or True for all processes.
+            Rank r is device r. Each makes the same pipeline; a rank needs its own
+            stages only, and others may be None.
 
     Raises:
         ScheduleError: `check` has findings.
         ModelError: another number of stages than the schedule's, an empty one, or
-            one that shares a parameter across devices.
+            one that shares a parameter across devices, or across stages where
+            several devices hold one; with slices, a unit that mixes positions and
+            takes no carry.
         ParameterError: another number of devices, or an unknown loss scale.
-        UnsupportedError: ops that are not executed yet.
+        UnsupportedError: ops that are not lowered to a program yet; with ranks,
+            activations kept in another device's memory.
+        RankError: the ranks were given different things, or another one failed.
 
     Source:
         Huang et al. 2018, arXiv:1811.06965 (synchronous micro-batches).
@@ -67,29 +100,56 @@ class Pipeline:
 
     def __init__(
         self,
-        stages: Sequence[StageModule] | nn.Sequential,
+        stages: Sequence[StageModule | None] | nn.Sequential,
         schedule: Schedule,
         loss_fn: LossFn,
         devices: str | torch.device | Sequence[str | torch.device] = "cpu",
         *,
         loss_scale: LossScale = "rows",
+        ranks: Ranks | ProcessGroup | bool = False,
     ) -> None:
-        check_scale(loss_scale)
-        _supported(schedule)
-        if isinstance(devices, (str, torch.device)):
-            devices = [devices]
+        self._trace: Trace | None = None
+        self._ranked: Ranked | None = None
         self.schedule = schedule
         self._loss_scale = loss_scale
-        self._shared = len(devices) == 1
-        # On one device nothing is under way: a boundary tensor is handed over
-        # when its consumer is next, and lies nowhere meanwhile but in one place.
-        self.program: Program = lower(
-            schedule, receives="late" if self._shared else "early"
+        joined = None if ranks is False else Ranks.of(ranks)
+        with nullcontext() if joined is None else joined.together("its beginning"):
+            check_scale(loss_scale)
+            if isinstance(devices, (str, torch.device)):
+                devices = [devices]
+            self._shared = len(devices) == 1 and joined is None
+            # On one device nothing is under way: a boundary tensor is handed over
+            # when its consumer is next, and lies nowhere meanwhile but in one place.
+            self.program: Program = lower(
+                schedule, receives="late" if self._shared else "early"
+            )
+            self._devices = _torch_devices(devices, schedule)
+            _check_count(len(stages), schedule)
+            if joined is None:
+                homes = _place(list(stages), schedule, self._devices)
+                self._runtime = Runtime(self.program, homes, loss_fn, self._devices)
+            else:
+                self._join(joined, list(stages), loss_fn)
+
+    def _join(
+        self, ranks: Ranks, stages: list[StageModule | None], loss_fn: LossFn
+    ) -> None:
+        """Run one device's part here; the others are other ranks'."""
+        ranked = Ranked(ranks, self.program, stages, self._devices, self._loss_scale)
+        self._ranked = ranked
+        for stage in ranked.homes.values():
+            if self.schedule.slices > 1:
+                check_sliced(stage.units)
+        _refuse_shared(self.schedule, ranked.homes)
+        self._runtime = Runtime(
+            self.program,
+            ranked.homes,
+            loss_fn,
+            self._devices,
+            mine=[ranks.rank],
+            transport=ranked.transport,
+            reduce=ranked.reducer.reduce,
         )
-        self._stages = _place(list(stages), schedule, devices)
-        self._devices = list(dict.fromkeys(stage.device for stage in self._stages))
-        self._runtime = Runtime(self.program, self._stages, loss_fn)
-        self._trace: Trace | None = None
 
     @property
     def trace(self) -> Trace:
@@ -102,7 +162,9 @@ class Pipeline:
             raise ParameterError("no step was recorded: call step(…, record=True)")
         return self._trace
 
-    def step(self, inputs: Value, targets: Value, *, record: bool = False) -> Tensor:
+    def step(
+        self, inputs: Value | None, targets: Value | None, *, record: bool = False
+    ) -> Tensor:
         """Forward and backward of one batch, micro-batch by micro-batch.
 
         The batch is cut along its first dimension as `torch.tensor_split` does, so
@@ -110,19 +172,26 @@ class Pipeline:
         there is no optimizer step.
 
         Args:
-            inputs: shape (rows, …), or a tuple of such.
-            targets: likewise, of as many rows.
+            inputs: shape (rows, …), or a tuple of such; (rows, positions, …) where
+                the schedule has slices, cut likewise along positions.
+            targets: likewise, of as many rows (and positions).
             record: measure a `trace`.
 
+        Of several ranks all call it. Those that run a first stage need the inputs
+        and those that run a last one the targets; elsewhere they are ignored. A
+        rank's failure ends the step on all.
+
         Returns:
-            The batch's loss, a detached scalar.
+            The batch's loss, a detached scalar; the same on every rank.
 
         Raises:
-            BatchError: fewer rows than micro-batches, or targets of other rows.
+            BatchError: fewer rows than micro-batches or positions than slices, or
+                targets of other ones.
             LossError: a loss that is not a scalar, or weights that are none.
             ModelError: a stage that changes its input in place, or returns what
                 cannot cross to the next.
             StepError: the model or the loss raised; the cause is chained.
+            RankError: another rank failed, is lost, or no rank moves any more.
             ParameterError: called inside `torch.inference_mode`.
         """
         if torch.is_inference_mode_enabled():
@@ -130,33 +199,57 @@ class Pipeline:
                 "step computes gradients, and torch.inference_mode forbids them: call "
                 "it outside"
             )
-        count = self.schedule.micro_batches
-        batch = split("inputs", inputs, count)
-        labels = split("targets", targets, count)
-        rows, found = rows_of("inputs", inputs), rows_of("targets", targets)
-        if rows != found:
-            raise BatchError(
-                f"targets have {found} rows and inputs {rows}: each row of the inputs "
-                "needs its target"
-            )
+        if self._ranked is not None:
+            return self._step_of(self._ranked, inputs, targets, record)
+        if inputs is None or targets is None:
+            raise BatchError("got no batch: only other ranks' parts may be None")
+        schedule = self.schedule
+        check_pairs(inputs, targets, schedule.slices)
+        batch = split("inputs", inputs, schedule.micro_batches, schedule.slices)
+        labels = split("targets", targets, schedule.micro_batches, schedule.slices)
         scale = factors(batch, labels, self._loss_scale)
         with torch.enable_grad(), step_seed(self._devices) as seed:
-            step = Step(
-                seed,
-                _to(batch, self._stages[0].device),
-                _to(labels, self._stages[-1].device),
-                scale,
-            )
+            step = Step(seed, self._sent(batch, 0), self._sent(labels, -1), scale)
             if record:
                 self._trace = self._timed(step)
             else:
                 self._runtime.run(step)
-            _pass_on(inputs, step.input_grads)
-        losses = [loss for loss in step.losses if loss is not None]
-        total = losses[0].clone()
-        for loss in losses[1:]:
-            total += loss
-        return total
+            _pass_on(inputs, step)
+        return step.loss
+
+    def _step_of(
+        self,
+        ranked: Ranked,
+        inputs: Value | None,
+        targets: Value | None,
+        record: bool,
+    ) -> Tensor:
+        """This rank's part of a step."""
+        with (
+            ranked.ranks.together("the step"),
+            torch.enable_grad(),
+            step_seed(list(set(self._devices))) as seed,
+        ):
+            if record:
+                step, start, end = ranked.timed_step(
+                    self._runtime, seed, inputs, targets
+                )
+                shares = _shares(self.program)
+                self._trace = Trace(self.program, start, end, "measured", shares)
+            else:
+                step = ranked.step(self._runtime, seed, inputs, targets)
+            if inputs is not None:
+                _pass_on(inputs, step)
+        return step.loss
+
+    def _sent(self, batch: list[list[Value]], stage: int) -> list[list[Value]]:
+        """Each micro-batch where the first or the last stage of its pipe runs."""
+        pipes = self.schedule.placement.pipes
+        homes = [pipes[pipe][stage] for pipe in self.schedule.pipe_of.tolist()]
+        return [
+            [_to(value, self._devices[home]) for value in slices]
+            for home, slices in zip(homes, batch)
+        ]
 
     def _timed(self, step: Step) -> Trace:
         start, end = self._runtime.run_timed(step)
@@ -165,85 +258,107 @@ class Pipeline:
         return Trace(self.program, *times, "measured", _shares(self.program), notes)
 
 
-def _supported(schedule: Schedule) -> None:
-    schedule.report.raise_if_bad()
-    kinds = {Kind(kind) for kind in np.unique(schedule.ops.kind).tolist()}
-    if missing := sorted(kind.name for kind in kinds - RUNS):
-        raise UnsupportedError(
-            f"{schedule.summary}: {', '.join(missing)} can be simulated, but not "
-            "executed yet"
-        )
-    if schedule.slices > 1:
-        raise UnsupportedError(
-            f"{schedule.summary}: sliced micro-batches can be simulated, but not "
-            "executed yet"
-        )
-
-
-def _place(
-    stages: list[StageModule],
-    schedule: Schedule,
-    devices: Sequence[str | torch.device],
-) -> list[Stage]:
-    if len(stages) != schedule.stages:
-        hint = (
-            "use a schedule of fewer stages, or cut the model into more"
-            if len(stages) < schedule.stages
-            else "join some, or use a schedule of more stages"
-        )
-        raise ModelError(
-            f"{schedule.summary} runs {schedule.stages} stages, found a model of "
-            f"{len(stages)}: {hint} (split_evenly cuts layers into stages)"
-        )
+def _torch_devices(
+    devices: Sequence[str | torch.device], schedule: Schedule
+) -> list[torch.device]:
+    """One for each device of the schedule."""
     if len(devices) not in (1, schedule.devices):
         raise ParameterError(
             f"devices must name one device for all or {schedule.devices}, one for "
             f"each of the schedule's, got {len(devices)}"
         )
-    placed: list[Stage] = []
+    named = list(map(torch.device, devices))
+    return named * schedule.devices if len(named) == 1 else named
+
+
+def _check_count(found: int, schedule: Schedule) -> None:
+    if found != schedule.stages:
+        hint = (
+            "use a schedule of fewer stages, or cut the model into more"
+            if found < schedule.stages
+            else "join some, or use a schedule of more stages"
+        )
+        raise ModelError(
+            f"{schedule.summary} runs {schedule.stages} stages, found a model of "
+            f"{found}: {hint} (split_evenly cuts layers into stages)"
+        )
+
+
+def _place(
+    stages: list[StageModule | None],
+    schedule: Schedule,
+    devices: Sequence[torch.device],
+) -> dict[tuple[int, int], Stage]:
+    """By stage and device of the schedule, the stage where that device runs it."""
+    homes: dict[tuple[int, int], Stage] = {}
     unit = 0
     for number, module in enumerate(stages):
-        home = schedule.placement.pipes[0][number]
-        device = torch.device(devices[home if len(devices) > 1 else 0])
-        placed.append(Stage(number, module, unit, device))
-        unit += len(placed[-1].units)
-    _refuse_shared(placed)
-    return placed
+        if module is None:
+            raise ModelError(f"stage {number} is None: only other ranks' may be")
+        held_by = holders(schedule, number)
+        original = Stage(number, module, unit, devices[held_by[0]])
+        unit += len(original.units)
+        there = {original.device: original}
+        for holder in held_by:
+            device = devices[holder]
+            if device not in there:
+                there[device] = Replica(original, module, device)
+            homes[number, holder] = there[device]
+        if schedule.slices > 1:
+            check_sliced(original.units)
+    _refuse_shared(schedule, homes)
+    return homes
 
 
-def _refuse_shared(stages: list[Stage]) -> None:
-    home: dict[int, Stage] = {}
-    for stage in stages:
+def _refuse_shared(schedule: Schedule, homes: Mapping[tuple[int, int], Stage]) -> None:
+    """Refuse a parameter of two stages that could not have one gradient."""
+    owner: dict[int, Stage] = {}
+    for stage in homes.values():
         for parameter in stage.parameters:
-            first = home.setdefault(id(parameter), stage)
+            first = owner.setdefault(id(parameter), stage)
+            if first is stage:
+                continue
+            both = f"stages {first.number} and {stage.number} share a parameter of "
+            both += f"shape {tuple(parameter.shape)}"
             if first.device != stage.device:
                 raise ModelError(
-                    f"stages {first.number} and {stage.number} share a parameter of "
-                    f"shape {tuple(parameter.shape)} across {first.device} and "
-                    f"{stage.device}: put both on one device, or untie them"
+                    f"{both} across {first.device} and {stage.device}: put both on one "
+                    "device, or untie them"
+                )
+            if any(len(holders(schedule, s.number)) > 1 for s in (first, stage)):
+                raise ModelError(
+                    f"{both}, and several devices hold replicas of a stage: its "
+                    "gradient would be reduced twice; untie them, or use a schedule of "
+                    "one pipe"
                 )
 
 
-def _to(values: list[Value], device: torch.device) -> list[Value]:
-    return [
-        tuple(copied(tensor, device) for tensor in value)
-        if isinstance(value, tuple)
-        else copied(value, device)
-        for value in values
-    ]
+def _to(value: Value, device: torch.device) -> Value:
+    if isinstance(value, tuple):
+        return tuple(copied(tensor, device) for tensor in value)
+    return copied(value, device)
 
 
-def _pass_on(inputs: Value, grads: Sequence[Value | None]) -> None:
+def _pass_on(inputs: Value, step: Step) -> None:
     """The gradient of the inputs, where they want one, as one backward."""
-    if all(grad is None for grad in grads):
+    if all(grad is None for slices in step.input_grads for grad in slices):
         return
-    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
-    parts = [grad if isinstance(grad, tuple) else (grad,) for grad in grads]
-    for tensor, pieces in zip(tensors, zip(*parts)):
-        if tensor.requires_grad:
-            torch.autograd.backward(
-                tensor, torch.cat([p.to(tensor.device) for p in pieces])
-            )
+    for place, tensor in enumerate(flat(inputs)):
+        if not tensor.requires_grad:
+            continue
+        whole = [
+            torch.cat([_grad(*pair, place).to(tensor.device) for pair in zip(*of)], 1)
+            if len(of[0]) > 1
+            else _grad(of[0][0], of[1][0], place).to(tensor.device)
+            for of in zip(step.inputs, step.input_grads)
+        ]
+        torch.autograd.backward(tensor, torch.cat(whole))
+
+
+def _grad(value: Value, grads: Value | None, place: int) -> Tensor:
+    """Of one tensor of a slice of the inputs; zero where its loss does not count."""
+    found = None if grads is None else flat(grads)[place]
+    return torch.zeros_like(flat(value)[place]) if found is None else found
 
 
 def _shares(program: Program) -> Sizes:

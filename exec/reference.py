@@ -7,16 +7,27 @@ randomness, and the weights of the losses, since those define the question.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeproof.exec.batch import LossScale, Value, check_scale, factors, split
+from pipeproof.exec.batch import (
+    LossFn,
+    LossScale,
+    Value,
+    check_pairs,
+    check_scale,
+    factors,
+    split,
+)
 from pipeproof.exec.rng import generators, key, seed, step_seed
-from pipeproof.exec.runtime import LossFn
-from pipeproof.exec.stage import StageModule, units_of
+from pipeproof.exec.stage import StageModule, check_sliced, takes_carry, units_of
 from pipeproof.sched import Kind, Schedule
+
+Gradients = list[Tensor | None]
+"""Of each parameter."""
 
 
 def reference(
@@ -30,12 +41,14 @@ def reference(
 ) -> Tensor:
     """A plain loop over micro-batches, with the schedule's order of summation.
 
-    Each micro-batch goes forward and backward through the whole model at once.
-    Each parameter's gradients are then added up in the order in which the
+    Each micro-batch goes forward and backward through the whole model at once; one
+    in slices goes forward slice by slice and backward from the last slice to the
+    first. Each parameter's gradients are then added up in the order in which the
     schedule runs its stage's backwards. For a schedule with one order on all
     stages this is a loop of `loss.backward()`; `Pipeline.step` equals it bit by
-    bit. The forwards run in the order of the first stage's, which is what decides
-    running statistics.
+    bit. Where several devices hold a stage, each one's are added up so, then these
+    sums in the order of the devices. The forwards run in the order of the first
+    stage's, which is what decides running statistics.
 
     Args:
         stages: as for `Pipeline`, all on one device; pass a deep copy of those
@@ -54,43 +67,140 @@ def reference(
     """
     check_scale(loss_scale)
     schedule.report.raise_if_bad()
-    batch = split("inputs", inputs, schedule.micro_batches)
-    labels = split("targets", targets, schedule.micro_batches)
+    check_pairs(inputs, targets, schedule.slices)
+    batch = split("inputs", inputs, schedule.micro_batches, schedule.slices)
+    labels = split("targets", targets, schedule.micro_batches, schedule.slices)
     scale = factors(batch, labels, loss_scale)
     units = [unit for stage in stages for unit in units_of(stage)]
+    if schedule.slices > 1:
+        check_sliced(units)
     owners = _owners(stages)
     parameters = [parameter for parameter, _ in owners]
-    order = _backward_order(schedule)
     device = parameters[0].device if parameters else torch.device("cpu")
-    losses: dict[int, Tensor] = {}
-    grads: dict[int, tuple[Tensor | None, ...]] = {}
+    losses: dict[int, list[Tensor]] = {}
+    grads: dict[tuple[int, int], Gradients] = {}
     with torch.enable_grad(), step_seed([device]) as step:
         sources = generators(device)
-        for micro_batch in _forward_order(schedule):
-            value = batch[micro_batch]
-            for number, unit in enumerate(units):
-                seed(sources, key(step, number, micro_batch))
-                value = unit(value)
-            seed(sources, key(step, len(units), micro_batch))
-            loss = loss_fn(value, labels[micro_batch])
-            factor = scale[micro_batch]
-            if factor == 0:  # does not count, whatever it is
-                losses[micro_batch] = torch.zeros_like(loss.detach())
-                grads[micro_batch] = (None,) * len(parameters)
-                continue
-            if factor is not None:
-                loss = loss * factor
-            losses[micro_batch] = loss.detach()
-            grads[micro_batch] = torch.autograd.grad(
-                loss, parameters, allow_unused=True
-            )
-    for number, (parameter, stage) in enumerate(owners):
-        for micro_batch in order[stage]:
-            _accumulate(parameter, grads[micro_batch][number])
-    total = losses[0].clone()
-    for micro_batch in range(1, schedule.micro_batches):
-        total += losses[micro_batch]
+        for number in _forward_order(schedule):
+            one = _MicroBatch(units, loss_fn, sources, step, number)
+            losses[number] = one.forward(batch[number], labels[number], scale[number])
+            for part, found in enumerate(one.backward(parameters)):
+                grads[number, part] = found
+    order = _backward_order(schedule)
+    for place, (parameter, stage) in enumerate(owners):
+        chains = [[grads[of][place] for of in chain] for chain in order[stage]]
+        once = [_sum(map(_sum, chains))]
+        for grad in once if len(chains) > 1 else chains[0]:
+            _accumulate(parameter, grad)
+    total = losses[0][0].clone()
+    for loss in [loss for number in sorted(losses) for loss in losses[number]][1:]:
+        total += loss
     return total
+
+
+class _MicroBatch:
+    """One micro-batch, forward and backward through the whole model.
+
+    Args:
+        units: of the model.
+        loss_fn: as for `Pipeline`.
+        sources: generators to seed.
+        step: the step's seed.
+        number: of the micro-batch.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[nn.Module],
+        loss_fn: LossFn,
+        sources: Sequence[torch.Generator],
+        step: int,
+        number: int,
+    ) -> None:
+        self._units, self._loss_fn = units, loss_fn
+        self._step, self._number = step, number
+        self._sources = sources
+        self._slices: list[tuple[Tensor | None, list[Tensor], list[Tensor]]] = []
+
+    def forward(
+        self, inputs: list[Value], targets: list[Value], scale: list[float | None]
+    ) -> list[Tensor]:
+        """Slice by slice; the losses with their factors."""
+        losses: list[Tensor] = []
+        carry: dict[int, Any] | None = {} if len(inputs) > 1 else None
+        for part, value in enumerate(inputs):
+            output, left = self._through(value, part, carry)
+            self._seed(len(self._units), part)
+            loss, factor = self._loss_fn(output, targets[part]), scale[part]
+            if factor == 0:  # does not count, whatever it is
+                loss = torch.zeros_like(loss.detach())
+            elif factor is not None:
+                loss = loss * factor
+            losses.append(loss.detach())
+            end = None if factor == 0 else loss
+            self._slices.append((end, _tensors(left), _tensors(carry)))
+            if carry is not None:
+                carry = {unit: _leaves(carried) for unit, carried in left.items()}
+        return losses
+
+    def _through(
+        self, value: Value, part: int, carry: dict[int, Any] | None
+    ) -> tuple[Value, dict[int, Any]]:
+        """The model on one slice: its output, and what each unit carries on."""
+        left: dict[int, Any] = {}
+        for number, unit in enumerate(self._units):
+            self._seed(number, part)
+            if carry is not None and takes_carry(unit):
+                value, carried = unit(value, carry.get(number, ()))
+                left[number] = _aside(carried)
+            else:
+                value = unit(value)
+        return value, left
+
+    def _seed(self, unit: int, part: int) -> None:
+        seed(self._sources, key(self._step, unit, self._number, part))
+
+    def backward(self, parameters: Sequence[Tensor]) -> list[Gradients]:
+        """Of each slice, the gradients of these; from the last slice to the first."""
+        found: list[Gradients] = []
+        arrived: list[Tensor | None] = []
+        for loss, carried, leaves in reversed(self._slices):
+            pairs: list[tuple[Tensor, Tensor | None]] = []
+            if loss is not None:
+                pairs.append((loss, None))
+            pairs += [of for of in zip(carried, arrived) if of[1] is not None]
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            grads: list[Tensor | None] = [None] * (len(parameters) + len(wanted))
+            if pairs:
+                ends, given = zip(*pairs)
+                grads[:] = torch.autograd.grad(
+                    ends, [*parameters, *wanted], given, allow_unused=True
+                )
+            found.append(grads[: len(parameters)])
+            of_leaf = iter(grads[len(parameters) :])
+            arrived = [next(of_leaf) if x.requires_grad else None for x in leaves]
+        return found[::-1]
+
+
+def _tensors(carry: Any) -> list[Tensor]:
+    if isinstance(carry, Tensor):
+        return [carry]
+    parts = carry.values() if isinstance(carry, dict) else carry or ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _leaves(carry: Any) -> Any:
+    """The same values for the next slice, whose graph starts there."""
+    if isinstance(carry, Tensor):
+        return carry.detach().requires_grad_(carry.requires_grad)
+    return tuple(map(_leaves, carry))
+
+
+def _aside(carry: Any) -> Any:
+    """The same values with a node of their own: their gradient comes in last."""
+    if isinstance(carry, Tensor):
+        return carry.view_as(carry) if carry.requires_grad else carry
+    return tuple(map(_aside, carry))
 
 
 def _owners(stages: Sequence[StageModule] | nn.Sequential) -> list[tuple[Tensor, int]]:
@@ -108,18 +218,33 @@ def _owners(stages: Sequence[StageModule] | nn.Sequential) -> list[tuple[Tensor,
 
 
 def _forward_order(schedule: Schedule) -> list[int]:
-    device = schedule.placement.pipes[0][0]
-    row = schedule.row(device)
-    first = [op for op in row if op.kind == Kind.F and op.stage == 0]
-    return [op.micro_batch for op in first]
+    """Micro-batches as the first stage runs them, device by device."""
+    forwards = schedule.ops.take(
+        (schedule.ops.kind == Kind.F) & (schedule.ops.stage == 0)
+    )
+    return [op.micro_batch for op in forwards if op.slice == 0]
 
 
-def _backward_order(schedule: Schedule) -> list[list[int]]:
-    orders: list[list[int]] = [[] for _ in range(schedule.stages)]
-    for op in schedule.ops:
+def _backward_order(schedule: Schedule) -> list[list[list[tuple[int, int]]]]:
+    """Of each stage, on each device that holds it, micro-batches and slices."""
+    pipes = schedule.placement.pipes
+    orders: list[dict[int, list[tuple[int, int]]]] = [
+        {device: [] for device in sorted({pipe[stage] for pipe in pipes})}
+        for stage in range(schedule.stages)
+    ]
+    for op, device in zip(schedule.ops, schedule.device_of_op.tolist()):
         if op.kind in (Kind.B, Kind.W):
-            orders[op.stage].append(op.micro_batch)
-    return orders
+            orders[op.stage][device].append((op.micro_batch, op.slice))
+    return [list(order.values()) for order in orders]
+
+
+def _sum(grads: Iterable[Tensor | None]) -> Tensor | None:
+    """A chain, from left to right; None for a sum of nothing."""
+    total = None
+    for grad in grads:
+        if grad is not None:
+            total = grad if total is None else total + grad
+    return total
 
 
 def _accumulate(parameter: Tensor, grad: Tensor | None) -> None:

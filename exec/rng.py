@@ -1,7 +1,7 @@
 """Randomness that does not depend on how a model is run.
 
 Every unit (the smallest piece a partition may cut between) starts each of its
-runs from a key of (step seed, unit, micro-batch). So dropout masks are
+runs from a key of (step seed, unit, micro-batch, slice). So dropout masks are
 the same whatever the schedule, with or without recomputation, wherever the cuts
 between stages fall, and on whatever rank a stage runs. The step seed is one draw
 from torch's default generator, whose own stream goes on after that draw.
@@ -19,7 +19,7 @@ import torch
 _MASK = (1 << 64) - 1
 
 
-def key(step_seed: int, unit: int, micro_batch: int) -> int:
+def key(step_seed: int, unit: int, micro_batch: int, part: int = 0) -> int:
     """A 64-bit seed for one run of one unit; neighbours get unrelated ones.
 
     The finaliser is that of splitmix64 (Steele et al. 2014, OOPSLA, figure 15).
@@ -28,10 +28,13 @@ def key(step_seed: int, unit: int, micro_batch: int) -> int:
         step_seed: from `step_seed`.
         unit: counted through the whole model; the loss is one more, the last.
         micro_batch: in the step.
+        part: the slice of the micro-batch.
     """
-    # Odd factors, so that no two (unit, micro-batch) of any practical size meet.
+    # Odd factors, so that no two (unit, micro-batch, slice) of any practical size
+    # meet.
     z = step_seed + (unit + 1) * 0x9E3779B97F4A7C15
-    z = (z + (micro_batch + 1) * 0xD1B54A32D192ED03) & _MASK
+    z = z + (micro_batch + 1) * 0xD1B54A32D192ED03 + part * 0xABC98388FB8FAC03
+    z &= _MASK
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
     return z ^ (z >> 31)

@@ -1,90 +1,128 @@
 """The program, bound to tensors: one function for each instruction.
 
-    F    input ──stage──▶ output ──detach──▶ what is handed on
-           ▲                 │
-           leaf              its end of the graph is kept as ACTIVATION
-    B    the root and the gradient that arrived ──autograd──▶ leaf.grad, .grad
-
-The output of a stage is detached, and marked as wanting a gradient where the
-output did: it is the leaf of the next stage's graph. So each stage has a graph
-of its own, and a backward needs nothing but the two ends of it.
-
 Binding happens once. A step is a walk over the functions in the program's
 order, which waits for nothing: that order has every instruction after all it
-needs.
+needs. `bind.py` says what an operation does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any, Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from pipeproof.exec import tensors
-from pipeproof.exec.batch import Value, check_loss
+from pipeproof.exec.batch import LossFn
+from pipeproof.exec.bind import Binder, Homes, holders
 from pipeproof.exec.clock import Clock
-from pipeproof.exec.errors import LossError, ModelError, StepError
-from pipeproof.exec.rng import generators, key, seed
-from pipeproof.exec.stage import Stage
-from pipeproof.sched import Action, BufferKind, Kind, Op, Program
+from pipeproof.exec.errors import RankError, StepError
+from pipeproof.exec.replicas import Run, Sums, add_up
+from pipeproof.exec.step import Step
+from pipeproof.sched import Action, Kind, Op, Program
 from pipeproof.sched.errors import PipeproofError
-from pipeproof.sched.program import Buffer, Instruction
-
-LossFn = Callable[[Any, Any], Tensor]
-Run = Callable[[], None]
-INPUTS = (BufferKind.INPUT, BufferKind.STORED_INPUT)
+from pipeproof.sched.program import Instruction, Message
 
 
-@dataclass
-class Step:
-    """What changes from step to step.
+class Transport(Protocol):
+    """Takes what one device hands to another."""
 
-    Attributes:
-        seed: of all its randomness.
-        inputs, targets: of each micro-batch, on the first and the last device.
-        factors: of each micro-batch's loss; None for not at all.
-        losses: of each micro-batch, with its factor, once it is known.
-        input_grads: of each micro-batch, where the inputs want a gradient.
+    def send(self, message: Message, value: Any) -> None:
+        """Take a tensor, a tuple of them, or None for a gradient that is none."""
+
+    def post(self, message: Message) -> None:
+        """Get ready to receive: its slot is free."""
+
+    def take(self, message: Message) -> Any:
+        """The same on the target's device, as leaves where they want gradients."""
+
+    def forget(self) -> None:
+        """Let go of everything of a step."""
+
+
+class Within:
+    """Between the devices of one process: a send moves, its reader picks up.
+
+    Args:
+        devices: the torch device of each of the schedule's.
     """
 
-    seed: int
-    inputs: list[Value]
-    targets: list[Value]
-    factors: list[float | None]
-    losses: list[Tensor | None] = field(default_factory=list)
-    input_grads: list[Value | None] = field(default_factory=list)
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._devices = devices
+        self._under_way: dict[int, Any] = {}
 
-    def __post_init__(self) -> None:
-        self.losses = [None] * len(self.inputs)
-        self.input_grads = [None] * len(self.inputs)
+    def send(self, message: Message, value: Any) -> None:
+        """Copy where the other device is another one for torch too."""
+        target = self._devices[message.target]
+        if self._devices[message.source] != target:
+            value = tensors.moved(value, target)
+        self._under_way[message.index] = value
+
+    def post(self, message: Message) -> None:
+        """Nothing to do: sends wait for nobody."""
+
+    def take(self, message: Message) -> Any:
+        """What was sent."""
+        return self._under_way.pop(message.index)
+
+    def forget(self) -> None:
+        """Let go of what a step left that broke off."""
+        self._under_way.clear()
 
 
 class Runtime:
-    """Runs the steps of a program in one process.
+    """Runs the steps of a program.
 
     Args:
-        program: lowered; F, B and R.
-        stages: on their devices.
+        program: lowered.
+        homes: by stage and device of the schedule, the stages; all that the
+            devices in `mine` hold.
         loss_fn: (output of the last stage, targets) → scalar.
+        devices: the torch device of each of the schedule's.
+        mine: the schedule's devices that this process runs; default all.
+        transport: between devices; default within this process.
+        reduce: (stage, its devices, the sums of the one here): REDUCE, where the
+            other devices are not in this process.
+
+    Attributes:
+        here: the instructions that this process runs.
+        clock: of the last timed step.
     """
 
     def __init__(
-        self, program: Program, stages: Sequence[Stage], loss_fn: LossFn
+        self,
+        program: Program,
+        homes: Homes,
+        loss_fn: LossFn,
+        devices: Sequence[torch.device],
+        *,
+        mine: Collection[int] | None = None,
+        transport: Transport | None = None,
+        reduce: Callable[[int, list[int], Sums], None] | None = None,
     ) -> None:
         self._program = program
-        self._stages = stages
-        self._loss_fn = loss_fn
-        self._loss_unit = stages[-1].first_unit + len(stages[-1].units)
-        self._loss_generators = generators(stages[-1].device)
-        self._values: list[Any] = [None] * len(program.buffers)
-        self._step: Step
-        self._autocast = False
-        self._runs: list[Run] = [self._bind(instruction) for instruction in program]
-        self._busy = [
-            (i, run) for i, run in enumerate(self._runs) if run is not _nothing
+        self._devices = devices
+        self._stages = list({id(stage): stage for stage in homes.values()}.values())
+        self._transport = transport or Within(devices)
+        self._reduce = reduce
+        self.clock: Clock
+        schedule = program.schedule
+        # Where several devices hold a stage, each sums its gradients for itself.
+        self._sums = {
+            (stage, device): Sums(home)
+            for (stage, device), home in homes.items()
+            if len(holders(schedule, stage)) > 1
+        }
+        self._binder = Binder(program, homes, loss_fn)
+        self._reader = _readers(program)
+        reductions = np.flatnonzero(program.action == Action.REDUCE).tolist()
+        self._last_reduce = {program[i].ops[0].stage: i for i in reductions}
+        mine = range(schedule.devices) if mine is None else mine
+        self.here = np.flatnonzero(np.isin(program.device, list(mine))).tolist()
+        self._runs: list[tuple[int, Run]] = [
+            (index, self._bind(program[index])) for index in self.here
         ]
 
     def run(self, step: Step) -> None:
@@ -97,8 +135,10 @@ class Runtime:
         index = -1
         self._begin(step)
         try:
-            for index, run in self._busy:  # noqa: B007
+            for index, run in self._runs:  # noqa: B007
                 run()
+        except RankError:  # says where by itself
+            raise
         except Exception as error:
             raise self._broken(index, error) from error
         finally:
@@ -107,14 +147,16 @@ class Runtime:
     def run_timed(self, step: Step) -> tuple[list[float], list[float]]:
         """As `run`; when each instruction started and ended, in seconds."""
         index = -1
-        clock = Clock([stage.device for stage in self._stages])
+        clock = self.clock = Clock([stage.device for stage in self._stages])
         device_of = [self._device(i) for i in range(len(self._program))]
         self._begin(step)
         try:
-            for index, run in enumerate(self._runs):
+            for index, run in self._runs:
                 clock.mark(device_of[index])
                 run()
                 clock.mark(device_of[index])
+        except RankError:  # says where by itself
+            raise
         except Exception as error:
             raise self._broken(index, error) from error
         finally:
@@ -122,8 +164,8 @@ class Runtime:
         return clock.read()
 
     def _begin(self, step: Step) -> None:
-        self._step = step
-        self._autocast = any(
+        self._binder.step = step
+        self._binder.autocast = any(
             torch.is_autocast_enabled(device.type)
             for device in {stage.device for stage in self._stages}
         )
@@ -132,13 +174,13 @@ class Runtime:
 
     def _end(self) -> None:
         """Let go of every tensor of the step, whether or not it came to its end."""
-        self._values[:] = [None] * len(self._values)
-        del self._step
+        self._binder.forget()
+        self._transport.forget()
+        for sums in self._sums.values():
+            sums.begin()
 
     def _device(self, index: int) -> torch.device:
-        device = int(self._program.device[index])
-        placement = self._program.schedule.placement.pipes[0]
-        return self._stages[placement.index(device)].device
+        return self._devices[int(self._program.device[index])]
 
     def _broken(self, index: int, error: Exception) -> Exception:
         instruction = self._program[index]
@@ -158,6 +200,27 @@ class Runtime:
         )
 
     def _bind(self, instruction: Instruction) -> Run:
+        run = self._bind_action(instruction)
+        arriving = self._reader.get(instruction.index, [])
+        return self._taking(arriving, run) if arriving else run
+
+    def _taking(self, arriving: list[int], run: Run) -> Run:
+        """With what its first reader waits for: the messages that arrive."""
+        values, take = self._binder.values, self._transport.take
+        pairs = [
+            (self._program.message_at(message), self._program.writes[recv][0])
+            for message in arriving
+            for recv in [int(self._program.recv_of[message])]
+        ]
+
+        def taking() -> None:
+            for message, write in pairs:
+                values[write] = take(message)
+            run()
+
+        return taking
+
+    def _bind_action(self, instruction: Instruction) -> Run:
         match instruction.action:
             case Action.COMPUTE:
                 runs = [self._bind_op(op, instruction) for op in instruction.ops]
@@ -167,181 +230,98 @@ class Runtime:
             case Action.SEND:
                 return self._bind_send(instruction)
             case Action.RECV:
-                return _nothing
+                assert instruction.message is not None
+                return partial(self._transport.post, instruction.message)
             case Action.LOCAL:
-                (source,), (target,) = instruction.reads, instruction.writes
-                return _hand_over(self._values, source.index, target.index)
+                return self._bind_handing_over(instruction)
+            case Action.COPY:
+                return self._bind_copy(instruction)
+            case Action.REDUCE:
+                return self._bind_reduce(instruction)
         raise AssertionError(f"not bound: {instruction.label}")
 
     def _bind_op(self, op: Op, instruction: Instruction) -> Run:
-        match op.kind:
-            case Kind.F:
-                return self._bind_forward(op, instruction)
-            case Kind.R:
-                return self._bind_recompute(op, instruction)
-            case Kind.B:
-                return self._bind_backward(op, instruction)
-        raise AssertionError(f"not bound: {op}")
-
-    def _bind_forward(self, op: Op, instruction: Instruction) -> Run:
-        stage, values, micro_batch = (
-            self._stages[op.stage],
-            self._values,
-            op.micro_batch,
-        )
-        compute = self._bind_stage(op, instruction)
-        out = _find(instruction.writes, (BufferKind.OUTPUT,), op)
-        stash = _find(instruction.writes, (BufferKind.ACTIVATION,), op)
-        brought = _find(instruction.writes, INPUTS, op)
-
-        def bring_in() -> None:
-            """The first stage's F brings its own input in."""
-            values[brought] = tensors.handed_on(self._step.inputs[micro_batch])
-
-        def keep() -> None:
-            if brought >= 0:
-                bring_in()
-            output = compute()
-            values[stash] = tensors.root(output)
-            if out >= 0:
-                values[out] = tensors.handed_on(output)
-
-        def forget() -> None:
-            if brought >= 0:
-                bring_in()
-            with torch.no_grad(), stage.noting_changes():
-                output = compute()
-            if self._autocast:
-                # Casts of weights made here have no graph; cached, they would
-                # cut the weights off from every later forward.
-                torch.clear_autocast_cache()
-            if out >= 0:
-                values[out] = tensors.handed_on(
-                    output, stage.trains or tensors.wants_grad(values[read])
-                )
-
-        read = _find(instruction.reads + instruction.writes, INPUTS, op)
-        return keep if stash >= 0 else forget
-
-    def _bind_recompute(self, op: Op, instruction: Instruction) -> Run:
-        stage, values = self._stages[op.stage], self._values
-        compute = self._bind_stage(op, instruction)
-        stash = _find(instruction.writes, (BufferKind.ACTIVATION,), op)
-
-        def recompute() -> None:
-            with stage.unchanged():
-                values[stash] = tensors.root(compute())
-
-        return recompute
-
-    def _bind_stage(self, op: Op, instruction: Instruction) -> Callable[[], Value]:
-        """From the stage's input to its output; of the last stage, to the loss."""
-        stage, values, micro_batch = (
-            self._stages[op.stage],
-            self._values,
-            op.micro_batch,
-        )
-        read = _find(instruction.reads + instruction.writes, INPUTS, op)
-        last = stage is self._stages[-1]
-
-        def compute() -> Value:
-            value = values[read]
-            before = tensors.versions(value)
-            output = stage.run(value, self._step.seed, micro_batch)
-            if tensors.versions(value) != before:
-                what = f"stage {op.stage - 1}'s output" if op.stage else "the batch"
-                raise ModelError(
-                    f"stage {op.stage} changes its input in place, which is {what}: "
-                    "make its first operation work out of place"
-                )
-            return self._loss(output, micro_batch) if last else stage.checked(output)
-
-        return compute
-
-    def _loss(self, output: Any, micro_batch: int) -> Tensor:
-        step = self._step
-        seed(self._loss_generators, key(step.seed, self._loss_unit, micro_batch))
-        found = self._loss_fn(output, step.targets[micro_batch])
-        loss = check_loss(found, micro_batch)
-        factor = step.factors[micro_batch]
-        if factor == 0:
-            # What does not count may be undefined: a mean over no tokens is NaN.
-            loss = torch.zeros_like(loss, requires_grad=False)
-        elif factor is not None:
-            loss = loss * factor
-        if step.losses[micro_batch] is None:
-            step.losses[micro_batch] = loss.detach()
-        return loss
-
-    def _bind_backward(self, op: Op, instruction: Instruction) -> Run:
-        values = self._values
-        stash = _find(instruction.reads, (BufferKind.ACTIVATION,), op)
-        read = _find(instruction.reads, INPUTS, op)
-        arrived = _find(instruction.reads, (BufferKind.OUTPUT_GRAD,), op)
-        passed = _find(instruction.writes, (BufferKind.INPUT_GRAD,), op)
-        frees = [b.index for b in instruction.frees if _belongs(b, op)]
-        first, micro_batch = op.stage == 0, op.micro_batch
-        last = op.stage == len(self._stages) - 1
-
-        def backward() -> None:
-            root = values[stash]
-            if not last:
-                tensors.backward(root, values[arrived])
-            elif root is not None:
-                torch.autograd.backward(root)
-            elif self._step.factors[micro_batch] != 0:
-                raise LossError(
-                    f"micro-batch {micro_batch}: the loss depends on nothing that "
-                    "requires a gradient"
-                )
-            if passed >= 0:
-                values[passed] = tensors.grads(values[read])
-            elif first and tensors.wants_grad(values[read]):
-                self._step.input_grads[micro_batch] = tensors.grads(values[read])
-            for buffer in frees:
-                values[buffer] = None
-
-        return backward
+        run = self._binder.bind(op, instruction)
+        sums = self._sums.get((op.stage, instruction.stream.device))
+        if sums is None or op.kind not in (Kind.B, Kind.I, Kind.W):
+            return run
+        return sums.around(run)
 
     def _bind_send(self, instruction: Instruction) -> Run:
-        """In one process a send puts the tensor where the receive wants it."""
-        values, message = self._values, instruction.message
+        values, message = self._binder.values, instruction.message
         assert message is not None
-        read = instruction.reads[0].index
-        write = self._program.writes[message.recv][0]
-        target = self._stages[message.target_stage].device
-        if self._stages[message.source_stage].device == target:
-            return _hand_over(values, read, write)
+        read, send = instruction.reads[0].index, self._transport.send
 
-        def copy_over() -> None:
-            values[write], values[read] = tensors.moved(values[read], target), None
+        def hand_to_link() -> None:
+            send(message, values[read])
+            values[read] = None
 
-        return copy_over
+        return hand_to_link
+
+    def _bind_handing_over(self, instruction: Instruction) -> Run:
+        """What is in the buffers that it reads, in turn, to those that it writes."""
+        values = self._binder.values
+        pairs = [
+            (read.index, write.index)
+            for read, write in zip(instruction.reads, instruction.writes, strict=True)
+        ]
+
+        def hand_over() -> None:
+            for read, write in pairs:
+                values[write], values[read] = values[read], None
+
+        return hand_over
+
+    def _bind_copy(self, instruction: Instruction) -> Run:
+        """OFFLOAD and RELOAD of all that a forward stored, and of its leaves."""
+        (op,), device = instruction.ops, instruction.stream.device
+        of, stashes = (op.stage, op.micro_batch, op.slice), self._binder.stashes
+        hand_over = self._bind_handing_over(instruction)
+        target = self._program.schedule.offload_to[device]
+        place = torch.device("cpu") if target is None else self._devices[target]
+
+        def offload() -> None:
+            stashes[of].offload(place, self._binder.leaves(op, instruction))
+            hand_over()
+
+        def reload() -> None:
+            stashes.pop(of).reload()
+            hand_over()
+
+        return offload if op.kind == Kind.OFFLOAD else reload
+
+    def _bind_reduce(self, instruction: Instruction) -> Run:
+        """The last REDUCE of a stage sums; one device alone has nothing to sum."""
+        (op,) = instruction.ops
+        held_by = holders(self._program.schedule, op.stage)
+        if self._reduce is not None and len(held_by) > 1:
+            sums = self._sums[op.stage, instruction.stream.device]
+            return partial(self._reduce, op.stage, held_by, sums)
+        last = self._last_reduce[op.stage] == instruction.index
+        if len(held_by) == 1 or not last:
+            return _nothing
+        parts = [self._sums[op.stage, device] for device in held_by]
+        return partial(add_up, parts)
 
 
 def _nothing() -> None:
-    """What a receive has left to do in one process."""
+    """Where an instruction has nothing left to do."""
 
 
-def _hand_over(values: list[Any], read: int, write: int) -> Run:
-    def hand_over() -> None:
-        values[write], values[read] = values[read], None
-
-    return hand_over
+def _readers(program: Program) -> dict[int, list[int]]:
+    """Of each instruction, the messages of which it is the first reader."""
+    written = {
+        program.writes[recv][0]: i for i, recv in enumerate(program.recv_of.tolist())
+    }
+    result: dict[int, list[int]] = {}
+    for index, reads in enumerate(program.reads.to_lists()):
+        for buffer in reads:
+            message = written.pop(buffer, None)
+            if message is not None:
+                result.setdefault(index, []).append(message)
+    return result
 
 
 def _in_turn(runs: Sequence[Run]) -> None:
     for run in runs:
         run()
-
-
-def _belongs(buffer: Buffer, op: Op) -> bool:
-    return (buffer.stage, buffer.micro_batch) == (op.stage, op.micro_batch)
-
-
-def _find(buffers: Sequence[Buffer], kinds: Sequence[BufferKind], op: Op) -> int:
-    """The op's own buffer of one of these kinds; -1 where there is none."""
-    for buffer in buffers:
-        if buffer.kind in kinds and _belongs(buffer, op):
-            return buffer.index
-    return -1

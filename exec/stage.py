@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pipeproof.exec import tensors
 from pipeproof.exec.batch import Value
 from pipeproof.exec.errors import ModelError
 from pipeproof.exec.rng import generators, key, seed
+from pipeproof.exec.split import Splitter
+from pipeproof.exec.stash import addresses
 
 StageModule = nn.Module | list[nn.Module] | tuple[nn.Module, ...]
 
@@ -37,6 +41,44 @@ def units_of(stage: StageModule) -> list[nn.Module]:
         stage.children() if isinstance(stage, nn.Module) else stage
     )
     return [unit for part in parts for unit in units_of(part)]
+
+
+def takes_carry(unit: nn.Module) -> bool:
+    """Whether a unit needs what the earlier slices of a micro-batch computed.
+
+    One says so with an attribute `takes_carry = True`. Where micro-batches are cut
+    into slices it is called with its input and a carry, `()` for the first slice,
+    and returns its output and the carry for the next: a tensor, or a tuple of
+    tensors, nested if it likes. Where they are whole it is called as any other.
+    """
+    return bool(getattr(unit, "takes_carry", False))
+
+
+def check_sliced(units: Sequence[nn.Module]) -> None:
+    """Refuse units that would see a slice and take it for the whole sequence.
+
+    Raises:
+        ModelError: one that takes a carry inside one that does not, or one that is
+            known to mix positions.
+    """
+    mixing = nn.MultiheadAttention, nn.RNNBase, nn.modules.batchnorm._BatchNorm
+    for number, unit in enumerate(units):
+        if takes_carry(unit):
+            continue
+        for part in unit.modules():
+            if takes_carry(part):
+                raise ModelError(
+                    f"unit {number}, {type(unit).__name__}, holds "
+                    f"{type(part).__name__}, which takes a carry: a unit that does "
+                    "must stand in the stage's sequence itself, or be given its carry "
+                    "by one that takes it"
+                )
+            if isinstance(part, mixing):
+                raise ModelError(
+                    f"unit {number}, {type(unit).__name__}, has {type(part).__name__}, "
+                    "which mixes positions, and a slice holds only some: give it a "
+                    "carry (takes_carry = True), or use a schedule without slices"
+                )
 
 
 _DRAW_NOTHING = frozenset(
@@ -67,6 +109,28 @@ def _draws_nothing(unit: nn.Module) -> bool:
         and not unit._backward_hooks
         and not unit._backward_pre_hooks
     )
+
+
+def carried_on(unit: nn.Module, value: Value, carry: Any) -> tuple[Value, Any]:
+    """A unit on a slice, with the carry that it takes and the one that it leaves.
+
+    Raises:
+        ModelError: it returns something else than an output and a carry.
+    """
+    found = unit(value, carry)
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise ModelError(
+            f"{type(unit).__name__} takes a carry: called with (input, carry) it must "
+            f"return (output, carry), returned {type(found).__name__}"
+        )
+    output, left = found
+    for tensor in tensors.flat(left):
+        if not isinstance(tensor, Tensor):
+            raise ModelError(
+                f"{type(unit).__name__} leaves a {type(tensor).__name__} in its carry: "
+                "a carry is a tensor, or a tuple of tensors, nested or not"
+            )
+    return output, tensors.aside(left)
 
 
 class Stage:
@@ -105,14 +169,30 @@ class Stage:
         self.parameters = list(
             {id(p): p for unit in unique for p in unit.parameters()}.values()
         )
-        self._modules = list(
+        self.modules = list(
             {id(m): m for unit in unique for m in unit.modules()}.values()
         )
-        self._has_buffers = any(module._buffers for module in self._modules)
+        self._has_buffers = any(module._buffers for module in self.modules)
+        self.carries = sum(map(takes_carry, self.units))
         self._generators = generators(device)
+        self.splitter = Splitter(self.modules)
         self.changed: set[tuple[int, str]] = set()
         self._modes: list[bool] = []
         self._learning = True
+        self._staying: frozenset[int] | None = None
+
+    @property
+    def original(self) -> Stage:
+        """The stage whose parameters are the user's."""
+        return self
+
+    @property
+    def staying(self) -> frozenset[int]:
+        """Addresses of its parameters and buffers."""
+        if self._staying is None:
+            buffers = (buffer for _, buffer in self._buffers())
+            self._staying = addresses((*self.parameters, *buffers))
+        return self._staying
 
     @property
     def trains(self) -> bool:
@@ -121,7 +201,8 @@ class Stage:
 
     def begin(self) -> None:
         """Get ready for a step."""
-        modes = [module.training for module in self._modules]
+        self._staying = None
+        modes = [module.training for module in self.modules]
         if modes != self._modes:
             self._modes, self._learning = modes, True
             self.changed.clear()
@@ -130,20 +211,38 @@ class Stage:
             for number, unit in enumerate(self.units, start=self.first_unit)
         ]
 
-    def run(self, value: Value, step_seed: int, micro_batch: int) -> Value:
+    def run(
+        self,
+        value: Value,
+        step_seed: int,
+        micro_batch: int,
+        part: int = 0,
+        carry: tuple[Any, ...] | None = None,
+    ) -> tuple[Value, tuple[Any, ...]]:
         """All units in turn.
 
         Args:
             value: the stage's input.
             step_seed: of all randomness in the step.
             micro_batch: whose input it is.
+            part: the slice of it.
+            carry: what the slice before left, for each unit that takes one; None
+                where micro-batches are whole.
+
+        Returns:
+            The output, and what is carried on to the next slice.
         """
         sources = self._generators
+        carried: list[Any] = []
         for number, unit in self._plan:
             if number >= 0:
-                seed(sources, key(step_seed, number, micro_batch))
-            value = unit(value)
-        return value
+                seed(sources, key(step_seed, number, micro_batch, part))
+            if carry is not None and takes_carry(unit):
+                value, left = carried_on(unit, value, carry[len(carried)])
+                carried.append(left)
+            else:
+                value = unit(value)
+        return value, tuple(carried)
 
     def checked(self, value: object) -> Value:
         """A stage's output, if it can cross a boundary.
@@ -153,9 +252,9 @@ class Stage:
         """
         if isinstance(value, Tensor):
             return value
-        tensors = value if isinstance(value, tuple) else (value,)
-        if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
-            found = ", ".join(type(tensor).__name__ for tensor in tensors) or "nothing"
+        parts = value if isinstance(value, tuple) else (value,)
+        if not parts or not all(isinstance(part, Tensor) for part in parts):
+            found = ", ".join(type(part).__name__ for part in parts) or "nothing"
             raise ModelError(
                 f"stage {self.number} returned {found}: a tensor or a tuple of tensors "
                 "can cross to the next stage"
@@ -187,8 +286,29 @@ class Stage:
                 self.changed.add(where)
         self._learning = False
 
+    @contextmanager
+    def refusing_changes(self) -> Iterator[None]:
+        """Refuse a first forward that changes the stage's buffers.
+
+        Raises:
+            ModelError: it does.
+        """
+        if not self._has_buffers or not self._learning:
+            yield
+            return
+        with self.noting_changes():
+            yield
+        for number, name in sorted(self.changed):
+            owner = type(self.modules[number]).__name__
+            raise ModelError(
+                f"stage {self.number} has replicas on several devices, and its "
+                f"{owner} changes {name!r} in forward: which micro-batches a replica "
+                "sees depends on the schedule, and so would the result; freeze it "
+                "(eval), or use a schedule of one pipe"
+            )
+
     def _buffers(self) -> Iterator[tuple[tuple[int, str], Tensor]]:
-        for number, module in enumerate(self._modules):
+        for number, module in enumerate(self.modules):
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     yield (number, name), buffer
@@ -203,7 +323,7 @@ class Stage:
         """
         originals = []
         for number, name in self.changed:
-            buffers = self._modules[number]._buffers
+            buffers = self.modules[number]._buffers
             original = buffers[name]
             if original is not None:
                 originals.append((buffers, name, original))

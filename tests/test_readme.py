@@ -51,6 +51,23 @@ def test_the_commands_print_what_it_shows(tmp_path: Path) -> None:
             assert done.stdout.startswith(shown), command
 
 
+def test_the_commands_that_predict_run(tmp_path: Path) -> None:
+    (block,) = blocks("sh")
+    for command in block.replace("\\\n", "").strip().splitlines():
+        program, *arguments = command.split()
+        assert program == "pipeproof"
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeproof.cli", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
+        )
+        # Full activations of the large model do not fit, and check says so.
+        assert done.returncode == (arguments[0] == "check"), done.stderr
+    assert (tmp_path / "grid.csv").exists()
+
+
 def test_the_catalogue_is_listed_whole() -> None:
     for row in CATALOG.values():
         assert f"| `{row.name}` | {row.bubble} | {row.peak} |" in README

@@ -13,22 +13,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeproof.exec import Pipeline, reference
-from pipeproof.exec.pipeline import RUNS
 from pipeproof.exec.rng import key
 from pipeproof.sched import CATALOG, POLICIES, Kind, Schedule, catalog, recompute
+from pipeproof.sched.row import Case
 
 DTYPES = (torch.float32, torch.float64)
 
 
-def _executed(name: str) -> bool:
-    schedule = catalog.make(name, devices=4, micro_batches=8)
-    kinds = {Kind(kind) for kind in schedule.ops.kind.tolist()}
-    return kinds <= RUNS and schedule.slices == 1
+EXECUTED = list(CATALOG)
+"""The rows that the executor runs."""
 
 
-EXECUTED = [name for name in CATALOG if _executed(name)]
-"""The rows that the executor runs: those without split backwards, slices,
-pipes and copies."""
+def small(name: str) -> Schedule:
+    """A row at three devices, or four where it needs them."""
+    fits = CATALOG[name].allows
+    sizes = next(size for size in ((3, 4), (3, 6), (4, 8)) if fits(Case(*size)))
+    return catalog.make(name, devices=sizes[0], micro_batches=sizes[1])
 
 
 @st.composite
@@ -37,12 +37,63 @@ def schedules(draw: st.DrawFn) -> Schedule:
     name = draw(st.sampled_from(EXECUTED))
     devices, micro_batches = draw(sizes_of(name))
     schedule = catalog.make(name, devices=devices, micro_batches=micro_batches)
+    if schedule.has(Kind.OFFLOAD):  # one or the other
+        return schedule
     return recompute(schedule, draw(st.sampled_from(POLICIES)))
 
 
+class Attention(nn.Module):
+    """Causal attention of one head; keys and values are carried between slices."""
+
+    takes_carry = True
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor, carry: Any = None) -> Any:
+        q, k, v = self.qkv(x).chunk(3, dim=2)
+        if carry:
+            k, v = torch.cat([carry[0], k], 1), torch.cat([carry[1], v], 1)
+        seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
+        scores = q @ k.transpose(1, 2) / q.shape[2] ** 0.5
+        unseen = ~seen.tril(k.shape[1] - q.shape[1])
+        y = x + scores.masked_fill(unseen, -torch.inf).softmax(2) @ v
+        return y if carry is None else (y, (k, v))
+
+
+class Shift(nn.Module):
+    """Mixes each position with the one before; its carry is its output's end.
+
+    A position counter, which wants no gradient, goes along.
+    """
+
+    takes_carry = True
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, carry: Any = None) -> Any:
+        last, (count,) = carry or (torch.zeros_like(x[:, :1]), (torch.tensor(1),))
+        y = self.linear(x) + torch.cat([last, x[:, :-1]], 1)
+        at = count + torch.arange(x.shape[1])
+        y = y / at[:, None]
+        return y if carry is None else (y, (x[:, -1:], (at[-1] + 1,)))
+
+
 @st.composite
-def models(draw: st.DrawFn, stages: int, dtype: torch.dtype) -> list[nn.Sequential]:
-    """Stages of linear layers, some with a norm, some with dropout."""
+def models(
+    draw: st.DrawFn, stages: int, dtype: torch.dtype, *, sequence: bool = False
+) -> list[nn.Sequential]:
+    """Stages of linear layers, some with a norm, some with dropout.
+
+    Args:
+        draw: of hypothesis.
+        stages: how many.
+        dtype: of parameters.
+        sequence: some with attention, or another unit that takes a carry.
+    """
     torch.manual_seed(draw(st.integers(0, 2**16)))
     width = draw(st.integers(1, 8))
     result = []
@@ -55,6 +106,8 @@ def models(draw: st.DrawFn, stages: int, dtype: torch.dtype) -> list[nn.Sequenti
                 layers.append(nn.LayerNorm(width))
             if draw(st.booleans()):
                 layers.append(nn.Dropout(0.4))
+            if sequence and draw(st.booleans()):
+                layers.append(draw(st.sampled_from([Attention, Shift]))(width))
         result.append(nn.Sequential(*layers).to(dtype))
     return result
 
@@ -64,9 +117,11 @@ def width_of(stages: Sequence[nn.Module]) -> int:
 
 
 def batch_of(
-    stages: Sequence[nn.Module], rows: int, dtype: torch.dtype
+    stages: Sequence[nn.Module], rows: int, dtype: torch.dtype, positions: int = 0
 ) -> tuple[Tensor, Tensor]:
-    inputs, targets = torch.randn(2, rows, width_of(stages), dtype=dtype)
+    """(rows, width), or (rows, positions, width)."""
+    shape = (rows, positions) if positions else (rows,)
+    inputs, targets = torch.randn(2, *shape, width_of(stages), dtype=dtype)
     return inputs, targets
 
 
@@ -156,32 +211,39 @@ class Keeps(nn.Module):
 
 
 class FullBatch(nn.Module):
-    """A unit on the whole batch; dropout with the masks of its micro-batches."""
+    """A unit on the whole batch; dropout with the masks of its parts."""
 
-    def __init__(self, unit: nn.Module, seeds: list[int], sizes: list[int]) -> None:
+    def __init__(self, unit: nn.Module, seeds: list[list[int]]) -> None:
         super().__init__()
-        self.unit, self.seeds, self.sizes = unit, seeds, sizes
+        self.unit, self.seeds = unit, seeds
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(self.unit, nn.Dropout):
             return self.unit(x)
         masks = []
-        for number, part in zip(self.seeds, x.split(self.sizes)):
-            torch.manual_seed(number)
-            masks.append(functional.dropout(torch.ones_like(part), self.unit.p))
+        for seeds, rows in zip(self.seeds, x.tensor_split(len(self.seeds))):
+            parts = rows.tensor_split(len(seeds), 1) if len(seeds) > 1 else [rows]
+            found = []
+            for number, part in zip(seeds, parts):
+                torch.manual_seed(number)
+                found.append(functional.dropout(torch.ones_like(part), self.unit.p))
+            masks.append(torch.cat(found, 1))
         return x * torch.cat(masks)
 
 
 def full_batch(
-    stages: Sequence[nn.Sequential], rows: int, micro_batches: int, step_seed: int
+    stages: Sequence[nn.Sequential], schedule: Schedule, step_seed: int
 ) -> nn.Sequential:
     """The same model, for one step on the whole batch."""
     units = [unit for stage in stages for unit in stage]
-    sizes = [len(part) for part in torch.empty(rows).tensor_split(micro_batches)]
     return nn.Sequential(
         *(
             FullBatch(
-                unit, [key(step_seed, number, m) for m in range(micro_batches)], sizes
+                unit,
+                [
+                    [key(step_seed, number, m, q) for q in range(schedule.slices)]
+                    for m in range(schedule.micro_batches)
+                ],
             )
             for number, unit in enumerate(units)
         )

@@ -24,13 +24,13 @@ from pipeproof.sched import (
     POLICIES,
     B,
     F,
-    I,
+    Kind,
     ParameterError,
     Schedule,
     ScheduleError,
     UnsupportedError,
-    W,
     catalog,
+    op,
     recompute,
 )
 
@@ -406,10 +406,12 @@ def two() -> list[nn.Module]:
         ),
         (
             lambda: Pipeline(
-                [nn.Identity()], Schedule.of([[F(0, 0), I(0, 0), W(0, 0)]]), mse
+                [nn.Identity()],
+                Schedule.of([[F(0, 0), B(0, 0), op(Kind.STEP, 0)]]),
+                mse,
             ),
             UnsupportedError,
-            "I, W can be simulated, but not executed yet",
+            "STEP can be written and checked, but not lowered to a program yet",
         ),
         (
             lambda: Pipeline(two(), schedule(), mse).step(*rows(2)),

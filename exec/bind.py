@@ -1,0 +1,387 @@
+"""Operations, bound to tensors: one function for each.
+
+    F    input ──stage──▶ output ──detach──▶ what is handed on
+           ▲                 │
+           leaf              its end of the graph is kept as ACTIVATION
+    B    the root and the gradient that arrived ──autograd──▶ leaf.grad, .grad
+    I    the same ──autograd──▶ the leaf's gradient, and what W has left to do
+    W    that ──autograd──▶ .grad
+
+The output of a stage is detached, and marked as wanting a gradient where the
+output did: it is the leaf of the next stage's graph. So each stage has a graph
+of its own, and a backward needs nothing but the two ends of it.
+
+What a slice carries on to the next crosses that boundary in the same way: it is
+a second output of F(m,q) and a second leaf of F(m,q+1), whose gradient B(m,q+1)
+leaves for B(m,q).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeproof.exec import tensors
+from pipeproof.exec.batch import LossFn, Value
+from pipeproof.exec.errors import LossError, ModelError
+from pipeproof.exec.replicas import Run
+from pipeproof.exec.rng import generators, key, seed
+from pipeproof.exec.split import Root
+from pipeproof.exec.stage import Stage
+from pipeproof.exec.stash import Stash
+from pipeproof.exec.step import Step
+from pipeproof.sched import BufferKind, Kind, Op, Program, Schedule
+from pipeproof.sched.deps import OpTable
+from pipeproof.sched.program import Buffer, Instruction
+
+INPUTS = (BufferKind.INPUT, BufferKind.STORED_INPUT)
+
+Homes = Mapping[tuple[int, int], Stage]
+"""By stage and device of the schedule, the stages that this process runs."""
+
+Forward = Callable[[], tuple[Value, tuple[Any, ...]]]
+"""Gives an output and, for each unit that takes a carry, what it leaves."""
+
+Of = tuple[int, int, int]
+"""Stage, micro-batch and slice."""
+
+
+class Binder:
+    """Makes the functions, and holds what they pass to each other.
+
+    Args:
+        program: lowered.
+        homes: the stages, on their devices.
+        loss_fn: (output of the last stage, targets) → scalar.
+
+    Attributes:
+        values: of each buffer of the program.
+        step: the one under way.
+        autocast: whether it runs under autocast.
+        stashes: what forwards stored that is offloaded.
+    """
+
+    def __init__(self, program: Program, homes: Homes, loss_fn: LossFn) -> None:
+        self.program = program
+        self.homes = homes
+        self.values: list[Any] = [None] * len(program.buffers)
+        self.step: Step
+        self.autocast = False
+        self.stashes: dict[Of, Stash] = {}
+        self._loss_fn = loss_fn
+        self._sliced = program.schedule.slices > 1
+        self._carried: dict[Of, tuple[Any, ...]] = {}
+        self._carried_grads: dict[Of, list[Tensor | None]] = {}
+        self._offloaded = OpTable.of(program.schedule).has(Kind.OFFLOAD)
+        inputs = np.flatnonzero(np.isin(program.buffers[:, 0], INPUTS))
+        owners = program.buffers[inputs, 2:5].tolist()
+        # Of a reloaded one the last, which its backward reads.
+        self._input_of = dict(zip(map(tuple, owners), inputs.tolist()))
+
+    def forget(self) -> None:
+        """Let go of every tensor of the step."""
+        self.values[:] = [None] * len(self.values)
+        self.stashes.clear()
+        self._carried.clear()
+        self._carried_grads.clear()
+        del self.step
+
+    def bind(self, op: Op, instruction: Instruction) -> Run:
+        """What an op does."""
+        match op.kind:
+            case Kind.F:
+                return self._bind_forward(op, instruction)
+            case Kind.R:
+                return self._bind_recompute(op, instruction)
+            case Kind.B:
+                return self._bind_backward(op, instruction)
+            case Kind.I:
+                if self._w_is_next(op, instruction):
+                    return self._bind_backward(op, instruction)
+                return self._bind_input_grad(op, instruction)
+            case Kind.W:
+                return self._bind_weight_grad(op, instruction)
+        raise AssertionError(f"not bound: {op}")
+
+    def leaves(self, op: Op, instruction: Instruction) -> list[Tensor]:
+        """The leaves of the graph that a forward made; an OFFLOAD reads them."""
+        read = _find(instruction.reads, INPUTS, op)
+        carry = self._carried.get(_of(op), ())
+        return tensors.flat((self.values[read], carry))
+
+    def _stage(self, op: Op, instruction: Instruction) -> Stage:
+        return self.homes[op.stage, instruction.stream.device]
+
+    def _bind_forward(self, op: Op, instruction: Instruction) -> Run:
+        values, stage = self.values, self._stage(op, instruction)
+        compute = self._bind_stage(op, instruction)
+        if self._offloaded[op.micro_batch, op.slice, op.stage]:
+            compute = _inside(self._into_stash(op, stage), compute)
+        if len(holders(self.program.schedule, op.stage)) > 1:
+            compute = _inside(stage.refusing_changes, compute)
+        out = _find(instruction.writes, (BufferKind.OUTPUT,), op)
+        stash = _find(instruction.writes, (BufferKind.ACTIVATION,), op)
+        brought = _find(instruction.writes, INPUTS, op)
+        read = _find(instruction.reads + instruction.writes, INPUTS, op)
+
+        def bring_in() -> None:
+            """The first stage's F brings its own input in."""
+            batch = self.step.inputs[op.micro_batch][op.slice]
+            values[brought] = tensors.handed_on(batch)
+
+        def keep() -> None:
+            if brought >= 0:
+                bring_in()
+            output, carry = compute()
+            values[stash] = tensors.root(output), self._carry_on(op, carry)
+            if out >= 0:
+                values[out] = tensors.handed_on(output)
+
+        def forget() -> None:
+            if brought >= 0:
+                bring_in()
+            with torch.no_grad(), stage.noting_changes():
+                output, carry = compute()
+            if self.autocast:
+                # Casts of weights made here have no graph; cached, they would
+                # cut the weights off from every later forward.
+                torch.clear_autocast_cache()
+            leaves = values[read], self._carried.get(_of(op), ())
+            wants_grad = stage.trains or tensors.wants_grad(leaves)
+            self._carry_on(op, carry, wants_grad)
+            if out >= 0:
+                values[out] = tensors.handed_on(output, wants_grad)
+
+        return keep if stash >= 0 else forget
+
+    def _bind_recompute(self, op: Op, instruction: Instruction) -> Run:
+        values, stage = self.values, self._stage(op, instruction)
+        compute = self._bind_stage(op, instruction)
+        stash = _find(instruction.writes, (BufferKind.ACTIVATION,), op)
+
+        def recompute() -> None:
+            with stage.unchanged():
+                output, carry = compute()
+            values[stash] = tensors.root(output), self._roots(op, carry)
+
+        return recompute
+
+    def _bind_stage(self, op: Op, instruction: Instruction) -> Forward:
+        """From the stage's input to its output (of the last, the loss) and carry."""
+        values, stage = self.values, self._stage(op, instruction)
+        read = _find(instruction.reads + instruction.writes, INPUTS, op)
+        last = op.stage == self.program.schedule.stages - 1
+        finish = self._bind_loss(op, stage) if last else stage.checked
+        of, micro_batch, part = _of(op), op.micro_batch, op.slice
+        first = ((),) * stage.carries if self._sliced else None
+
+        def compute() -> tuple[Value, tuple[Any, ...]]:
+            carry = self._carried.get(of, first)
+            leaves = values[read] if carry is None else (values[read], carry)
+            before = tensors.versions(leaves)
+            with stage.splitter.watching():
+                output, left = stage.run(
+                    values[read], self.step.seed, micro_batch, part, carry
+                )
+                if tensors.versions(leaves) != before:
+                    found = tensors.versions(values[read])
+                    raise ModelError(_in_place(op, found, before))
+                return finish(output), left
+
+        return compute
+
+    def _bind_loss(self, op: Op, stage: Stage) -> Callable[[Any], Tensor]:
+        sources = generators(stage.device)
+        unit = stage.first_unit + len(stage.units)
+        micro_batch, part = op.micro_batch, op.slice
+
+        def loss(output: Any) -> Tensor:
+            step = self.step
+            seed(sources, key(step.seed, unit, micro_batch, part))
+            found = self._loss_fn(output, step.targets[micro_batch][part])
+            return step.scaled(found, micro_batch, part)
+
+        return loss
+
+    def _into_stash(self, op: Op, stage: Stage) -> Callable[[], Any]:
+        """The context of a forward that is offloaded: autograd saves into a stash."""
+
+        def saving() -> Any:
+            stash = self.stashes[_of(op)] = Stash(stage.device, stage.staying)
+            return stash.saving()
+
+        return saving
+
+    def _carry_on(
+        self, op: Op, carry: tuple[Any, ...], wants_grad: bool | None = None
+    ) -> Any:
+        """Give the next slice its leaves, and keep where their gradients go."""
+        if not carry or op.slice == self.program.schedule.slices - 1:
+            return ()
+        following = op.stage, op.micro_batch, op.slice + 1
+        self._carried[following] = tensors.handed_on(carry, wants_grad)
+        return self._roots(op, carry)
+
+    def _roots(self, op: Op, carry: tuple[Any, ...]) -> Any:
+        if op.slice == self.program.schedule.slices - 1:
+            return ()
+        return tensors.root(carry)
+
+    def _bind_ends(
+        self, op: Op, instruction: Instruction
+    ) -> Callable[[], tuple[list[Root], list[Tensor]]]:
+        """Where the backward starts: at the output, and at what was carried on."""
+        values = self.values
+        stash = _find(instruction.reads, (BufferKind.ACTIVATION,), op)
+        arrived = _find(instruction.reads, (BufferKind.OUTPUT_GRAD,), op)
+        last = op.stage == self.program.schedule.stages - 1
+        following = op.stage, op.micro_batch, op.slice + 1
+
+        def ends() -> tuple[list[Root], list[Tensor]]:
+            root, carried = values[stash]
+            if last:
+                gradient = None if root is None else torch.ones_like(root)
+            else:
+                gradient = values[arrived]
+            roots, gradients = tensors.ends(root, gradient)
+            if carried:
+                grads = self._carried_grads.pop(following)
+                more, theirs = tensors.ends(carried, tuple(grads))
+                roots, gradients = roots + more, gradients + theirs
+            if last and root is None:
+                self._lossless(op)
+            return roots, gradients
+
+        return ends
+
+    def _lossless(self, op: Op) -> None:
+        if self.step.factors[op.micro_batch][op.slice] != 0:
+            raise LossError(
+                f"micro-batch {op.micro_batch}: the loss depends on nothing that "
+                "requires a gradient"
+            )
+
+    def _bind_backward(self, op: Op, instruction: Instruction) -> Run:
+        ends = self._bind_ends(op, instruction)
+        pass_on = self._bind_passing(op, instruction)
+        of, read = _of(op), self._input_of[_of(op)]
+
+        def backward() -> None:
+            roots, gradients = ends()
+            if roots:
+                torch.autograd.backward(roots, gradients)  # type: ignore[arg-type]
+            carry = self._carried.get(of, ())
+            pass_on(tensors.grads(self.values[read]), tensors.grads(carry))
+
+        return backward
+
+    def _bind_input_grad(self, op: Op, instruction: Instruction) -> Run:
+        """I: as B, but for what is left to W."""
+        values, splitter = self.values, self._stage(op, instruction).splitter
+        ends = self._bind_ends(op, instruction)
+        pass_on = self._bind_passing(op, instruction)
+        rest = _find(instruction.writes, (BufferKind.WEIGHT_STASH,), op)
+        of, read = _of(op), self._input_of[_of(op)]
+
+        def input_grad() -> None:
+            roots, gradients = ends()
+            value, carry = values[read], self._carried.get(of, ())
+            found: list[Tensor | None] = []
+            leaves = [t for t in tensors.flat((value, carry)) if t.requires_grad]
+            if roots:
+                found, values[rest] = splitter.input_grads(roots, gradients, leaves)
+            by_leaf = iter(found or [None] * len(leaves))
+            pass_on(tensors.like(value, by_leaf), tensors.like(carry, by_leaf))
+
+        return input_grad
+
+    def _bind_passing(
+        self, op: Op, instruction: Instruction
+    ) -> Callable[[Any, Any], None]:
+        """Pass on the gradients of the input and the carry; free what is done with."""
+        values = self.values
+        passed = _find(instruction.writes, (BufferKind.INPUT_GRAD,), op)
+        frees = [b.index for b in instruction.frees if _belongs(b, op)]
+        first, of, read = op.stage == 0, _of(op), self._input_of[_of(op)]
+
+        def pass_on(gradient: Any, carried: Any) -> None:
+            if passed >= 0:
+                values[passed] = gradient
+            elif first and tensors.wants_grad(values[read]):
+                self.step.input_grads[op.micro_batch][op.slice] = gradient
+            if of in self._carried:
+                del self._carried[of]
+                self._carried_grads[of] = tensors.flat(carried)
+            for buffer in frees:
+                values[buffer] = None
+
+        return pass_on
+
+    def _bind_weight_grad(self, op: Op, instruction: Instruction) -> Run:
+        values = self.values
+        rest = _find(instruction.reads, (BufferKind.WEIGHT_STASH,), op)
+        frees = [b.index for b in instruction.frees if _belongs(b, op)]
+
+        def weight_grad() -> None:
+            if values[rest] is not None:  # else I was B
+                values[rest].run()
+            for buffer in frees:
+                values[buffer] = None
+
+        return weight_grad
+
+    def _w_is_next(self, op: Op, instruction: Instruction) -> bool:
+        """Whether an I stands alone, and its own W alone behind it.
+
+        In an overlap group another W may stand between the two, and come first.
+        """
+        stream = self.program.by_stream[self.program.stream[instruction.index]]
+        place = int(np.searchsorted(stream, instruction.index)) + 1
+        if len(instruction.ops) > 1 or place == len(stream):
+            return False
+        return self.program[int(stream[place])].ops == (op._replace(kind=Kind.W),)
+
+
+def _inside(context: Callable[[], Any], compute: Forward) -> Forward:
+    def inside() -> tuple[Value, tuple[Any, ...]]:
+        with context():
+            return compute()
+
+    return inside
+
+
+def holders(schedule: Schedule, stage: int) -> list[int]:
+    """The devices that hold a stage, in ascending order."""
+    return sorted({pipe[stage] for pipe in schedule.placement.pipes})
+
+
+def _in_place(op: Op, now: Any, before: Any) -> str:
+    if op.slice and now == before[0]:
+        what = "carry in place, which is what an earlier slice left"
+    else:
+        source = f"stage {op.stage - 1}'s output" if op.stage else "the batch"
+        what = f"input in place, which is {source}"
+    return (
+        f"stage {op.stage} changes its {what}: make its first operation work out of "
+        "place"
+    )
+
+
+def _of(op: Op) -> Of:
+    return op.stage, op.micro_batch, op.slice
+
+
+def _belongs(buffer: Buffer, op: Op) -> bool:
+    return (buffer.stage, buffer.micro_batch, buffer.slice) == _of(op)
+
+
+def _find(buffers: Sequence[Buffer], kinds: Sequence[BufferKind], op: Op) -> int:
+    """The op's own buffer of one of these kinds; -1 where there is none."""
+    for buffer in buffers:
+        if buffer.kind in kinds and _belongs(buffer, op):
+            return buffer.index
+    return -1

@@ -1,0 +1,135 @@
+"""Stages that several devices hold, and the sum of their gradients.
+
+Each such device adds up the gradients of its own micro-batches, apart from the
+others and from what `.grad` held before; REDUCE sums these over the devices, in
+their order, and adds the sum to `.grad` once::
+
+    device 0   B0 + B2 + B5 ──┐
+                              ├──▶ sum ──▶ .grad
+    device 3   B1 + B3 + B4 ──┘
+
+Devices of the schedule that share a torch device share one module: while one of
+them runs a backward, its own sums stand in the parameters' `.grad`. On another
+torch device a copy runs, which takes over the user's values before each step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pipeproof.exec.errors import ModelError
+from pipeproof.exec.stage import Stage, StageModule
+
+Run = Callable[[], None]
+
+
+class Sums:
+    """The gradients of one stage on one device of the schedule, in this step.
+
+    Args:
+        stage: as that device holds it.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.begin()
+
+    def begin(self) -> None:
+        """Nothing is summed yet."""
+        self.grads: list[Tensor | None] = [None] * len(self.stage.parameters)
+
+    def around(self, run: Run) -> Run:
+        """A backward that adds to these sums instead of to `.grad`."""
+
+        def apart() -> None:
+            self._swap()
+            try:
+                run()
+            finally:
+                self._swap()
+
+        return apart
+
+    def _swap(self) -> None:
+        grads = self.grads
+        for number, parameter in enumerate(self.stage.parameters):
+            parameter.grad, grads[number] = grads[number], parameter.grad
+
+
+def add_up(parts: Sequence[Sums]) -> None:
+    """REDUCE: the sums of all devices, in their order, once to the user's `.grad`.
+
+    Args:
+        parts: of the devices, in ascending order; used up.
+    """
+    for number, parameter in enumerate(parts[0].stage.original.parameters):
+        found = [part.grads[number] for part in parts]
+        there = [grad for grad in found if grad is not None]
+        if not there:
+            continue
+        total = there[0].to(parameter.device)
+        for grad in there[1:]:
+            total += grad.to(parameter.device)
+        if parameter.grad is None:
+            parameter.grad = total
+        else:
+            parameter.grad += total
+    for part in parts:
+        part.begin()
+
+
+class Replica(Stage):
+    """A copy of a stage on another torch device.
+
+    Args:
+        original: the stage that the user's optimizer knows.
+        module: as the user gave it.
+        device: where the copy runs.
+
+    Raises:
+        ModelError: a module that cannot be copied.
+    """
+
+    def __init__(
+        self, original: Stage, module: StageModule, device: torch.device
+    ) -> None:
+        try:
+            twin = copy.deepcopy(module)
+        except Exception as error:
+            raise ModelError(
+                f"stage {original.number} is held on several devices, and its module "
+                f"cannot be copied to {device}: {type(error).__name__}: {error}"
+            ) from error
+        super().__init__(original.number, twin, original.first_unit, device)
+        self._original = original
+
+    @property
+    def original(self) -> Stage:
+        """The stage that this is a copy of."""
+        return self._original
+
+    def begin(self) -> None:
+        """Take over the original's values, flags and modes; get ready."""
+        pairs = list(zip(self.modules, self._original.modules, strict=True))
+        with torch.no_grad():
+            for ours, theirs in pairs:
+                ours.training = theirs.training
+                _take_over(ours._buffers, theirs._buffers)
+                _take_over(ours._parameters, theirs._parameters)
+        super().begin()
+
+
+def _take_over(
+    ours: dict[str, nn.Parameter | None] | dict[str, Tensor | None],
+    theirs: dict[str, nn.Parameter | None] | dict[str, Tensor | None],
+) -> None:
+    for name, tensor in theirs.items():
+        mine = ours[name]
+        if tensor is not None and mine is not None:
+            mine.copy_(tensor)
+            mine.requires_grad_(tensor.requires_grad)
+            mine.grad = None

@@ -1,0 +1,64 @@
+"""What changes from step to step, and the loss of one slice in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pipeproof.exec.batch import Value, check_loss
+
+
+@dataclass
+class Step:
+    """One batch, under way.
+
+    All lists are of micro-batches, and in each of its slices.
+
+    Attributes:
+        seed: of all its randomness.
+        inputs, targets: on the first and the last device of their pipe.
+        factors: of the losses; None for not at all.
+        losses: with their factors, once they are known.
+        input_grads: where the inputs want a gradient.
+    """
+
+    seed: int
+    inputs: list[list[Value]]
+    targets: list[list[Value]]
+    factors: list[list[float | None]]
+    losses: list[list[Tensor | None]] = field(init=False)
+    input_grads: list[list[Value | None]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.losses = [[None] * len(parts) for parts in self.factors]
+        self.input_grads = [[None] * len(parts) for parts in self.factors]
+
+    def scaled(self, found: object, micro_batch: int, part: int) -> Tensor:
+        """The loss as it counts in the batch's; it is kept when it comes first.
+
+        Raises:
+            LossError: not a floating scalar tensor.
+        """
+        loss = check_loss(found, micro_batch)
+        factor = self.factors[micro_batch][part]
+        if factor == 0:
+            # What does not count may be undefined: a mean over no tokens is NaN.
+            loss = torch.zeros_like(loss, requires_grad=False)
+        elif factor is not None:
+            loss = loss * factor
+        if self.losses[micro_batch][part] is None:
+            self.losses[micro_batch][part] = loss.detach()
+        return loss
+
+    @property
+    def loss(self) -> Tensor:
+        """The batch's loss, summed by micro-batch and slice."""
+        first, *others = [
+            loss for parts in self.losses for loss in parts if loss is not None
+        ]
+        total = first.clone()
+        for loss in others:
+            total += loss.to(total.device)
+        return total

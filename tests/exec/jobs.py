@@ -1,0 +1,378 @@
+"""What a pool of ranks is asked to do, and the same in one process."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import Attention
+from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore
+from torch.nn import functional
+
+from pipeproof.exec import Pipeline
+from pipeproof.exec.bind import holders
+from pipeproof.exec.errors import RankError
+from pipeproof.exec.group import Ranks
+from pipeproof.exec.launch import launch
+from pipeproof.sched import Schedule, Trace, catalog, recompute
+
+WIDTH = 4
+
+
+class Split(nn.Module):
+    """A tensor → three, of which one is no float and one wants no gradient."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.transpose(0, 1), x.detach().argsort(-1), x.detach()[..., ::2] / 2
+
+
+class Join(nn.Module):
+    """And back."""
+
+    def forward(self, parts: tuple[Tensor, ...]) -> Tensor:
+        x, order, half = parts
+        assert not order.requires_grad
+        assert not half.requires_grad
+        x = x.transpose(0, 1).gather(-1, order)
+        return x + half.repeat_interleave(2, -1)
+
+
+class Mixed(nn.Module):
+    """A stage whose input and output are tuples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.join, self.split = Join(), Split()
+
+    def forward(self, value: Any) -> Any:
+        x = self.join(value) if isinstance(value, tuple) else value
+        return self.split(self.linear(x).tanh())
+
+
+def attentive(number: int) -> nn.Module:
+    """Dropout, and attention that slices carry on."""
+    return nn.Sequential(
+        nn.Linear(WIDTH, WIDTH), nn.Dropout(0.3), Attention(WIDTH), nn.LayerNorm(WIDTH)
+    )
+
+
+def mixed(number: int) -> nn.Module:
+    return Mixed()
+
+
+def frozen_start(number: int) -> nn.Module:
+    """What enters stage 1 wants no gradient, so none comes back."""
+    layer = nn.Linear(WIDTH, WIDTH)
+    return layer.requires_grad_(number > 0)
+
+
+def same_values(output: Any, targets: Tensor) -> Tensor:
+    x = Join()(output) if isinstance(output, tuple) else output
+    return functional.mse_loss(x, targets)
+
+
+def weight_of(targets: Tensor) -> Tensor:
+    """Micro-batches with a negative first target do not count."""
+    return (targets.flatten()[0] > 0) * targets.shape[0]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A schedule, a model and some steps.
+
+    Attributes:
+        name, devices, micro_batches, policy: of the schedule.
+        stage: makes one from its number.
+        shapes: rows and positions of the batch of each step.
+        own_only: ranks are given None for the stages of others.
+        weighted: micro-batches count as `weight_of` says.
+        dtype: of everything.
+    """
+
+    name: str
+    devices: int
+    micro_batches: int
+    policy: str = "never"
+    stage: Callable[[int], nn.Module] = attentive
+    shapes: tuple[tuple[int, int], ...] = ((11, 6),)
+    own_only: bool = False
+    weighted: bool = False
+    dtype: torch.dtype = torch.float64
+
+    @property
+    def schedule(self) -> Schedule:
+        schedule = catalog.make(
+            self.name, devices=self.devices, micro_batches=self.micro_batches
+        )
+        return schedule if self.policy == "never" else recompute(schedule, self.policy)
+
+    def stages(self) -> list[nn.Module]:
+        torch.manual_seed(3)
+        return [self.stage(n).to(self.dtype) for n in range(self.schedule.stages)]
+
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        torch.manual_seed(4)
+        return [
+            tuple(torch.randn(2, *shape, WIDTH, dtype=self.dtype))
+            for shape in self.shapes
+        ]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"loss_scale": weight_of} if self.weighted else {}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What must be equal, bit by bit.
+
+    Attributes:
+        losses: of the steps.
+        grads: of each stage.
+        drawn: from the generator afterwards.
+    """
+
+    losses: list[str]
+    grads: dict[int, str]
+    drawn: float
+
+
+def digest(*tensors: Tensor | None) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(b"None" if tensor is None else tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def grads_of(stages: Sequence[nn.Module], numbers: Sequence[int]) -> dict[int, str]:
+    return {n: digest(*(p.grad for p in stages[n].parameters())) for n in numbers}
+
+
+def run(
+    job: Job,
+    step: Callable[[Tensor, Tensor], Tensor],
+    stages: Sequence[nn.Module],
+    numbers: Sequence[int],
+    seed: int = 5,
+) -> Result:
+    batches = job.batches()
+    torch.manual_seed(seed)
+    losses = [digest(step(*batch)) for batch in batches]
+    return Result(losses, grads_of(stages, numbers), float(torch.rand(1)))
+
+
+def alone(job: Job) -> Result:
+    """In one process."""
+    stages = job.stages()
+    pipeline = Pipeline(stages, job.schedule, same_values, **job.options)
+    return run(job, pipeline.step, stages, range(len(stages)))
+
+
+def timed(ranks: Ranks, job: Job) -> Trace:
+    """The trace of a step after the first."""
+    stages = job.stages()
+    pipeline = Pipeline(stages, job.schedule, same_values, ranks=ranks)
+    (batch,) = job.batches()
+    pipeline.step(*batch)
+    pipeline.step(*batch, record=True)
+    return pipeline.trace
+
+
+def part(ranks: Ranks, job: Job) -> Result:
+    """As one of several ranks."""
+    schedule, stages = job.schedule, job.stages()
+    mine = [n for n in range(schedule.stages) if ranks.rank in holders(schedule, n)]
+    given = [s if n in mine or not job.own_only else None for n, s in enumerate(stages)]
+    pipeline = Pipeline(given, schedule, same_values, ranks=ranks, **job.options)
+
+    def step(inputs: Tensor, targets: Tensor) -> Tensor:
+        first, last = 0 in mine, schedule.stages - 1 in mine
+        return pipeline.step(inputs if first else None, targets if last else None)
+
+    # Rank 0's seed counts; the others' own draws are not used.
+    return run(job, step, stages, mine, seed=5 + ranks.rank)
+
+
+def serve(
+    ranks: Ranks, ears: Sequence[Connection], mouths: Sequence[Connection]
+) -> None:
+    """Do jobs until there is None; those for two are done by ranks 0 and 1."""
+    two = (
+        Ranks(PrefixStore("two", ranks.store), ranks.rank, 2)
+        if ranks.rank < 2
+        else None
+    )
+    while (task := ears[ranks.rank].recv()) is not None:
+        function, job, size = task
+        among = ranks if size == ranks.size else two
+        done = None if among is None else function(among, job)
+        mouths[ranks.rank].send(done)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that goes wrong in a step of 1F1B on one rank.
+
+    Attributes:
+        kind: what.
+        rank: where.
+        signal: to end it with, for the kind `signal`.
+    """
+
+    kind: str
+    rank: int
+    signal: int = 0
+
+
+class Failing(nn.Module):
+    """Fails at the third micro-batch that comes through."""
+
+    def __init__(self, fail: Callable[[], None]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.fail, self.calls = fail, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 3:
+            self.fail()
+        return self.linear(x)
+
+
+def spoil(fault: Fault) -> None:
+    match fault.kind:
+        case "stage":
+            raise ValueError("no such word: 7")
+        case "interrupt":
+            raise KeyboardInterrupt
+        case "signal":
+            os.kill(os.getpid(), fault.signal)
+
+
+class Dropping(nn.Module):
+    """Its output's shape depends on the values of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else x[:1]
+
+
+def sum_of_squares(output: Tensor, targets: Tensor) -> Tensor:
+    return output.square().sum()
+
+
+def bad_loss(output: Tensor, targets: Tensor) -> Tensor:
+    raise ArithmeticError("a loss of its own")
+
+
+def faulty(ranks: Ranks, fault: Fault) -> None:
+    """Two steps, in which this happens."""
+    here, kind = ranks.rank == fault.rank, fault.kind
+    micro_batches = 5 if here and kind == "schedule" else 4
+    devices = ranks.size + (kind == "devices")
+    name = "bpipe" if kind == "bpipe" else "1f1b"
+    schedule = catalog.make(name, devices=devices, micro_batches=micro_batches)
+    stages: list[Any] = [nn.Linear(WIDTH, WIDTH) for _ in range(schedule.stages)]
+    if here and kind in ("stage", "interrupt", "signal"):
+        stages[ranks.rank] = Failing(lambda: spoil(fault))
+    elif here and kind == "shapes":
+        stages[0] = nn.Linear(WIDTH, WIDTH, bias=False)
+    elif here and kind == "none":
+        stages[ranks.rank] = None
+    elif kind == "tied":
+        stages[1].weight = stages[3].weight
+    elif kind == "data":
+        stages[fault.rank] = Dropping()
+    loss_fn = bad_loss if kind == "loss" else sum_of_squares
+    pipeline = Pipeline(stages, schedule, loss_fn, ranks=ranks)
+    x = torch.ones(8, WIDTH)
+    pipeline.step(x, x[:5] if kind == "rows" else x)
+    pipeline.step(-x, x)
+
+
+def told(ranks: Ranks, fault: Fault) -> str:
+    """What a rank says of a fault, which ends a company of its own."""
+    store = PrefixStore(f"{fault}", ranks.store)
+    company = Ranks(store, ranks.rank, ranks.size, timeout_s=5)
+    try:
+        faulty(company, fault)
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        company.leave()
+    return "nothing"
+
+
+def standing_still(ranks: Ranks, fault: Fault) -> str:
+    """One rank is in a step and does nothing, until another one says so."""
+    store = PrefixStore(f"{fault}", ranks.store)
+    company = Ranks(store, ranks.rank, ranks.size, timeout_s=1)
+    try:
+        if ranks.rank != fault.rank:
+            faulty(company, fault)
+        with company.together("a long op"):
+            while True:
+                company.check()
+    except RankError as error:
+        return str(error)
+    finally:
+        company.leave()
+
+
+def leaving_a_pid(ranks: Ranks, fault: Fault, folder: str) -> None:
+    Path(folder, str(ranks.rank)).write_text(str(os.getpid()))
+    faulty(ranks, fault)
+
+
+Do = Callable[..., list[Any]]
+
+
+@contextmanager
+def pool(size: int = 4) -> Iterator[Do]:
+    """Ranks that wait for jobs: processes take long to start."""
+    context = get_context("spawn")
+    asks, answers = (
+        [context.Pipe(duplex=False) for _ in range(size)] for _ in range(2)
+    )
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            launch(serve, size, [ear for ear, _ in asks], [say for _, say in answers])
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            for _, mouth in answers:
+                mouth.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+
+    def do(
+        function: Callable[[Ranks, Any], Any], job: Any, among: int = size
+    ) -> list[Any]:
+        """What each of the ranks returns for a job."""
+        for _, mouth in asks:
+            mouth.send((function, job, among))
+        try:
+            return [ear.recv() for ear, _ in answers][:among]
+        except EOFError:
+            thread.join()
+            raise failures[0] from None
+
+    try:
+        yield do
+    finally:
+        for _, mouth in asks:
+            mouth.send(None)
+        thread.join()

@@ -1,0 +1,127 @@
+"""A rank that fails ends all, and each says who it was and why."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+from jobs import Do, Fault, leaving_a_pid, standing_still, told
+from torch import nn
+from torch.nn import functional
+
+from pipeproof.exec import ModelError, Pipeline, RankError, launch
+from pipeproof.sched import ParameterError, catalog
+
+
+def test_a_stage_that_raises(do: Do) -> None:
+    said = do(told, Fault("stage", 2))
+
+    assert said[2].startswith(
+        "StepError: the step broke off at 2F2 (stage 2, micro-batch 2, device cpu): "
+        "ValueError: no such word: 7"
+    )
+    for rank in (0, 1, 3):
+        assert said[rank].startswith(
+            f"RankError: rank {rank} ends: rank 2 failed in the step: StepError: the "
+            "step broke off at 2F2 (stage 2, micro-batch 2, device cpu): ValueError"
+        )
+        assert "in spoil\n" in said[rank], "the original traceback"
+
+
+def test_a_loss_that_raises(do: Do) -> None:
+    said = do(told, Fault("loss", 3))
+
+    assert "3F0 (stage 3, micro-batch 0" in said[3]
+    for rank in (0, 1, 2):
+        assert "rank 3 failed in the step: StepError" in said[rank]
+        assert "ArithmeticError: a loss of its own" in said[rank]
+
+
+def test_an_interrupted_rank(do: Do) -> None:
+    said = do(told, Fault("interrupt", 1))
+
+    assert said[1].startswith("KeyboardInterrupt")
+    for rank in (0, 2, 3):
+        assert "rank 1 failed in the step: KeyboardInterrupt" in said[rank]
+
+
+def test_ranks_with_different_schedules(do: Do) -> None:
+    said = do(told, Fault("schedule", 2))
+
+    for message in said:
+        assert message.startswith("RankError: ")
+        assert "ranks differ; give all the same:\n  schedule:\n    ranks 0, 1, 3:" in (
+            message
+        )
+        assert "    ranks 2: " in message
+
+
+def test_ranks_with_different_stages(do: Do) -> None:
+    for message in do(told, Fault("shapes", 1)):
+        assert "  stage 0:\n    ranks 0, 2, 3: 1 units; [4, 4] torch.float32, [4]" in (
+            message
+        )
+
+
+def test_targets_of_another_batch(do: Do) -> None:
+    for message in do(told, Fault("rows", 0)):
+        assert "the targets of rank 3 have 5 rows, and the inputs 8 rows" in message
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (Fault("devices", -1), "runs on 5 ranks, one for each device, got 4"),
+        (Fault("bpipe", -1), "keeps activations in another device's memory, which is"),
+        (Fault("none", 2), "rank 2 runs stage 2 and was given None for it"),
+        (Fault("tied", -1), "share a parameter of shape (4, 4) across ranks: put both"),
+        (
+            Fault("data", 0),
+            "activation 0→1:0 is [1, 4] of float32, and was [2, 4] of float32 in the "
+            "step before, for a batch of the same shapes",
+        ),
+    ],
+)
+def test_what_ranks_refuse(fault: Fault, message: str, do: Do) -> None:
+    for said in do(told, fault):
+        assert message in said
+
+
+def test_ranks_need_processes() -> None:
+    schedule = catalog.make("gpipe", devices=2, micro_batches=2)
+    stages = [nn.Linear(1, 1) for _ in range(2)]
+
+    with pytest.raises(ParameterError, match="call init_process_group first"):
+        Pipeline(stages, schedule, functional.mse_loss, ranks=True)
+    with pytest.raises(ModelError, match="stage 1 is None: only other ranks' may be"):
+        Pipeline([stages[0], None], schedule, functional.mse_loss)
+
+
+def test_ranks_that_stand_still(do: Do) -> None:
+    for message in do(standing_still, Fault("still", 2)):
+        assert "no rank has moved for 1 s:\n" in message
+        assert "  rank 2: 0 a long op\n" in message
+        assert "waiting for what the other ranks are to run" in message
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (signal.SIGKILL, "rank 1 was ended by SIGKILL"),
+        (signal.SIGSTOP, "rank 1 has not been heard of for 3 s: it was killed or stop"),
+    ],
+)
+def test_a_rank_that_cannot_say_why(
+    number: int, reason: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fault = Fault("signal", 1, number)
+
+    with pytest.raises(RankError, match=reason):
+        launch(leaving_a_pid, 2, fault, str(tmp_path), lost_s=3)
+
+    assert f"rank 0 ends: {reason}" in capfd.readouterr().err
+    pids = [int(path.read_text()) for path in tmp_path.iterdir()]
+    assert len(pids) == 2
+    assert not any(map(psutil.pid_exists, pids))

@@ -1,0 +1,135 @@
+"""One rank for each device: the same gradients, bit by bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from jobs import (
+    Do,
+    Job,
+    Result,
+    alone,
+    frozen_start,
+    mixed,
+    part,
+    run,
+    same_values,
+    timed,
+)
+
+from pipeproof.exec import reference
+from pipeproof.sched import CATALOG, POLICIES, Kind, catalog
+from pipeproof.sched.row import Case
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROWS = [
+    name
+    for name in CATALOG
+    if all(
+        target is None
+        for target in catalog.make(name, devices=4, micro_batches=8).offload_to
+    )
+]
+"""All but those that keep activations in another rank's memory."""
+
+
+def assert_equal(results: list[Result], expected: Result) -> None:
+    found: dict[int, str] = {}
+    for rank, result in enumerate(results):
+        assert result.losses == expected.losses, f"the losses of rank {rank}"
+        for stage, grads in result.grads.items():
+            assert grads == expected.grads[stage], f"stage {stage} of rank {rank}"
+        found |= result.grads
+    assert found.keys() == expected.grads.keys()
+    assert results[0].drawn == expected.drawn, "rank 0's generator goes on the same"
+
+
+def unpipelined(job: Job) -> Result:
+    stages = job.stages()
+
+    def step(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return reference(
+            stages, job.schedule, same_values, inputs, targets, **job.options
+        )
+
+    return run(job, step, stages, range(len(stages)))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_equals_one_process_and_the_reference(name: str, do: Do) -> None:
+    job = Job(name, 4, 8)
+
+    results = do(part, job)
+
+    assert_equal(results, alone(job))
+    assert_equal(results, unpipelined(job))
+
+
+@pytest.mark.parametrize("name", ["gpipe", "interleaved", "zb-v", "chimera"])
+def test_two_ranks(name: str, do: Do) -> None:
+    job = Job(name, 2, 4, own_only=True, dtype=torch.float32)
+
+    assert_equal(do(part, job, 2), alone(job))
+
+
+def test_shapes_may_change_from_step_to_step(do: Do) -> None:
+    job = Job("1f1b", 4, 5, shapes=((5, 6), (5, 6), (13, 2), (5, 6), (13, 2), (13, 3)))
+
+    assert_equal(do(part, job), alone(job))
+
+
+def test_tuples_views_and_integers_cross(do: Do) -> None:
+    job = Job("interleaved", 4, 8, stage=mixed, shapes=((9, 3), (9, 3), (12, 1)))
+
+    assert_equal(do(part, job), alone(job))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradients_that_there_are_not(weighted: bool, do: Do) -> None:
+    job = Job("1f1b", 4, 6, stage=frozen_start, shapes=((7, 2),) * 4, weighted=weighted)
+
+    assert_equal(do(part, job), alone(job))
+
+
+def test_one_micro_batch(do: Do) -> None:
+    job = Job("gpipe", 4, 1, own_only=True)
+
+    assert_equal(do(part, job), alone(job))
+
+
+def test_one_trace_of_all_ranks(do: Do) -> None:
+    traces = do(timed, Job("zb-h1", 4, 8))
+
+    for trace in traces:
+        assert trace.source == "measured"
+        assert trace.start.tolist() == traces[0].start.tolist()
+        assert trace.end.tolist() == traces[0].end.tolist()
+    trace, program = traces[0], traces[0].program
+    assert trace.start.min() == 0
+    assert (trace.start <= trace.end).all()
+    waits = program.waits_for
+    assert (trace.end[waits.values] <= trace.start[waits.owner]).all()
+    for stream in program.by_stream:
+        assert (trace.end[stream[:-1]] <= trace.start[stream[1:]]).all()
+    # All ranks are on one host, so that their clocks agree to the round trip.
+    assert (trace.end[program.recv_of] > trace.start[program.send_of]).all()
+    assert 0 < trace.bubble_fraction < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("micro_batches", [4, 8, 16])
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_in_more_sizes(
+    name: str, micro_batches: int, policy: str, do: Do
+) -> None:
+    for devices in (2, 4):
+        if not CATALOG[name].allows(Case(devices, micro_batches)):
+            continue
+        job = Job(
+            name, devices, micro_batches, policy, shapes=((19, 7),), dtype=torch.float32
+        )
+        if policy != "never" and job.schedule.has(Kind.OFFLOAD):
+            continue
+        assert_equal(do(part, job, devices), alone(job))
