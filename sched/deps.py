@@ -245,6 +245,8 @@ def clean_levels(schedule: Schedule) -> Index | None:
     if len(ops) < 2 * int(np.prod(shape, dtype=object)):
         return None
     table = schedule.table
+    if Kind.F not in table.by_kind:
+        return None
     empty = np.zeros(0, dtype=np.int32)
     tables = [table.by_kind[k].ravel() if k in table.by_kind else empty for k in PLAIN]
     columns = [

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 COMPILE_FROM = 100_000
 """Below this the plain loop is done before numba is loaded."""
 
-COMPILE_FROM_IF_LOADED = 30_000
+COMPILE_FROM_IF_LOADED = 500
 """Below this it is done before a compiled one is read from its file."""
 
 
