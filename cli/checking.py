@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import click
 
@@ -10,7 +11,12 @@ from pipeproof.cli.options import Conditions, Number, Wanted, flag
 from pipeproof.cli.output import emit_json
 from pipeproof.cli.predict import cluster_of, cost_of, predict, sizes
 from pipeproof.cli.source import load
-from pipeproof.sched import Finding, ParameterError, check, fits
+from pipeproof.sched import ParameterError, check, fits, lower
+from pipeproof.sched.lower import Receives, Transfers
+from pipeproof.sched.streams import StreamModel
+
+OF_PROGRAMS = ("streams", "buffering", "transfers", "receives")
+"""Conditions under which a program is judged for deadlocks, whatever its costs."""
 
 
 def judge(
@@ -27,14 +33,26 @@ def judge(
         ParameterError: costs, but no cap that they matter to.
     """
     schedule = load(wanted)
+    given = conditions.given
     report = check(schedule)
+    if report.ok and any(name in given for name in OF_PROGRAMS):
+        program = lower(
+            schedule,
+            transfers=cast(Transfers, conditions.transfers),
+            receives=cast(Receives, conditions.receives),
+        )
+        report = check(
+            program,
+            streams=cast(StreamModel | None, conditions.streams),
+            buffering=conditions.buffering,
+        )
     if memory is None and conditions.cluster is not None:
         knows_bytes = cost_of(conditions, schedule).knows_bytes
         memory = cluster_of(conditions).memory if knows_bytes else None
     if memory is None and activations is None:
-        if given := conditions.given:
+        if costs := [name for name in given if name not in OF_PROGRAMS]:
             raise ParameterError(
-                f"{flag(given[0])} matters only to what is alive at once: give "
+                f"{flag(costs[0])} matters only to what is alive at once: give "
                 "--memory or --max-activations too"
             )
     elif report.ok:
@@ -47,22 +65,10 @@ def judge(
                 **sizes(report.schedule),
                 "digest": report.schedule.digest,
                 "ok": report.ok,
-                "findings": list(map(_spelled_out, report.findings)),
+                "findings": [finding.to_dict() for finding in report.findings],
             }
         )
     else:
         click.echo(str(report))
     if not report.ok:
         raise click.exceptions.Exit(1)
-
-
-def _spelled_out(finding: Finding) -> dict[str, object]:
-    return {
-        "rule": finding.rule,
-        "device": finding.device,
-        "step": finding.step,
-        "op": None if finding.op is None else str(finding.op),
-        "expected": finding.expected,
-        "found": finding.found,
-        "remedy": finding.remedy,
-    }

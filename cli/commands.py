@@ -20,6 +20,7 @@ from pipeproof.cli.options import (
     number,
     sizes,
     takes_axes,
+    takes_policies,
     takes_schedule,
 )
 from pipeproof.cli.shape import Shape, takes_conditions, takes_shape
@@ -90,18 +91,42 @@ def check(
     """Judge a schedule, and print what breaks a rule.
 
     The rules: complete, well placed, in order, free of cycles; with a cap, it also
-    fits: then it is simulated, with costs as for `simulate`. Exits with 1 if there
-    are findings, and prints all of them.
+    fits: then it is simulated, with costs as for `simulate`. With --streams,
+    --buffer (here rendezvous where not given), --transfers or --receives, its
+    program does not deadlock under them. Exits with 1 if there are findings, and
+    prints all of them.
 
     \b
     Example:
       pipeproof check 1f1b -p 4 -m 8
       pipeproof check mine.txt --max-activations 4
+      pipeproof check mine.txt --streams pair --buffer rendezvous
       pipeproof check 1f1b -p 8 -m 64 --model gpt-175b --memory 80GB
     """
     from pipeproof.cli.checking import judge
 
     judge(wanted, conditions, as_json=as_json, **caps)
+
+
+@click.command()
+@takes_schedule
+@takes_policies
+@as_json
+def prove(*, wanted: Wanted, transfers: str, receives: str, as_json: bool) -> None:
+    """Prove that a schedule computes the gradient of unpipelined training.
+
+    Its program is run on terms in place of tensors, so the proof holds for every
+    model that the certificate's assumptions hold for. Prints the certificate, or
+    what refutes the program, and then exits with 1.
+
+    \b
+    Example:
+      pipeproof prove zb-h1 -p 4 -m 8
+      pipeproof prove mine.txt --receives late
+    """
+    from pipeproof.cli.proving import certify
+
+    certify(wanted, transfers, receives, as_json=as_json)
 
 
 @click.command()
@@ -427,4 +452,4 @@ def export(
     write(wanted, conditions, form, output, as_json=as_json)
 
 
-ALL = (list_, show, check, simulate, explain, sweep, run, verify, export)
+ALL = (list_, show, check, prove, simulate, explain, sweep, run, verify, export)

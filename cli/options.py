@@ -247,6 +247,24 @@ def _number(flag: str, text: str) -> Any:
     return click.option(flag, type=number, metavar="X", help=text)
 
 
+POLICY_OPTIONS = [
+    click.option(
+        "--transfers",
+        type=click.Choice(["overlapped", "blocking"]),
+        default="overlapped",
+        show_default=True,
+        help="Sends beside the sender's compute, or in its way.",
+    ),
+    click.option(
+        "--receives",
+        type=click.Choice(["early", "late"]),
+        default="early",
+        show_default=True,
+        help="When receives are posted.",
+    ),
+]
+"""How a schedule is lowered."""
+
 _CONDITIONS = [
     _amount("--forward", "Time of F; default 1."),
     _amount("--input-grad", "Time of I; default 1."),
@@ -275,6 +293,7 @@ _CONDITIONS = [
     ),
     click.option(
         "--buffering",
+        "--buffer",
         type=buffering,
         metavar="eager|rendezvous|K",
         help="What a send waits for: nothing (default), its receive, or the K-th "
@@ -286,20 +305,7 @@ _CONDITIONS = [
         help="Which streams of a device are one: none (dir, default); sends and "
         "receives of one pair of devices; all of them (one); with compute (sync).",
     ),
-    click.option(
-        "--transfers",
-        type=click.Choice(["overlapped", "blocking"]),
-        default="overlapped",
-        show_default=True,
-        help="Sends beside the sender's compute, or in its way.",
-    ),
-    click.option(
-        "--receives",
-        type=click.Choice(["early", "late"]),
-        default="early",
-        show_default=True,
-        help="When receives are posted.",
-    ),
+    *POLICY_OPTIONS,
     click.option(
         "--unit",
         type=click.Choice(UNITS),
@@ -334,6 +340,13 @@ def takes_schedule(function: Function) -> Function:
 def takes_features(function: Function) -> Function:
     """Give a command the options of `Features`, collected as `features`."""
     return collect(function, Features, "features", _FEATURES)
+
+
+def takes_policies(function: Function) -> Function:
+    """Give a command the options of lowering, as two arguments."""
+    for option in reversed(POLICY_OPTIONS):
+        function = option(function)
+    return function
 
 
 def takes_conditions(function: Function) -> Function:

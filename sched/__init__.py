@@ -31,6 +31,9 @@ from pipeproof.sched.placement import Placement as Placement
 from pipeproof.sched.program import Action as Action
 from pipeproof.sched.program import BufferKind as BufferKind
 from pipeproof.sched.program import Program as Program
+from pipeproof.sched.prove import Certificate as Certificate
+from pipeproof.sched.prove import Refutation as Refutation
+from pipeproof.sched.prove import prove as prove
 from pipeproof.sched.trace import Trace as Trace
 from pipeproof.sched.transforms import POLICIES as POLICIES
 from pipeproof.sched.transforms import merge_backward as merge_backward

@@ -17,23 +17,54 @@ from pipeproof.sched.deps import OpTable, Order, order
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.findings import SHOWN, Finding, Report
 from pipeproof.sched.ir import BESIDE_KINDS, STAGE_KINDS, Kind, Op, Schedule
+from pipeproof.sched.program import Program
+from pipeproof.sched.streams import Buffering, StreamModel
 
 
-def check(schedule: Schedule) -> Report:
+def check(
+    judged: Schedule | Program,
+    *,
+    streams: StreamModel | None = None,
+    buffering: Buffering | None = None,
+) -> Report:
     """Judge a schedule: complete, well placed, in order, free of cycles.
 
-    Takes time linear in the ops. All findings come together; `raise_if_bad`
-    turns them into one error.
+    Of a program, judge its messages too: both sides of each are there, links are
+    first in, first out, and nothing waits in a cycle. Takes linear time. All
+    findings come together; `raise_if_bad` turns them into one error.
+
+    Args:
+        judged: a schedule, or a program of one.
+        streams: which of a device's streams are one, default `dir`; see
+            `pipeproof.sched.streams`.
+        buffering: what a send waits for, default `rendezvous`, under which what
+            runs through runs through under any other. With either of these a clean
+            schedule is lowered, and its program judged.
 
     Raises:
-        ParameterError: something other than a schedule.
+        ParameterError: something else than these, or a model that there is not.
+        UnsupportedError: a schedule whose program is to be judged, and that is not
+            lowered yet.
     """
-    if not isinstance(schedule, Schedule):
+    from pipeproof.sched.deadlock import deadlocks, known
+    from pipeproof.sched.lower import lower  # lowering checks the schedule first
+    from pipeproof.sched.matching import mismatches
+
+    model: StreamModel = "dir" if streams is None else streams
+    waits: Buffering = "rendezvous" if buffering is None else buffering
+    known(model, waits)
+    if not isinstance(judged, Schedule | Program):
         raise ParameterError(
-            f"check judges a Schedule, found {type(schedule).__name__}: a Program is "
-            "judged by the schedule that it was lowered from"
+            f"check judges a Schedule or a Program, found {type(judged).__name__}"
         )
-    return schedule.report
+    schedule = judged if isinstance(judged, Schedule) else judged.schedule
+    report = schedule.report
+    if not report.ok or (judged is schedule and streams is None and buffering is None):
+        return report
+    program = lower(judged) if isinstance(judged, Schedule) else judged
+    found = mismatches(program) or deadlocks(program, model, waits)
+    verdict = f"{report.verdict}; without deadlock, streams {model!r}, "
+    return Report(schedule, found, f"{verdict}buffering {waits!r}")
 
 
 def examine(schedule: Schedule) -> Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,18 @@ class Finding:
         return f"device {self.device}" + (
             "" if self.step is None else f", step {self.step}"
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, in types that JSON has."""
+        return {
+            "rule": self.rule,
+            "device": self.device,
+            "step": self.step,
+            "op": None if self.op is None else str(self.op),
+            "expected": self.expected,
+            "found": self.found,
+            "remedy": self.remedy,
+        }
 
     def __str__(self) -> str:
         return f"{self.where}: {self.found}; expected {self.expected}. {self.remedy}."

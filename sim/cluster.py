@@ -24,15 +24,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from os import PathLike
-from typing import Literal
 
 from pipeproof.sched.errors import ParameterError, at_least_one
 from pipeproof.sched.exact import Number, is_number, plain
-
-Buffering = Literal["eager", "rendezvous"] | int
-StreamModel = Literal["dir", "pair", "one", "sync"]
-
-STREAM_MODELS = ("dir", "pair", "one", "sync")
+from pipeproof.sched.streams import STREAM_MODELS as STREAM_MODELS
+from pipeproof.sched.streams import Buffering as Buffering
+from pipeproof.sched.streams import StreamModel as StreamModel
 
 
 @dataclass(frozen=True, slots=True)

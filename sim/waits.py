@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched import Action, Program
-from pipeproof.sched.program import StreamKind
+from pipeproof.sched.streams import in_turn, turn_of
 from pipeproof.sim.cluster import Cluster
 
 Edges = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -28,13 +28,7 @@ def streams_in_turn(program: Program, cluster: Cluster) -> list[NDArray[np.int64
     deadlocks it, but where sender and receiver are one stream (`sync` on a shared
     processor) under rendezvous.
     """
-    merged: dict[Hashable, list[NDArray[np.int64]]] = {}
-    for number, members in enumerate(program.by_stream):
-        merged.setdefault(_turn(program, number, cluster), []).append(members)
-    return [
-        members[0] if len(members) == 1 else np.sort(np.concatenate(members))
-        for members in merged.values()
-    ]
+    return in_turn(program, cluster.streams, shared_processor=cluster.shared_processor)
 
 
 def turns(program: Program, cluster: Cluster) -> NDArray[np.int32]:
@@ -51,15 +45,9 @@ def turns(program: Program, cluster: Cluster) -> NDArray[np.int32]:
 
 def _turn(program: Program, number: int, cluster: Cluster) -> Hashable:
     """Equal for streams that are one."""
-    stream = program.streams[number]
-    if stream.kind == StreamKind.COMPUTE or cluster.streams == "sync":
-        return "compute", 0 if cluster.shared_processor else stream.device
-    if stream.kind in (StreamKind.SEND, StreamKind.RECV):
-        if cluster.streams == "pair":
-            return "pair", stream.device, stream.peer
-        if cluster.streams == "one":
-            return "one", stream.device
-    return number
+    return turn_of(
+        program, number, cluster.streams, shared_processor=cluster.shared_processor
+    )
 
 
 def not_in_program(program: Program, cluster: Cluster) -> Edges:

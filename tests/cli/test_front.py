@@ -20,6 +20,7 @@ COMMANDS = [
     "list",
     "show",
     "check",
+    "prove",
     "simulate",
     "explain",
     "sweep",

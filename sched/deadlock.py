@@ -1,0 +1,201 @@
+"""Whether a program can hang: what waits for what, and the cycle if there is one.
+
+An instruction that communicates is two nodes, its start and its end; a message is
+a third, its transfer. A rendezvous, where a send ends when its receive is posted::
+
+    send   start ------+            +--> end
+                       +-> transfer-+
+    recv   start ------+            +--> end
+
+A buffer of k messages on a link lets a send end before, if the receive of k
+messages earlier has ended; an eager one always. Messages are matched without
+wildcards, so there is one graph and no choice in it: a program runs through if
+and only if the graph has no cycle, and what runs through under rendezvous runs
+through under any buffering. Kahn's algorithm (Communications of the ACM 5, 1962,
+p. 558) says so in linear time, and what it leaves has the cycle in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeproof.sched.errors import ParameterError
+from pipeproof.sched.findings import Finding
+from pipeproof.sched.kernels import levels
+from pipeproof.sched.matching import meetings
+from pipeproof.sched.program import Action, Program
+from pipeproof.sched.streams import STREAM_MODELS, Buffering, StreamModel, in_turn
+
+Nodes = NDArray[np.int64]
+
+TWO_ENDED = (Action.SEND, Action.RECV, Action.REDUCE)
+"""Actions whose start others may wait for: their end is a node of its own."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """The graph of what waits for what.
+
+    Attributes:
+        nodes: how many. Node i < instructions is the start of instruction i.
+        done: int64 per instruction, the node of its end; of most, its start.
+        before, after: the edges.
+        about: int64 per node, the instruction that it is about; a transfer is
+            about its SEND, a meeting about the first REDUCE in it.
+    """
+
+    nodes: int
+    done: Nodes
+    before: Nodes
+    after: Nodes
+    about: Nodes
+
+    @classmethod
+    def of(
+        cls,
+        program: Program,
+        streams: StreamModel = "dir",
+        buffering: Buffering | None = "rendezvous",
+    ) -> Waiting:
+        """The graph of a program in which all messages are matched.
+
+        Args:
+            program: whose.
+            streams: which of a device's streams are one.
+            buffering: what a send waits for. None: only what holds under every
+                buffering, so that what this graph orders is in order anyhow.
+        """
+        size = len(program)
+        two_ended = np.flatnonzero(np.isin(program.action, TWO_ENDED))
+        done = np.arange(size)
+        done[two_ended] = size + np.arange(len(two_ended))
+        transfer = size + len(two_ended)
+        meeting = transfer + len(program.messages)
+        edges = [(two_ended, done[two_ended])]
+        edges += [(done[row[:-1]], row[1:]) for row in in_turn(program, streams)]
+        owner = program.waits_for.owner.astype(np.int64)
+        edges.append((done[program.waits_for.values], owner))
+        edges += _transfers(program, done, transfer, buffering)
+        groups = meetings(program)
+        for number, group in enumerate(groups):
+            middle = np.full(len(group), meeting + number)
+            edges += [(group, middle), (middle, done[group])]
+        firsts = np.array([group[0] for group in groups], dtype=np.int64)
+        send_of = program.send_of.astype(np.int64)
+        return cls(
+            meeting + len(groups),
+            done,
+            np.concatenate([before for before, _ in edges]),
+            np.concatenate([after for _, after in edges]),
+            np.concatenate([np.arange(size), two_ended, send_of, firsts]),
+        )
+
+    def cycle(self, level: Nodes) -> list[int]:
+        """The instructions along one cycle, each waiting for the next.
+
+        Args:
+            level: of each node; -1 on a cycle or behind one.
+        """
+        left = (level[self.before] < 0) & (level[self.after] < 0)
+        # Each node that is left waits for one that is left: follow these back.
+        back = dict(zip(self.after[left].tolist(), self.before[left].tolist()))
+        place: dict[int, int] = {}
+        node = min(back)
+        while node not in place:
+            place[node] = len(place)
+            node = back[node]
+        ring = [self.about[n] for n in list(place)[place[node] :]]
+        # Nodes of one instruction stand together, but for the turn of the ring.
+        result = [int(i) for n, i in enumerate(ring) if i != ring[n - 1]]
+        return result or [int(ring[0])]
+
+
+def _transfers(
+    program: Program, done: Nodes, transfer: int, buffering: Buffering | None
+) -> Iterator[tuple[Nodes, Nodes]]:
+    send, recv = program.send_of.astype(np.int64), program.recv_of.astype(np.int64)
+    under_way = transfer + np.arange(len(send))
+    yield under_way, done[recv]
+    if buffering is None or buffering == "rendezvous":
+        yield send, under_way
+        yield recv, under_way
+    else:
+        yield done[send], under_way
+    if buffering == "rendezvous":
+        yield under_way, done[send]
+    elif isinstance(buffering, int):
+        for members in program.by_stream:
+            if len(members) and program.action[members[0]] == Action.SEND:
+                late = members[buffering:]
+                early = program.message[members[: len(late)]]
+                yield done[recv[early]], done[late]
+
+
+def deadlocks(
+    program: Program,
+    streams: StreamModel = "dir",
+    buffering: Buffering = "rendezvous",
+) -> tuple[Finding, ...]:
+    """The cycle of waits, if there is one; takes linear time.
+
+    Args:
+        program: one whose messages `matching.mismatches` finds all matched.
+        streams: which of a device's streams are one.
+        buffering: what a send waits for.
+
+    Raises:
+        ParameterError: an unknown stream model or buffering.
+    """
+    known(streams, buffering)
+    waiting = Waiting.of(program, streams, buffering)
+    level = levels(waiting.nodes, waiting.before, waiting.after)
+    stuck = level[waiting.done] < 0
+    if not stuck.any():
+        return ()
+    ring = waiting.cycle(level)
+    device = int(program.device[ring[0]])
+    words = " waits for ".join(named(program, i) for i in [*ring, ring[0]])
+    return (
+        Finding(
+            "deadlock",
+            device,
+            None,
+            None,
+            expected=f"a program that runs through with streams {streams!r} and "
+            f"buffering {buffering!r}",
+            found=f"a cycle of waits, and {int(stuck.sum()):,} instructions that never "
+            f"end: {words}",
+            remedy="Have both devices of a link come to its messages in one order, "
+            "with no wait between them that the other side needs, or give the "
+            "directions streams of their own",
+        ),
+    )
+
+
+def known(streams: StreamModel, buffering: Buffering) -> None:
+    """Refuse models that there are not.
+
+    Raises:
+        ParameterError: naming the argument.
+    """
+    if streams not in STREAM_MODELS:
+        raise ParameterError(
+            f"streams must be one of {', '.join(STREAM_MODELS)}, got {streams!r}"
+        )
+    if buffering in ("eager", "rendezvous"):
+        return
+    if not isinstance(buffering, int) or isinstance(buffering, bool) or buffering < 1:
+        raise ParameterError(
+            "buffering must be 'eager', 'rendezvous' or a number of messages of at "
+            f"least 1, got {buffering!r}"
+        )
+
+
+def named(program: Program, index: int) -> str:
+    """An instruction in words, with its device and, beside compute, its stream."""
+    stream = program.streams[program.stream[index]]
+    return f"{program.label(index)} ({index}, device {stream.device}, {stream})"

@@ -1,0 +1,144 @@
+"""Whether the two sides of every message, and of every reduction, belong together.
+
+Links are first in, first out and carry no labels: the k-th SEND of an ordered pair
+of devices is met by its k-th RECV. Where these name different messages, tensors
+arrive in the wrong place, and the gradients are wrong without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeproof.sched.findings import Finding
+from pipeproof.sched.program import Action, Program, StreamKind
+
+
+class _Side(NamedTuple):
+    action: Action
+    stream: StreamKind
+    column: int
+    other: str
+
+
+SIDES = (
+    _Side(Action.SEND, StreamKind.SEND, 8, "receive"),
+    _Side(Action.RECV, StreamKind.RECV, 9, "send"),
+)
+
+
+def mismatches(program: Program) -> tuple[Finding, ...]:
+    """Messages without both sides, links out of order, reductions not met."""
+    found = tuple(_strays(program))
+    return found or (*_out_of_order(program), *_alone(program))
+
+
+def _strays(program: Program) -> Iterator[Finding]:
+    """Each message is sent once and received once, on the streams of its link."""
+    total = len(program.messages)
+    kind = np.array([stream.kind for stream in program.streams], dtype=np.int8)
+    link = np.array([stream.link or (-1, -1) for stream in program.streams])
+    for side in SIDES:
+        name = side.action.name.lower()
+        members = np.flatnonzero(program.action == side.action)
+        message, stream = program.message[members], program.stream[members]
+        legal = (message >= 0) & (message < total) & (kind[stream] == side.stream)
+        row = program.messages[np.where(legal, message, 0)] if total else None
+        if row is not None:
+            legal &= (row[:, 6:8] == link[stream].reshape(-1, 2)).all(axis=1)
+            legal &= row[:, side.column] == members
+        for index in members[~legal].tolist():
+            where = program.streams[program.stream[index]]
+            yield Finding(
+                "message",
+                where.device,
+                None,
+                None,
+                expected=f"every {name} is that of one message, on its link's stream",
+                found=f"instruction {index}, a {name} on the stream {str(where)!r}, "
+                "is not that of the message it names",
+                remedy="Name the message, and name the instruction in its row",
+            )
+        times = np.bincount(message[legal], minlength=total)
+        for number in np.flatnonzero(times != 1).tolist():
+            it = program.message_at(number)
+            yield Finding(
+                "message",
+                it.source if side.action == Action.SEND else it.target,
+                None,
+                None,
+                expected=f"one {name} of {it} from device {it.source} to {it.target}",
+                found=f"{int(times[number])} of them",
+                remedy=f"Add it, or drop the {side.other}: the other side waits for it",
+            )
+
+
+def _out_of_order(program: Program) -> Iterator[Finding]:
+    """The k-th send on an ordered pair is the k-th receive, by identity."""
+    sent, received = (_by_link(program, side) for side in SIDES)
+    seen: set[tuple[int, int]] = set()
+    for place in np.flatnonzero(sent != received).tolist():
+        out, into = map(program.message_at, (int(sent[place]), int(received[place])))
+        link = out.source, out.target
+        if link in seen:
+            continue  # the rest of the link is a consequence
+        seen.add(link)
+        ends = program.messages[sent, 6:8]
+        count = 1 + place - int(np.flatnonzero((ends == link).all(axis=1))[0])
+        yield Finding(
+            "fifo",
+            out.source,
+            None,
+            None,
+            expected=f"message {count} that device {out.target} receives from "
+            f"{out.source} is message {count} that was sent",
+            found=f"{into} is received where {out} was sent",
+            remedy="Post receives in the order of the sends: a link has no labels",
+        )
+
+
+def _by_link(program: Program, side: _Side) -> NDArray[np.int32]:
+    """Messages by ordered pair of devices, and of each in the stream's order."""
+    members = np.flatnonzero(program.action == side.action)
+    message = program.message[members]
+    ends = program.messages[message, 6:8]
+    return message[np.lexsort((members, ends[:, 1], ends[:, 0]))]
+
+
+def meetings(program: Program) -> list[NDArray[np.int64]]:
+    """The REDUCEs that meet: for each stage the k-th of every device, by device."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    times: dict[tuple[int, int], int] = {}
+    for index in np.flatnonzero(program.action == Action.REDUCE).tolist():
+        stage = int(program.schedule.ops.stage[program.first_op[index]])
+        key = stage, int(program.device[index])
+        times[key] = times.get(key, -1) + 1
+        groups.setdefault((stage, times[key]), []).append(index)
+    device = program.device
+    return [
+        np.array(sorted(group, key=lambda i: int(device[i])), dtype=np.int64)
+        for group in groups.values()
+    ]
+
+
+def _alone(program: Program) -> Iterator[Finding]:
+    """A REDUCE waits for one on every device that holds the stage."""
+    pipes = program.schedule.placement.pipes
+    for group in meetings(program):
+        stage = int(program.schedule.ops.stage[program.first_op[group[0]]])
+        homes = sorted({pipe[stage] for pipe in pipes})
+        there = program.device[group].tolist()
+        if there != homes:
+            yield Finding(
+                "reduce",
+                there[0],
+                None,
+                program.schedule.ops[int(program.first_op[group[0]])],
+                expected=f"the REDUCE of stage {stage} on each of devices "
+                f"{', '.join(map(str, homes))}",
+                found=f"it on {', '.join(map(str, there))}",
+                remedy="Give each replica its REDUCE: the others wait for it",
+            )

@@ -1,0 +1,148 @@
+"""Terms: what a tensor is computed from, with no numbers in it.
+
+A term is a function's name and the terms it was applied to, as in f(f(x)). Equal
+terms are one int (hash-consing; Ershov 1958), so that a term of thousands of ops is
+compared in one step. With A(s, x, kv) all that stage s's forward computes from its
+input x and the keys and values of earlier slices, for one micro-batch and slice::
+
+    batch(m, q)        a micro-batch's rows
+    act(s, m, q, x, kv)  the forward; m and q key its randomness and its targets
+    out(act)           its output, the next stage's input
+    dx(s, act, g)      the gradient of its input, from that of its output
+    stash(old, act, g) what is left for the weights' gradient, once g is known
+    grad(s, stash, x)  the gradient of the weights
+    add(sum, grad)     an accumulator after one more of them
+    sum(chain, …)      accumulators of all replicas, reduced
+
+A whole backward is I and W at once, so both ways of writing it are one term.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pipeproof.sched.ir import Schedule
+
+Key = tuple[object, ...]
+
+NOTHING = 0
+"""The term of an operand that there is not: a first slice's keys, a loss's gradient."""
+
+
+@dataclass
+class Terms:
+    """Every term there is, each under its number.
+
+    Attributes:
+        numbers: name and operands → term.
+        keys: the reverse.
+    """
+
+    numbers: dict[Key, int] = field(default_factory=lambda: {("nothing",): NOTHING})
+    keys: list[Key] = field(default_factory=lambda: [("nothing",)])
+
+    def make(self, *key: object) -> int:
+        """The term of a function applied to terms."""
+        number = self.numbers.setdefault(key, len(self.keys))
+        if number == len(self.keys):
+            self.keys.append(key)
+        return number
+
+    def chain(self, term: int) -> list[int]:
+        """What an accumulator added up, in order; it may begin with what is no sum."""
+        added: list[int] = []
+        while term != NOTHING:
+            match self.keys[term]:
+                case ("add", int(rest), int(last)):
+                    added.append(last)
+                    term = rest
+                case _:
+                    added.append(term)
+                    break
+        return added[::-1]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The terms of an unpipelined step, from the chain of stages alone.
+
+    Attributes:
+        inputs, activations, output_grads, stashes, gradients: at
+            (micro-batch · slices + slice) · stages + stage, the term of it.
+    """
+
+    stages: int
+    slices: int
+    inputs: list[int]
+    activations: list[int]
+    output_grads: list[int]
+    stashes: list[int]
+    gradients: list[int]
+
+    @classmethod
+    def of(cls, terms: Terms, schedule: Schedule) -> Reference:
+        """Of a step with this many stages, micro-batches and slices."""
+        stages, slices = schedule.stages, schedule.slices
+        size = stages * slices * schedule.all_micro_batches
+        result = cls(stages, slices, *([NOTHING] * size for _ in range(5)))
+        for micro_batch in range(schedule.all_micro_batches):
+            for part in range(slices):
+                result._forward(terms, micro_batch, part)
+            for part in reversed(range(slices)):
+                result._backward(terms, micro_batch, part)
+        return result
+
+    def at(self, stage: int, micro_batch: int, part: int) -> int:
+        """The place of a micro-batch and slice at a stage, in each list."""
+        return (micro_batch * self.slices + part) * self.stages + stage
+
+    def _forward(self, terms: Terms, micro_batch: int, part: int) -> None:
+        x = terms.make("batch", micro_batch, part)
+        for stage in range(self.stages):
+            place = self.at(stage, micro_batch, part)
+            kv = self.activations[place - self.stages] if part else NOTHING
+            act = terms.make("act", stage, micro_batch, part, x, kv)
+            self.inputs[place], self.activations[place] = x, act
+            x = terms.make("out", act)
+
+    def _backward(self, terms: Terms, micro_batch: int, part: int) -> None:
+        g = NOTHING
+        for stage in reversed(range(self.stages)):
+            place = self.at(stage, micro_batch, part)
+            act = self.activations[place]
+            self.output_grads[place] = g
+            if part + 1 < self.slices:
+                g = terms.make("with", g, self._passed_on(terms, place + self.stages))
+            self.stashes[place] = terms.make("stash", act, act, g)
+            self.gradients[place] = terms.make(
+                "grad", stage, self.stashes[place], self.inputs[place]
+            )
+            g = terms.make("dx", stage, act, g)
+
+    def _passed_on(self, terms: Terms, later: int) -> int:
+        """What the backward of a later slice leaves for the keys and values."""
+        _, _, act, g = terms.keys[self.stashes[later]]
+        return terms.make("dx", later % self.stages, act, g)
+
+    def names(self) -> dict[int, str]:
+        """What each of its terms is, in words."""
+        result = {NOTHING: "nothing"}
+        for what, column in (
+            ("the gradient of stage {}'s weights", self.gradients),
+            ("what stage {} keeps for its weights' gradient", self.stashes),
+            ("stage {}'s activations", self.activations),
+            ("the gradient of stage {}'s output", self.output_grads),
+            ("the input of stage {}", self.inputs),
+        ):
+            for place, term in enumerate(column):
+                if term == NOTHING:
+                    continue
+                row, stage = divmod(place, self.stages)
+                result[term] = f"{what.format(stage)} for {self.of_row(row)}"
+        return result
+
+    def of_row(self, row: int) -> str:
+        """A micro-batch, with its slice where there are several."""
+        micro_batch, part = divmod(row, self.slices)
+        where = f", slice {part}" if self.slices > 1 else ""
+        return f"micro-batch {micro_batch}{where}"

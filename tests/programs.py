@@ -1,0 +1,423 @@
+"""Programs edited by hand, and a slow second opinion on what they compute.
+
+`outcome` shares no code with `prove`: it plays a program event by event, in a random
+order of all that streams, waits and messages allow, on hashes of what was computed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from hashlib import md5
+
+import numpy as np
+
+from pipeproof.sched import Action, BufferKind, Kind, Op, Program, Schedule
+from pipeproof.sched.program import Lists, StreamKind
+
+
+@dataclass
+class Part:
+    """One instruction, to be edited. `key` is its number in the first program."""
+
+    key: int
+    stream: int
+    action: int
+    first_op: int
+    op_count: int
+    message: int
+    waits: list[int]
+    reads: list[int]
+    writes: list[int]
+    frees: list[int]
+
+
+def parts_of(program: Program) -> list[Part]:
+    """Every instruction."""
+    return [
+        Part(
+            i,
+            int(program.stream[i]),
+            int(program.action[i]),
+            int(program.first_op[i]),
+            int(program.op_count[i]),
+            int(program.message[i]),
+            program.waits_for[i],
+            program.reads[i],
+            program.writes[i],
+            program.frees[i],
+        )
+        for i in range(len(program))
+    ]
+
+
+def assembled(
+    program: Program,
+    parts: list[Part],
+    takes_over: dict[int, int] | None = None,
+) -> Program:
+    """The program of these instructions, in this order.
+
+    Waits for instructions that are gone are gone; messages name the first
+    instruction that sends and receives them, or -1.
+    """
+    place: dict[int, int] = {}
+    for i, part in enumerate(parts):
+        place.setdefault(part.key, i)
+    messages, buffers = program.messages.copy(), program.buffers.copy()
+    messages[:, 8:] = -1
+    for i, part in reversed(list(enumerate(parts))):
+        if part.message >= 0:
+            messages[part.message, 8 + (part.action == Action.RECV)] = i
+    for buffer, other in (takes_over or {}).items():
+        buffers[buffer, 5] = other
+    waits = [[place[key] for key in part.waits if key in place] for part in parts]
+
+    def column(name: str) -> np.ndarray:
+        return np.array(
+            [getattr(part, name) for part in parts], dtype=getattr(program, name).dtype
+        )
+
+    return replace(
+        program,
+        stream=column("stream"),
+        action=column("action"),
+        first_op=column("first_op"),
+        op_count=column("op_count"),
+        message=column("message"),
+        waits_for=_lists(waits),
+        reads=_lists(part.reads for part in parts),
+        writes=_lists(part.writes for part in parts),
+        frees=_lists(part.frees for part in parts),
+        messages=messages,
+        buffers=buffers,
+    )
+
+
+def _lists(values: Iterable[list[int]]) -> Lists:
+    every = list(values)
+    offsets = np.cumsum([0, *map(len, every)]).astype(np.int32)
+    return Lists(offsets, np.array([v for row in every for v in row], dtype=np.int32))
+
+
+def mutant(program: Program, dice: random.Random) -> tuple[str, Program]:
+    """The program after one edit, and the edit's name; a few change nothing."""
+    parts, takes_over = parts_of(program), {}
+    at = dice.randrange(len(parts))
+    part = parts[at]
+    edits = ["drop", "double", "swap", "read", "write", "free", "message", "op"]
+    edits += ["wait", "wait", "early reduce", "early free", "slot", "slot"]
+    edit = dice.choice(edits)
+    match edit:
+        case "drop":
+            del parts[at]
+        case "double":
+            parts.insert(dice.randrange(at, len(parts)) + 1, replace(part, key=-1))
+        case "swap":
+            same = [i for i, p in enumerate(parts) if p.stream == part.stream]
+            to = dice.choice(same)
+            parts[at], parts[to] = parts[to], parts[at]
+        case "read" | "write" | "free":
+            lists = {"read": "reads", "write": "writes", "free": "frees"}
+            part = dice.choice([p for p in parts if getattr(p, lists[edit])])
+            buffers = getattr(part, lists[edit])
+            place = dice.randrange(len(buffers))
+            kind = program.buffers[buffers[place], 0]
+            alike = np.flatnonzero(program.buffers[:, 0] == kind).tolist()
+            buffers[place] = dice.choice(alike)
+        case "message":
+            speak = [p for p in parts if p.message >= 0]
+            if speak:
+                dice.choice(speak).message = dice.randrange(len(program.messages))
+        case "op":
+            part = dice.choice([p for p in parts if p.op_count])
+            kind = program.schedule.ops.kind[part.first_op]
+            alike = np.flatnonzero(program.schedule.ops.kind == kind).tolist()
+            part.first_op = dice.choice(alike)
+        case "wait":
+            waiting = [p for p in parts if p.waits]
+            if waiting:
+                part = dice.choice(waiting)
+                del part.waits[dice.randrange(len(part.waits))]
+        case "early reduce":
+            reducing = [i for i, p in enumerate(parts) if p.action == Action.REDUCE]
+            if reducing:
+                part = parts.pop(dice.choice(reducing))
+                part.waits = part.waits[1:] if dice.random() < 0.5 else []
+                parts.insert(0, part)
+        case "early free":
+            part = dice.choice([p for p in parts if p.frees])
+            device = program.device[part.key]
+            others = [p for p in parts if program.device[p.key] == device]
+            dice.choice(others).frees.append(part.frees.pop())
+        case "slot":
+            buffer, other = (dice.randrange(len(program.buffers)) for _ in range(2))
+            if program.buffers[buffer, 1] == program.buffers[other, 1]:
+                takes_over[buffer] = other
+    return edit, assembled(program, parts, takes_over)
+
+
+def term(*parts: object) -> str:
+    return md5(repr(parts).encode()).hexdigest()
+
+
+def reference(schedule: Schedule) -> list[list[str]]:
+    """For each stage the gradient terms of an unpipelined step, sorted."""
+    result: list[list[str]] = [[] for _ in range(schedule.stages)]
+    last = schedule.stages - 1
+    for m in range(schedule.micro_batches):
+        x: dict[tuple[int, int], str] = {}
+        act: dict[tuple[int, int], str] = {}
+        for q in range(schedule.slices):
+            for s in range(schedule.stages):
+                x[s, q] = term("batch", m, q) if s == 0 else term("out", act[s - 1, q])
+                act[s, q] = term("act", s, m, q, x[s, q], act.get((s, q - 1)))
+        dx: dict[tuple[int, int], str] = {}
+        for q in reversed(range(schedule.slices)):
+            for s in range(last, -1, -1):
+                g = (dx.get((s + 1, q)), dx.get((s, q + 1)))
+                dx[s, q] = term("dx", s, act[s, q], *g)
+                stash = term("stash", act[s, q], act[s, q], *g)
+                result[s].append(term("grad", s, stash, x[s, q]))
+    return list(map(sorted, result))
+
+
+ROLES = {
+    "input": (BufferKind.INPUT, BufferKind.STORED_INPUT),
+    "act": (BufferKind.ACTIVATION,),
+    "stash": (BufferKind.WEIGHT_STASH,),
+    "out": (BufferKind.OUTPUT,),
+    "g": (BufferKind.OUTPUT_GRAD,),
+    "dx": (BufferKind.INPUT_GRAD,),
+    "grad": (BufferKind.GRADIENT,),
+}
+
+Content = str | tuple[object, ...] | None
+"""A term; of an accumulator, a tuple of terms; None for nothing there."""
+
+
+class Play:
+    """One run in one random order; `contents` is what is left."""
+
+    def __init__(self, program: Program, dice: random.Random) -> None:
+        self.program, self.dice = program, dice
+        self.rendezvous = dice.random() < 0.5
+        self.instructions = list(program)
+        table = program.buffers.tolist()
+        self.slot = list(range(len(table)))
+        for buffer in range(len(table)):
+            root = buffer
+            while table[root][5] >= 0:
+                root = table[root][5]
+            self.slot[buffer] = root
+        self.holder: dict[int, int] = {}
+        self.contents: dict[int, Content] = {}
+        self.carried: dict[tuple[object, ...], str] = {}
+        self.started: set[int] = set()
+        self.done: set[int] = set()
+        self.operands: dict[int, list[Content]] = {}
+        self.link_of: dict[int, tuple[tuple[int, int] | None, int]] = {}
+        self.sent: dict[tuple[int, int] | None, list[int]] = defaultdict(list)
+        self.received: dict[tuple[int, int] | None, list[int]] = defaultdict(list)
+        self.reduces: dict[tuple[int, int], list[int]] = defaultdict(list)
+        self.before: dict[int, int] = {}
+        last: dict[int, int] = {}
+        times: dict[tuple[int, int], int] = defaultdict(int)
+        for i, instruction in enumerate(self.instructions):
+            number = int(program.stream[i])
+            if number in last:
+                self.before[i] = last[number]
+            last[number] = i
+            stream = instruction.stream
+            if stream.kind in (StreamKind.SEND, StreamKind.RECV):
+                sends = stream.kind == StreamKind.SEND
+                row = (self.sent if sends else self.received)[stream.link]
+                self.link_of[i] = stream.link, len(row)
+                row.append(i)
+            if instruction.action == Action.REDUCE:
+                key = instruction.ops[0].stage, stream.device
+                self.reduces[key[0], times[key]].append(i)
+                times[key] += 1
+
+    def run(self) -> bool:
+        """Whether all instructions came to their end."""
+        while len(self.done) < len(self.instructions):
+            every = range(len(self.instructions))
+            events = [(self.start, i) for i in every if self.may_start(i)]
+            events += [
+                (self.end, i) for i in self.started - self.done if self.may_end(i)
+            ]
+            if not events:
+                return False
+            event, i = self.dice.choice(events)
+            event(i)
+        return True
+
+    def may_start(self, i: int) -> bool:
+        needs = set(self.instructions[i].waits_for)
+        if i in self.before:
+            needs.add(self.before[i])
+        return i not in self.started and needs <= self.done
+
+    def other(self, i: int) -> int | None:
+        """The other side of a message, by its place on the link."""
+        link, place = self.link_of[i]
+        sends = self.instructions[i].action == Action.SEND
+        row = (self.received if sends else self.sent)[link]
+        return row[place] if place < len(row) else None
+
+    def may_end(self, i: int) -> bool:
+        match self.instructions[i].action:
+            case Action.RECV:
+                return self.other(i) in self.started
+            case Action.SEND:
+                return not self.rendezvous or self.other(i) in self.started
+            case Action.REDUCE:
+                stage = self.instructions[i].ops[0].stage
+                (group,) = [g for g in self.reduces.values() if i in g]
+                homes = {pipe[stage] for pipe in self.program.schedule.placement.pipes}
+                there = {self.instructions[j].stream.device for j in group}
+                return homes == there and self.started.issuperset(group)
+        return True
+
+    def read(self, buffer: int) -> Content:
+        slot = self.slot[buffer]
+        if self.holder.get(slot) != buffer:
+            return term("not there", buffer, self.holder.get(slot))
+        return self.contents[slot]
+
+    def write(self, buffer: int, content: Content) -> None:
+        self.holder[self.slot[buffer]] = buffer
+        self.contents[self.slot[buffer]] = content
+
+    def start(self, i: int) -> None:
+        """Read; what is written anew holds something half done from now on."""
+        self.started.add(i)
+        it = self.instructions[i]
+        self.operands[i] = [self.read(b.index) for b in it.reads]
+        if it.action in (Action.RECV, Action.LOCAL, Action.COPY):
+            for buffer in it.writes:
+                self.write(buffer.index, term("half", i))
+
+    def end(self, i: int) -> None:
+        """Read again: what has changed meanwhile is worth nothing. Write, free."""
+        self.done.add(i)
+        it = self.instructions[i]
+        first = self.operands[i]
+        again = [self.read(b.index) for b in it.reads]
+        if it.action != Action.REDUCE and first != again:
+            self.operands[i] = [term("torn", i, n) for n in range(len(again))]
+        values = self.operands[i]
+        match it.action:
+            case Action.COMPUTE:
+                for op in it.ops:
+                    self.compute(i, op)
+            case Action.RECV:
+                other = self.other(i)
+                assert other is not None
+                values = self.operands[other]
+            case Action.REDUCE:
+                (group,) = [g for g in self.reduces.values() if i in g]
+                group = sorted(group, key=lambda j: self.instructions[j].stream.device)
+                values = [("sum", *(self.accumulator(j) for j in group))]
+        if it.action != Action.COMPUTE:
+            for number, buffer in enumerate(it.writes):
+                gone = term("missing", i, number)
+                self.write(
+                    buffer.index, values[number] if number < len(values) else gone
+                )
+        for buffer in it.frees:
+            self.holder[self.slot[buffer.index]] = -1
+
+    def accumulator(self, i: int) -> Content:
+        """What a REDUCE finds: nothing, where no micro-batch has passed."""
+        for buffer, value in zip(self.instructions[i].reads, self.operands[i]):
+            if buffer.kind == BufferKind.GRADIENT:
+                return value if isinstance(value, tuple) else ()
+        return term("missing", i)
+
+    def compute(self, i: int, op: Op) -> None:
+        it = self.instructions[i]
+        device, (kind, s, m, q) = it.stream.device, op
+        place = {b.index: n for n, b in enumerate(it.reads)}
+
+        def find(buffers: Iterable[object], role: str) -> int | None:
+            for b in buffers:
+                owner = (s, -1, 0) if role == "grad" else (s, m, q)
+                mine = (b.stage, b.micro_batch, b.slice) == owner  # type: ignore
+                if b.kind in ROLES[role] and (mine or len(it.ops) == 1):  # type: ignore
+                    return b.index  # type: ignore
+            return None
+
+        def get(role: str) -> Content:
+            buffer = find(it.reads, role)
+            return (
+                term("missing", i, role)
+                if buffer is None
+                else (self.operands[i][place[buffer]])
+            )
+
+        def put(role: str, content: Content) -> None:
+            buffer = find(it.writes, role)
+            if buffer is not None:
+                self.write(buffer, content)
+
+        def add(gradient: str) -> None:
+            buffer = find(it.writes, "grad")
+            if buffer is not None:
+                old = self.contents.get(self.slot[buffer], ())
+                put("grad", (*(old if isinstance(old, tuple) else (old,)), gradient))
+
+        if kind in (Kind.F, Kind.R):
+            brought = find(it.writes, "input") is not None
+            x = term("batch", m, q) if brought else get("input")
+            put("input", x)
+            act = term("act", s, m, q, x, self.carried.get(("kv", device, s, m, q - 1)))
+            self.carried["kv", device, s, m, q] = act
+            put("act", act)
+            put("stash", act)
+            put("out", term("out", act))
+        elif kind == Kind.W:
+            add(term("grad", s, get("stash"), get("input")))
+        else:
+            act = str(get("act"))
+            g = get("g") if s < self.program.schedule.stages - 1 else None
+            later = self.carried.get(("dkv", device, s, m, q + 1))
+            dx = term("dx", s, act, g, later)
+            self.carried["dkv", device, s, m, q] = dx
+            put("dx", dx)
+            if kind == Kind.B:
+                add(term("grad", s, term("stash", act, act, g, later), get("input")))
+            elif (buffer := find(it.writes, "stash")) is not None:
+                old = self.read(buffer)
+                put("stash", term("stash", old, act, g, later))
+
+
+def computes_the_gradient(program: Program, dice: random.Random) -> bool:
+    """Whether one random run ends, with each stage's gradient as in the reference."""
+    run = Play(program, dice)
+    if not run.run():
+        return False
+    schedule = program.schedule
+    reduced = set(schedule.ops.stage[schedule.ops.kind == Kind.REDUCE].tolist())
+    for stage, wanted in enumerate(reference(schedule)):
+        for device in {pipe[stage] for pipe in schedule.placement.pipes}:
+            mine = (program.buffers[:, :3] == (BufferKind.GRADIENT, device, stage)).all(
+                1
+            )
+            (buffer,) = np.flatnonzero(mine).tolist()
+            found = run.read(buffer)
+            if not isinstance(found, tuple):
+                return False
+            if stage in reduced:
+                if found[:1] != ("sum",):
+                    return False
+                parts = found[1:]
+                if not all(isinstance(part, tuple) for part in parts):
+                    return False
+                found = tuple(t for part in parts for t in part)  # type: ignore
+            if sorted(map(str, found)) != wanted:
+                return False
+    return True

@@ -1,0 +1,155 @@
+"""Deadlocks: the graph of waits against the engine that plays the program."""
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from programs import assembled, parts_of
+from strategies import schedules
+from test_contract import POLICIES, each_row
+
+from pipeproof.sched import (
+    Action,
+    ParameterError,
+    Program,
+    Schedule,
+    catalog,
+    check,
+    lower,
+)
+from pipeproof.sched.deadlock import deadlocks
+from pipeproof.sched.row import Case, Row
+from pipeproof.sched.streams import STREAM_MODELS, Buffering, StreamModel
+from pipeproof.sim import Cluster, DeadlockError
+from pipeproof.sim.engine import play
+from pipeproof.sim.timing import Timing
+
+models = st.sampled_from(STREAM_MODELS)
+bufferings = st.sampled_from(["rendezvous", "eager", 1, 2])
+
+
+def with_swaps(program: Program, times: int, dice: random.Random) -> Program:
+    """Some instructions of one stream, mostly of communication, change places."""
+    parts = parts_of(program)
+    for _ in range(times):
+        at = dice.choice([p for p in parts if p.message >= 0] or parts)
+        same = [i for i, p in enumerate(parts) if p.stream == at.stream]
+        one, two = dice.choice(same), dice.choice(same)
+        parts[one], parts[two] = parts[two], parts[one]
+    return assembled(program, parts)
+
+
+def runs(program: Program, streams: StreamModel, buffering: Buffering) -> bool:
+    timing = Timing(np.ones(len(program)), np.zeros(len(program.messages)), None)
+    try:
+        play(program, timing, Cluster(streams=streams, buffering=buffering))
+    except DeadlockError:
+        return False
+    return True
+
+
+@settings(max_examples=80)
+@given(
+    schedule=schedules(slices=1),
+    policy=st.sampled_from(POLICIES),
+    streams=models,
+    buffering=bufferings,
+    swaps=st.integers(0, 4),
+    dice=st.randoms(use_true_random=False),
+)
+def test_without_deadlock_is_what_the_engine_gets_through(
+    schedule: Schedule,
+    policy: dict[str, Any],
+    streams: StreamModel,
+    buffering: Buffering,
+    swaps: int,
+    dice: random.Random,
+) -> None:
+    program = with_swaps(lower(schedule, **policy), swaps, dice)
+
+    found = deadlocks(program, streams, buffering)
+    assert (not found) == runs(program, streams, buffering)
+    if not deadlocks(program, streams, "rendezvous"):
+        assert not found
+
+
+@each_row
+@pytest.mark.parametrize("streams", STREAM_MODELS)
+def test_what_is_lowered_does_not_deadlock(row: Row, streams: StreamModel) -> None:
+    if not row.allows(Case(2, 4)):
+        return
+    for policy in POLICIES:
+        program = lower(row.generator(2, 4), **policy)
+        check(program, streams=streams).raise_if_bad()
+
+
+def crossing() -> Program:
+    """1F1B whose device 1 sends a gradient before it posts a receive."""
+    program = lower(catalog.make("1f1b", devices=2, micro_batches=2))
+    parts = parts_of(program)
+    recv = next(p for p in parts if program.label(p.key) == "recv activation 0→1:1")
+    parts.remove(recv)
+    at = next(
+        i
+        for i, p in enumerate(parts)
+        if p.action == Action.SEND and program.label(p.key) == "send gradient 1→0:0"
+    )
+    parts.insert(at + 1, recv)
+    return assembled(program, parts)
+
+
+def test_a_cycle_is_named() -> None:
+    program = crossing()
+
+    assert check(program).ok
+    report = check(program, streams="one")
+    assert [finding.rule for finding in report.findings] == ["deadlock"]
+    assert report.findings[0].found == (
+        "a cycle of waits, and 10 instructions that never end: "
+        "recv activation 0→1:1 (8, device 1, receive from 0) waits for "
+        "send gradient 1→0:0 (7, device 1, send to 0) waits for "
+        "recv gradient 1→0:0 (9, device 0, receive from 1) waits for "
+        "send activation 0→1:1 (4, device 0, send to 1) waits for "
+        "recv activation 0→1:1 (8, device 1, receive from 0)"
+    )
+    assert check(program, streams="one", buffering="eager").ok
+
+
+def test_receives_in_another_order_than_sends_are_found() -> None:
+    program = lower(catalog.make("gpipe", devices=2, micro_batches=3))
+    parts = parts_of(program)
+    one, two = (
+        next(i for i, p in enumerate(parts) if program.label(p.key) == label)
+        for label in ("recv activation 0→1:1", "recv activation 0→1:2")
+    )
+    parts[one], parts[two] = parts[two], parts[one]
+
+    (finding,) = check(assembled(program, parts)).findings
+    assert finding.rule == "fifo"
+    assert str(finding) == (
+        "device 0: activation 0→1:2 is received where activation 0→1:1 was sent; "
+        "expected message 2 that device 1 receives from 0 is message 2 that was sent. "
+        "Post receives in the order of the sends: a link has no labels."
+    )
+
+
+def test_a_message_that_nobody_receives_is_found() -> None:
+    program = lower(catalog.make("gpipe", devices=2, micro_batches=1))
+    parts = [p for p in parts_of(program) if p.action != Action.RECV]
+
+    found = check(assembled(program, parts)).findings
+    assert [finding.found for finding in found] == ["0 of them"] * 2
+
+
+def test_refuses_models_that_there_are_not() -> None:
+    schedule = catalog.make("gpipe", devices=2, micro_batches=1)
+
+    with pytest.raises(ParameterError, match="streams must be one of dir, pair, one"):
+        check(schedule, streams="two")  # type: ignore[arg-type]
+    with pytest.raises(ParameterError, match="of at least 1, got 0"):
+        check(schedule, buffering=0)
+    with pytest.raises(ParameterError, match="check judges a Schedule or a Program"):
+        check("1f1b")  # type: ignore[arg-type]

@@ -1,0 +1,205 @@
+# ruff: noqa: E501  (certificates and refutations are drawn as they are printed)
+"""Proofs of programs, against a slow second opinion in random orders."""
+
+import json
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from programs import assembled, computes_the_gradient, mutant, parts_of
+from strategies import schedules, whole_language
+from test_contract import POLICIES, each_row
+
+from pipeproof.sched import (
+    Action,
+    B,
+    Certificate,
+    F,
+    ParameterError,
+    Program,
+    Schedule,
+    catalog,
+    lower,
+    prove,
+)
+from pipeproof.sched.prove import Refutation
+from pipeproof.sched.row import Case, Row
+
+dice = st.randoms(use_true_random=False)
+policies = st.sampled_from(POLICIES)
+
+
+def two_devices() -> Program:
+    return lower(catalog.make("1f1b", devices=2, micro_batches=3))
+
+
+@each_row
+@pytest.mark.parametrize(("p", "m"), [(1, 1), (2, 2), (3, 5), (4, 8), (4, 12)])
+def test_every_schedule_of_the_catalogue_is_proved(row: Row, p: int, m: int) -> None:
+    if not row.allows(Case(p, m)):
+        return
+    for policy in POLICIES:
+        prove(lower(row.generator(p, m), **policy)).raise_if_bad()
+
+
+@settings(max_examples=40)
+@given(schedule=schedules() | whole_language(), policy=policies, dice=dice)
+def test_any_schedule_is_proved(
+    schedule: Schedule, policy: dict[str, Any], dice: random.Random
+) -> None:
+    program = lower(schedule, **policy)
+    certificate = prove(program)
+
+    assert isinstance(certificate, Certificate), str(certificate)
+    assert computes_the_gradient(program, dice)
+    for tree in certificate.trees:
+        every = sorted(row for chain in tree for row in chain.terms)
+        micro_batches, slices = schedule.micro_batches, schedule.slices
+        assert every == [(m, q) for m in range(micro_batches) for q in range(slices)]
+
+
+@settings(max_examples=100)
+@given(schedule=schedules() | whole_language(), policy=policies, dice=dice)
+def test_a_mutant_that_is_proved_computes_the_gradient_in_any_order(
+    schedule: Schedule, policy: dict[str, Any], dice: random.Random
+) -> None:
+    edit, edited = mutant(lower(schedule, **policy), dice)
+    if prove(edited).ok:
+        for _ in range(3):
+            assert computes_the_gradient(edited, dice), edit
+
+
+def label(program: Program, text: str) -> int:
+    """The number of the instruction with this label."""
+    (found,) = [i for i in range(len(program)) if program.label(i) == text]
+    return found
+
+
+def test_a_certificate_in_words() -> None:
+    certificate = prove(catalog.make("chimera", devices=2, micro_batches=4))
+    assert isinstance(certificate, Certificate)
+    digest = certificate.schedule.digest
+
+    assert str(certificate).splitlines() == [
+        "chimera(devices=2, micro_batches=4): proved: the gradient is that of unpipelined training",
+        f"  schedule {digest[:16]}, program {certificate.program[:16]}",
+        "  without deadlock under any buffering (streams 'dir'), without races",
+        "assuming",
+        "  rows of a batch are independent: a stage's output for a row depends on no other",
+        "  the loss is a sum, or a weighted mean, over micro-batches",
+        "  micro-batches share no state but the weights, which do not change in a step",
+        "  a stage is a deterministic function of weights, input, and random numbers keyed by micro-batch and slice",
+        "adding up micro-batches, per parameter and in this order",
+        "  stage 0: Σ(0 2) of device 0 + Σ(1 3) of device 1",
+        "  stage 1: Σ(1 3) of device 0 + Σ(0 2) of device 1",
+        "tensors alive at once, at most",
+        "  5 5",
+    ]
+    again = json.loads(certificate.to_json())
+    assert again["reduction"][0] == [
+        {"device": chain.device, "terms": [list(row) for row in chain.terms]}
+        for chain in certificate.trees[0]
+    ]
+    assert (again["ok"], again["program"]) == (True, certificate.program)
+
+
+def test_a_refutation_names_the_first_operand_that_differs() -> None:
+    """The stage's input is that of another micro-batch."""
+    program = two_devices()
+    parts = parts_of(program)
+    one, two = (label(program, f"send activation 0→1:{m}") for m in (0, 1))
+    parts[one].reads, parts[two].reads = parts[two].reads, parts[one].reads
+    parts[one].frees, parts[two].frees = parts[two].frees, parts[one].frees
+    parts[one].waits = [label(program, "0F1")]
+    parts[one:two] = [*parts[one + 1 : two], parts[one]]
+    refutation = prove(assembled(program, parts))
+
+    assert isinstance(refutation, Refutation)
+    assert str(refutation).splitlines() == [
+        "1f1b(devices=2, micro_batches=3) breaks 3 rules:",
+        "  device 1, step 0: 1F0 reads input 1:0, which holds the input of stage 1 for micro-batch 1, from 0F1 (2, device 0, compute) → send activation 0→1:0 (3, device 0, send to 1) → recv activation 0→1:0 (1, device 1, receive from 0)",
+        "    device 1 | F0 B0 F1 B1 F2 B2",
+        "               ^^",
+        "    expected: the input of stage 1 for micro-batch 0",
+        "    Look at instruction 6 and at what it reads; all before it is as in unpipelined training.",
+        "  device 0: the gradient of stage 0 lacks micro-batch 0, 1, has 2 terms that unpipelined training has not",
+        "    expected: the gradient of each micro-batch, once",
+        "    See the first finding for where it goes wrong.",
+        "  device 1: the gradient of stage 1 lacks micro-batch 0, 1, has 2 terms that unpipelined training has not",
+        "    expected: the gradient of each micro-batch, once",
+        "    See the first finding for where it goes wrong.",
+    ]
+    found = json.loads(refutation.to_json())["findings"]
+    assert [one["rule"] for one in found] == ["operand", "gradient", "gradient"]
+
+
+def test_a_slot_that_is_not_waited_for_is_a_race() -> None:
+    program = two_devices()
+    parts = parts_of(program)
+    parts[label(program, "recv activation 0→1:2")].waits = []
+
+    (finding,) = prove(assembled(program, parts)).findings
+    assert finding.rule == "race"
+    assert finding.found == (
+        "nothing orders recv activation 0→1:2, which writes input 1:2, behind 1B0, "
+        "which frees input 1:0, in the same slot"
+    )
+
+
+def test_what_is_dropped_or_doubled_is_named() -> None:
+    program = two_devices()
+    parts = parts_of(program)
+    last = parts[label(program, "0B2")]
+    last.first_op = parts[label(program, "0B1")].first_op
+    twice = assembled(program, parts)
+    dropped = [p for p in parts_of(program) if p.key != label(program, "0B2")]
+
+    assert prove(twice).ok, "a backward is what it reads, whatever it is called"
+    assert [f.found for f in prove(assembled(program, dropped)).findings] == [
+        "the gradient of stage 0 lacks micro-batch 2"
+    ]
+
+
+def test_a_reduction_before_the_last_backward_is_refuted() -> None:
+    program = lower(catalog.make("chimera", devices=2, micro_batches=2))
+    parts = parts_of(program)
+    reducing = [p for p in parts if p.action == Action.REDUCE]
+    parts = [p for p in parts if p.action != Action.REDUCE]
+    for part in reducing:
+        part.waits = []
+    found = prove(assembled(program, [*reducing, *parts])).findings
+    none = prove(assembled(program, parts)).findings
+
+    assert {finding.rule for finding in found} == {"race"}
+    assert [finding.rule for finding in none] == ["gradient"] * 2
+
+
+def test_a_broken_schedule_is_refuted_and_other_things_refused() -> None:
+    broken = Schedule.of([[B(0, 0), F(0, 0)]])
+
+    assert prove(broken).findings == broken.report.findings
+    with pytest.raises(ParameterError, match="prove takes a Program, or a Schedule"):
+        prove("1f1b")  # type: ignore[arg-type]
+
+
+def test_slots_in_a_ring_are_refuted() -> None:
+    program = two_devices()
+    inputs = {str(program.buffer_at(b)): b for b in range(len(program.buffers))}
+    one, two = inputs["input 1:0"], inputs["input 1:1"]
+
+    ring = assembled(program, parts_of(program), {one: two, two: one})
+    assert {finding.rule for finding in prove(ring).findings} == {"slot"}
+
+
+def test_a_buffer_of_another_device_is_out_of_reach() -> None:
+    program = two_devices()
+    parts = parts_of(program)
+    there = parts[label(program, "0F0")].writes[0]
+    parts[label(program, "1B0")].reads[0] = there
+
+    (finding,) = prove(assembled(program, parts)).findings
+    assert finding.found == (
+        "1B0 (7, device 1, compute) uses activation 0:0 of device 0"
+    )
