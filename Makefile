@@ -54,6 +54,8 @@ experiments: $(VENV)/ready
 	$(BIN)/python experiments/replay_speed.py
 	$(BIN)/python experiments/lowering_speed.py
 	$(BIN)/python experiments/executor_overhead.py
+	$(BIN)/python experiments/executor/split_backward.py
+	$(BIN)/python experiments/executor/against_torch.py
 
 lint: $(VENV)/ready $(VENV)/typing
 	$(BIN)/ruff format --check

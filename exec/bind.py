@@ -74,6 +74,7 @@ class Binder:
         self.stashes: dict[Of, Stash] = {}
         self._loss_fn = loss_fn
         self._sliced = program.schedule.slices > 1
+        self._split = program.schedule.has(Kind.I)
         self._carried: dict[Of, tuple[Any, ...]] = {}
         self._carried_grads: dict[Of, list[Tensor | None]] = {}
         self._offloaded = OpTable.of(program.schedule).has(Kind.OFFLOAD)
@@ -183,16 +184,15 @@ class Binder:
             carry = self._carried.get(of, first)
             leaves = values[read] if carry is None else (values[read], carry)
             before = tensors.versions(leaves)
-            with stage.splitter.watching():
-                output, left = stage.run(
-                    values[read], self.step.seed, micro_batch, part, carry
-                )
-                if tensors.versions(leaves) != before:
-                    found = tensors.versions(values[read])
-                    raise ModelError(_in_place(op, found, before))
-                return finish(output), left
+            output, left = stage.run(
+                values[read], self.step.seed, micro_batch, part, carry
+            )
+            if tensors.versions(leaves) != before:
+                found = tensors.versions(values[read])
+                raise ModelError(_in_place(op, found, before))
+            return finish(output), left
 
-        return compute
+        return _inside(stage.splitter.watching, compute) if self._split else compute
 
     def _bind_loss(self, op: Op, stage: Stage) -> Callable[[Any], Tensor]:
         sources = generators(stage.device)

@@ -27,7 +27,7 @@ from pipeproof.sched.program import Instruction, Message
 
 
 class Transport(Protocol):
-    """Takes what one device hands to another."""
+    """Takes what a device hands to one in another process."""
 
     def send(self, message: Message, value: Any) -> None:
         """Take a tensor, a tuple of them, or None for a gradient that is none."""
@@ -42,36 +42,6 @@ class Transport(Protocol):
         """Let go of everything of a step."""
 
 
-class Within:
-    """Between the devices of one process: a send moves, its reader picks up.
-
-    Args:
-        devices: the torch device of each of the schedule's.
-    """
-
-    def __init__(self, devices: Sequence[torch.device]) -> None:
-        self._devices = devices
-        self._under_way: dict[int, Any] = {}
-
-    def send(self, message: Message, value: Any) -> None:
-        """Copy where the other device is another one for torch too."""
-        target = self._devices[message.target]
-        if self._devices[message.source] != target:
-            value = tensors.moved(value, target)
-        self._under_way[message.index] = value
-
-    def post(self, message: Message) -> None:
-        """Nothing to do: sends wait for nobody."""
-
-    def take(self, message: Message) -> Any:
-        """What was sent."""
-        return self._under_way.pop(message.index)
-
-    def forget(self) -> None:
-        """Let go of what a step left that broke off."""
-        self._under_way.clear()
-
-
 class Runtime:
     """Runs the steps of a program.
 
@@ -82,7 +52,8 @@ class Runtime:
         loss_fn: (output of the last stage, targets) → scalar.
         devices: the torch device of each of the schedule's.
         mine: the schedule's devices that this process runs; default all.
-        transport: between devices; default within this process.
+        transport: between processes; None where all devices are in this one, and a
+            send puts the tensor where the receive wants it.
         reduce: (stage, its devices, the sums of the one here): REDUCE, where the
             other devices are not in this process.
 
@@ -105,7 +76,7 @@ class Runtime:
         self._program = program
         self._devices = devices
         self._stages = list({id(stage): stage for stage in homes.values()}.values())
-        self._transport = transport or Within(devices)
+        self._transport = transport
         self._reduce = reduce
         self.clock: Clock
         schedule = program.schedule
@@ -116,7 +87,7 @@ class Runtime:
             if len(holders(schedule, stage)) > 1
         }
         self._binder = Binder(program, homes, loss_fn)
-        self._reader = _readers(program)
+        self._reader = {} if transport is None else _readers(program)
         reductions = np.flatnonzero(program.action == Action.REDUCE).tolist()
         self._last_reduce = {program[i].ops[0].stage: i for i in reductions}
         mine = range(schedule.devices) if mine is None else mine
@@ -124,6 +95,7 @@ class Runtime:
         self._runs: list[tuple[int, Run]] = [
             (index, self._bind(program[index])) for index in self.here
         ]
+        self._busy = [(i, run) for i, run in self._runs if run is not _nothing]
 
     def run(self, step: Step) -> None:
         """All instructions, in the program's order.
@@ -135,7 +107,7 @@ class Runtime:
         index = -1
         self._begin(step)
         try:
-            for index, run in self._runs:  # noqa: B007
+            for index, run in self._busy:  # noqa: B007
                 run()
         except RankError:  # says where by itself
             raise
@@ -175,7 +147,8 @@ class Runtime:
     def _end(self) -> None:
         """Let go of every tensor of the step, whether or not it came to its end."""
         self._binder.forget()
-        self._transport.forget()
+        if self._transport is not None:
+            self._transport.forget()
         for sums in self._sums.values():
             sums.begin()
 
@@ -201,12 +174,13 @@ class Runtime:
 
     def _bind(self, instruction: Instruction) -> Run:
         run = self._bind_action(instruction)
-        arriving = self._reader.get(instruction.index, [])
-        return self._taking(arriving, run) if arriving else run
+        if self._transport is None or instruction.index not in self._reader:
+            return run
+        return self._taking(self._transport, self._reader[instruction.index], run)
 
-    def _taking(self, arriving: list[int], run: Run) -> Run:
+    def _taking(self, transport: Transport, arriving: list[int], run: Run) -> Run:
         """With what its first reader waits for: the messages that arrive."""
-        values, take = self._binder.values, self._transport.take
+        values, take = self._binder.values, transport.take
         pairs = [
             (self._program.message_at(message), self._program.writes[recv][0])
             for message in arriving
@@ -230,6 +204,8 @@ class Runtime:
             case Action.SEND:
                 return self._bind_send(instruction)
             case Action.RECV:
+                if self._transport is None:
+                    return _nothing
                 assert instruction.message is not None
                 return partial(self._transport.post, instruction.message)
             case Action.LOCAL:
@@ -250,13 +226,32 @@ class Runtime:
     def _bind_send(self, instruction: Instruction) -> Run:
         values, message = self._binder.values, instruction.message
         assert message is not None
-        read, send = instruction.reads[0].index, self._transport.send
+        read = instruction.reads[0].index
+        if self._transport is None:
+            return self._bind_putting(message, read)
+        send = self._transport.send
 
         def hand_to_link() -> None:
             send(message, values[read])
             values[read] = None
 
         return hand_to_link
+
+    def _bind_putting(self, message: Message, read: int) -> Run:
+        """To another device of this process."""
+        values, write = self._binder.values, self._program.writes[message.recv][0]
+        target = self._devices[message.target]
+        if self._devices[message.source] == target:
+
+            def put() -> None:
+                values[write], values[read] = values[read], None
+
+            return put
+
+        def copy_over() -> None:
+            values[write], values[read] = tensors.moved(values[read], target), None
+
+        return copy_over
 
     def _bind_handing_over(self, instruction: Instruction) -> Run:
         """What is in the buffers that it reads, in turn, to those that it writes."""

@@ -16,19 +16,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-COMPILE_FROM = 100_000
+COMPILE_FROM = 30_000
 """Below this the plain loop is done before numba is loaded."""
 
 COMPILE_FROM_IF_LOADED = 500
 """Below this it is done before a compiled one is read from its file."""
 
+COMPILE_AFTER = 300_000
+"""Steps of plain loops in all after which numba is worth loading: whoever has done
+so many, one small schedule after the other, will do more."""
+
+_steps_done = 0
+
 
 def compiled(function: Callable[..., Any], size: int) -> Callable[..., Any] | None:
     """A loop as machine code, where that pays for so many steps; else None."""
+    global _steps_done
     limit = COMPILE_FROM
-    if sys.modules.get("numba") is not None:
+    if sys.modules.get("numba") is not None or _steps_done > COMPILE_AFTER:
         limit = min(limit, COMPILE_FROM_IF_LOADED)
-    return _compiled(function) if size >= limit else None
+    if size >= limit:
+        return _compiled(function)
+    _steps_done += size
+    return None
 
 
 @cache
