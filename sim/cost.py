@@ -94,7 +94,7 @@ class Cost:
             per_stage = isinstance(value, Sequence) and not isinstance(value, str)
             given = tuple(value) if per_stage else (value,)
             for number in given:
-                if not is_number(number) or not math.isfinite(number) or number < 0:
+                if not is_number(number) or not 0 <= number < math.inf:
                     raise ParameterError(
                         f"{spec.name} must be a finite number of at least 0, or one "
                         f"per stage, got {number!r}"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeproof.sched import Action, ParameterError, catalog, lower
-from pipeproof.sim import Cluster, Cost, Link
+from pipeproof.sim import Cluster, Cost, Link, simulate
 from pipeproof.sim.timing import Timing
 
 PROGRAM = lower(catalog.make("gpipe", devices=2, micro_batches=2))
@@ -55,3 +55,11 @@ def test_sends_and_copies_take_the_time_of_their_bytes() -> None:
     assert found.unscaled(found.durations)[sends].tolist() == [Fraction(3, 2)] * 4
     with pytest.raises(ParameterError, match="a link bandwidth needs bytes to send"):
         timing(Cost(), Cluster(link_bandwidth=4))
+
+
+def test_times_beyond_floating_point_are_exact() -> None:
+    """One was once turned into a float to see whether it is finite."""
+    one = catalog.make("gpipe", devices=1, micro_batches=2)
+    time = 10**400
+
+    assert simulate(one, Cost(time, time, 0)).makespan == 4 * time
