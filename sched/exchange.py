@@ -84,7 +84,7 @@ def groups_of(together: Index, layout: Layout) -> Lists:
     one = np.flatnonzero(together > np.arange(len(together)))
     two = together[one]
     ends = (layout.out[one], layout.into[two]), (layout.out[two], layout.into[one])
-    pairs = np.sort(np.stack([np.stack(pair, axis=1) for pair in ends], axis=1))
-    members = pairs.reshape(-1)
+    pairs = np.sort(np.concatenate([np.stack(pair, axis=1) for pair in ends]))
+    members = pairs[np.argsort(pairs[:, 0])].ravel().astype(np.int32)
     offsets = np.arange(0, len(members) + 1, 2, dtype=np.int32)
-    return Lists(offsets, members.astype(np.int32))
+    return Lists(offsets, members)

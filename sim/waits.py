@@ -25,7 +25,7 @@ def streams_in_turn(program: Program, cluster: Cluster) -> list[NDArray[np.int64
     list, in the program's order. There every instruction stands behind all that it
     waits for: merging streams delays a program that `lower` wrote, and never
     deadlocks it, but where sender and receiver are one stream (`sync` on a shared
-    processor) under rendezvous.
+    processor) under rendezvous, or both exchange messages in groups.
     """
     return in_turn(program, cluster.streams, shared_processor=cluster.shared_processor)
 
