@@ -21,15 +21,13 @@ from numpy.typing import NDArray
 from pipeproof.sched.deps import Index, OpTable, csr, neighbours
 from pipeproof.sched.ir import BACKWARD_KINDS, BESIDE_KINDS, Kind, Schedule
 from pipeproof.sched.kernels import run
-from pipeproof.sched.program import Action, Column, MessageKind, Stream, StreamKind
-from pipeproof.sched.program import table as new_table
+from pipeproof.sched.program import Action, Column, Stream, StreamKind
 
 BEFORE, AT, BEHIND = 0, 1, 2
 """Where instructions go: before the op of their step, the op, behind it."""
 
 _F, _B, _I = int(Kind.F), int(Kind.B), int(Kind.I)
 _SEND, _RECV, _LOCAL = int(Action.SEND), int(Action.RECV), int(Action.LOCAL)
-_ACTIVATION, _GRADIENT = int(MessageKind.ACTIVATION), int(MessageKind.GRADIENT)
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,9 @@ class Hops:
     Attributes:
         source, target: the ops that produce and consume each.
         link: the stream that sends it; -1 where it stays on its device.
-        message: its number among those that do not, or -1.
+        slot: the sort of slot that it arrives in: one for what goes down the stages
+            and one for what goes up, for each stage on each device.
+        message: its number among those that cross devices, or -1.
         out_of, into: for each op, the hop that it produces and the one that it
             consumes; -1 for none, and never more than one.
     """
@@ -167,6 +167,7 @@ class Hops:
     source: Index
     target: Index
     link: Index
+    slot: Index
     message: Index
     out_of: Index
     into: Index
@@ -193,16 +194,27 @@ class Hops:
             table.get(*BACKWARD_KINDS).ravel(),
             streams.down,
             streams.up,
+            _slots(schedule),
             np.array([schedule.stages]),
-            *(np.empty(size, dtype=np.int32) for _ in range(4)),
+            *(np.empty(size, dtype=np.int32) for _ in range(5)),
             *(np.full(len(ops), -1, dtype=np.int32) for _ in range(2)),
         ]
-        return cls(*run(_produce, columns, results=[*range(12, 18)], size=len(ops)))
+        return cls(*run(_produce, columns, results=[*range(13, 20)], size=len(ops)))
 
     @cached_property
     def messages(self) -> int:
         """How many cross devices."""
         return int(self.message.max(initial=-1)) + 1
+
+
+def _slots(schedule: Schedule) -> NDArray[np.int32]:
+    """The first of two sorts of slot of each stage of each pipe.
+
+    Pipes whose stage lies on one device share them.
+    """
+    homes = np.array(schedule.placement.pipes)
+    first = np.argmax(homes[:, None] == homes, axis=1)
+    return 2 * (first * homes.shape[1] + np.arange(homes.shape[1])).astype(np.int32)
 
 
 def _produce(
@@ -217,10 +229,12 @@ def _produce(
     backward: Any,
     down: Any,
     up: Any,
+    slots: Any,
     sizes: Any,
     source: Any,
     target: Any,
     link: Any,
+    slot: Any,
     message: Any,
     out_of: Any,
     into: Any,
@@ -235,10 +249,14 @@ def _produce(
             at = stage[op]
             if kind[op] == _F and at < stages - 1:
                 after = forward[place[op] + 1]
-                over = down[pipe_of[micro_batch[op]] * stages + at]
+                pipe = pipe_of[micro_batch[op]]
+                over = down[pipe * stages + at]
+                slot[hop] = slots[pipe][at + 1]
             elif (kind[op] == _B or kind[op] == _I) and at > 0:
                 after = backward[place[op] - 1]
-                over = up[pipe_of[micro_batch[op]] * stages + at]
+                pipe = pipe_of[micro_batch[op]]
+                over = up[pipe * stages + at]
+                slot[hop] = slots[pipe][at - 1] + 1
             else:
                 continue
             source[hop] = op
@@ -455,65 +473,3 @@ def _meeting(schedule: Schedule, nodes: Nodes) -> Index:
     np.maximum.at(latest, stage, rank[reduces])
     rank[reduces] = latest[stage]
     return rank
-
-
-def messages_of(schedule: Schedule, hops: Hops, layout: Layout) -> Column:
-    """The messages, in columns as in `Program`."""
-    ops = schedule.ops
-    rows = new_table(hops.messages, 10)
-    columns = [
-        hops.source,
-        hops.target,
-        hops.message,
-        layout.out,
-        layout.into,
-        ops.kind,
-        ops.stage,
-        ops.micro_batch,
-        ops.slice,
-        schedule.device_of_op,
-        *rows.T,
-    ]
-    filled = run(_describe, columns, results=[*range(10, 20)], size=len(hops.source))
-    for column, values in zip(rows.T, filled):
-        column[:] = values
-    return rows
-
-
-def _describe(
-    source: Any,
-    target: Any,
-    message: Any,
-    out: Any,
-    into: Any,
-    op_kind: Any,
-    stage: Any,
-    micro_batch: Any,
-    part: Any,
-    device: Any,
-    kind: Any,
-    source_stage: Any,
-    target_stage: Any,
-    port: Any,
-    its_micro_batch: Any,
-    its_slice: Any,
-    source_device: Any,
-    target_device: Any,
-    send: Any,
-    recv: Any,
-) -> None:
-    for hop in range(len(source)):
-        row = message[hop]
-        if row < 0:
-            continue
-        before, after = source[hop], target[hop]
-        kind[row] = _ACTIVATION if op_kind[before] == _F else _GRADIENT
-        source_stage[row] = stage[before]
-        target_stage[row] = stage[after]
-        port[row] = 0  # the one there is so far
-        its_micro_batch[row] = micro_batch[before]
-        its_slice[row] = part[before]
-        source_device[row] = device[before]
-        target_device[row] = device[after]
-        send[row] = out[hop]
-        recv[row] = into[hop]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -225,6 +225,45 @@ class Lists:
         return np.repeat(every, np.diff(self.offsets))
 
 
+class Storage(Protocol):
+    """A program's messages and buffers, and who touches which.
+
+    Much of a program, and nothing that decides in which order it runs: `lower` works
+    it out when it is asked for.
+    """
+
+    @property
+    def messages(self) -> Column:
+        """int32 of shape (messages, 10), columns as in `Message`."""
+
+    @property
+    def buffers(self) -> Column:
+        """int32 of shape (buffers, 6), columns as in `Buffer`."""
+
+    @property
+    def reads(self) -> Lists:
+        """The buffers that each instruction reads."""
+
+    @property
+    def writes(self) -> Lists:
+        """Those that it writes."""
+
+    @property
+    def frees(self) -> Lists:
+        """Those that it frees."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A `Storage` that is there."""
+
+    messages: Column
+    buffers: Column
+    reads: Lists
+    writes: Lists
+    frees: Lists
+
+
 @dataclass(frozen=True, slots=True)
 class Instruction:
     """One instruction with everything it touches spelled out."""
@@ -259,9 +298,7 @@ class Program:
             for instructions about messages.
         message: int32 per instruction, -1 for none.
         waits_for: instructions on other streams that must be done before.
-        reads, writes, frees: buffers.
-        messages: int32 of shape (messages, 10), columns as in `Message`.
-        buffers: int32 of shape (buffers, 6), columns as in `Buffer`.
+        storage: its messages and buffers.
     """
 
     schedule: Schedule
@@ -272,11 +309,7 @@ class Program:
     op_count: Column
     message: Column
     waits_for: Lists
-    reads: Lists
-    writes: Lists
-    frees: Lists
-    messages: Column
-    buffers: Column
+    storage: Storage
 
     def __len__(self) -> int:
         """Number of instructions."""
@@ -311,6 +344,31 @@ class Program:
         """One buffer, spelled out."""
         kind, *rest = self.buffers[index].tolist()
         return Buffer(index, BufferKind(kind), *rest)
+
+    @property
+    def messages(self) -> Column:
+        """int32 of shape (messages, 10), columns as in `Message`."""
+        return self.storage.messages
+
+    @property
+    def buffers(self) -> Column:
+        """int32 of shape (buffers, 6), columns as in `Buffer`."""
+        return self.storage.buffers
+
+    @property
+    def reads(self) -> Lists:
+        """The buffers that each instruction reads."""
+        return self.storage.reads
+
+    @property
+    def writes(self) -> Lists:
+        """Those that it writes."""
+        return self.storage.writes
+
+    @property
+    def frees(self) -> Lists:
+        """Those that it frees."""
+        return self.storage.frees
 
     @property
     def send_of(self) -> Column:

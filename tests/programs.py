@@ -15,7 +15,7 @@ from hashlib import md5
 import numpy as np
 
 from pipeproof.sched import Action, BufferKind, Kind, Op, Program, Schedule
-from pipeproof.sched.program import Lists, StreamKind
+from pipeproof.sched.program import Lists, Stored, StreamKind
 
 
 @dataclass
@@ -88,11 +88,13 @@ def assembled(
         op_count=column("op_count"),
         message=column("message"),
         waits_for=_lists(waits),
-        reads=_lists(part.reads for part in parts),
-        writes=_lists(part.writes for part in parts),
-        frees=_lists(part.frees for part in parts),
-        messages=messages,
-        buffers=buffers,
+        storage=Stored(
+            messages,
+            buffers,
+            _lists(part.reads for part in parts),
+            _lists(part.writes for part in parts),
+            _lists(part.frees for part in parts),
+        ),
     )
 
 
