@@ -213,8 +213,10 @@ def _slots(schedule: Schedule) -> NDArray[np.int32]:
     Pipes whose stage lies on one device share them.
     """
     homes = np.array(schedule.placement.pipes)
+    stages = homes.shape[1]
     first = np.argmax(homes[:, None] == homes, axis=1)
-    return 2 * (first * homes.shape[1] + np.arange(homes.shape[1])).astype(np.int32)
+    slots: NDArray[np.int32] = (first * stages + np.arange(stages)).astype(np.int32)
+    return 2 * slots
 
 
 def _produce(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -232,6 +232,10 @@ class Storage(Protocol):
     it out when it is asked for.
     """
 
+    by_op: ClassVar[bool]
+    """Whether ops touch what `pipeproof.sched.touches` says of their kind, and so as
+    `lower` has it."""
+
     @property
     def messages(self) -> Column:
         """int32 of shape (messages, 10), columns as in `Message`."""
@@ -255,13 +259,14 @@ class Storage(Protocol):
 
 @dataclass(frozen=True)
 class Stored:
-    """A `Storage` that is there."""
+    """A `Storage` that is there, of a program made by hand."""
 
     messages: Column
     buffers: Column
     reads: Lists
     writes: Lists
     frees: Lists
+    by_op: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, slots=True)

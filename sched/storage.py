@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeproof.sched.buffers import Blocks
 from pipeproof.sched.deps import Index
@@ -34,6 +34,7 @@ class LoweredStorage:
     hops: Hops
     layout: Layout
     took: Index
+    by_op: ClassVar[bool] = True
 
     @cached_property
     def messages(self) -> Column:

@@ -27,8 +27,10 @@ class Touch(IntEnum):
     """What an op does to a buffer."""
 
     WRITE = 0
-    READ = 1
-    TAKE = 2
+    ADD = 1
+    """Write to what has been written before."""
+    READ = 2
+    TAKE = 3
     """Read it for the last time, and free it."""
 
 
@@ -39,6 +41,7 @@ def _touches(kind: Kind, how: int) -> list[tuple[Touch, Block]]:
     if moved and kind not in (Kind.F, Kind.R, Kind.OFFLOAD):  # it came back
         kept, stash, inputs = [Block.KEPT_BACK], [Block.STASH_BACK], [Block.INPUT_BACK]
     writes: list[Block] = []
+    adds: list[Block] = []
     reads: list[Block] = []
     takes: list[Block] = []
     match kind:
@@ -51,7 +54,7 @@ def _touches(kind: Kind, how: int) -> list[tuple[Touch, Block]]:
             writes = [Block.HANDED, Block.GRADIENT]
             takes = [kept[0], *inputs, Block.OUTPUT_GRAD]
         case Kind.I:
-            writes = [*stash, Block.HANDED]
+            adds, writes = stash, [Block.HANDED]
             takes = [kept[0], Block.OUTPUT_GRAD]
         case Kind.W:
             writes, takes = [Block.GRADIENT], [*stash, *inputs]
@@ -67,6 +70,7 @@ def _touches(kind: Kind, how: int) -> list[tuple[Touch, Block]]:
             writes = reads = [Block.GRADIENT]
     return [
         *((Touch.WRITE, block) for block in writes),
+        *((Touch.ADD, block) for block in adds),
         *((Touch.READ, block) for block in reads),
         *((Touch.TAKE, block) for block in takes),
     ]
@@ -88,7 +92,7 @@ def touching(touch: Touch, block: Block) -> NDArray[np.bool_]:
 _STARTS = np.array([0, *accumulate(map(len, TOUCHES))])
 _VERBS, _BLOCKS = np.array([pair for some in TOUCHES for pair in some]).T
 
-_WRITE, _TAKE = int(Touch.WRITE), int(Touch.TAKE)
+_WRITE, _ADD, _TAKE = map(int, (Touch.WRITE, Touch.ADD, Touch.TAKE))
 _F, _REDUCE = int(Kind.F), int(Kind.REDUCE)
 _SEND, _RECV = int(Action.SEND), int(Action.RECV)
 _KEPT, _STASH = int(Block.KEPT), int(Block.STASH)
@@ -230,7 +234,7 @@ def _touch(
                     buffer = starts[block] + moved_split[at]
                 else:
                     buffer = starts[block] + moved[at]
-                if verb == _WRITE:
+                if verb in (_WRITE, _ADD):
                     writes[w] = buffer
                     w += 1
                     continue

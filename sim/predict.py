@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pipeproof.sched import Program, Schedule, Trace, lower
 from pipeproof.sched.causes import SHARED_PROCESSOR
 from pipeproof.sched.errors import ParameterError, UnsupportedError
+from pipeproof.sched.trace import Timetable
 from pipeproof.sim.cluster import Cluster
 from pipeproof.sim.cost import Cost
 from pipeproof.sim.engine import Progress, play
@@ -62,8 +63,7 @@ def simulate(
     notes = (SHARED_PROCESSOR,) if cluster.shared_processor else ()
     return Trace(
         program,
-        timing.unscaled(start),
-        timing.unscaled(end),
+        Timetable(start, end, timing.scale or 1),
         "predicted",
         sizes,
         notes,

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from pipeproof.sched import Action, Program
 from pipeproof.sched.errors import ParameterError
-from pipeproof.sched.exact import Number, column, plain, ratio
-from pipeproof.sched.memory import Sizes
+from pipeproof.sched.exact import Number, plain, ratio
 from pipeproof.sched.program import StreamKind
+from pipeproof.sched.trace import Timetable
+from pipeproof.sched.weights import Sizes
 from pipeproof.sim.cluster import Cluster, Link
 from pipeproof.sim.cost import Cost
 
@@ -123,13 +124,7 @@ class Timing:
         Args:
             times: sums of durations and latencies.
         """
-        if self.scale is None:
-            return times
-        if self.scale == 1:
-            return times if times.dtype != object else column(times.tolist())
-        distinct, which = np.unique(times, return_inverse=True)
-        exact = [Fraction(time, self.scale) for time in distinct.tolist()]
-        return np.array(exact, dtype=object)[which]
+        return Timetable(times, times, self.scale or 1).in_units(times)
 
 
 def _whole(numbers: list[Any]) -> int | None:
