@@ -237,6 +237,10 @@ class Storage(Protocol):
     `lower` has it."""
 
     @property
+    def message_count(self) -> int:
+        """How many messages there are."""
+
+    @property
     def messages(self) -> Column:
         """int32 of shape (messages, 10), columns as in `Message`."""
 
@@ -267,6 +271,11 @@ class Stored:
     writes: Lists
     frees: Lists
     by_op: ClassVar[bool] = False
+
+    @property
+    def message_count(self) -> int:
+        """How many messages there are."""
+        return len(self.messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,6 +358,11 @@ class Program:
         """One buffer, spelled out."""
         kind, *rest = self.buffers[index].tolist()
         return Buffer(index, BufferKind(kind), *rest)
+
+    @property
+    def message_count(self) -> int:
+        """How many messages there are."""
+        return self.storage.message_count
 
     @property
     def messages(self) -> Column:

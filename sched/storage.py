@@ -36,6 +36,11 @@ class LoweredStorage:
     took: Index
     by_op: ClassVar[bool] = True
 
+    @property
+    def message_count(self) -> int:
+        """As in `Storage`."""
+        return self.hops.messages
+
     @cached_property
     def messages(self) -> Column:
         """As in `Storage`."""

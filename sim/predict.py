@@ -79,11 +79,12 @@ def _times(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     if engine == "events":
         return play(program, timing, cluster, progress)
-    tell = progress or (lambda done, total: None)
     try:
-        tell(0, timing.events)
+        if progress is not None:
+            progress(0, timing.events)
         times = replay(program, timing, cluster)
-        tell(timing.events, timing.events)
+        if progress is not None:
+            progress(timing.events, timing.events)
     except UnsupportedError:
         if engine == "replay":
             raise

@@ -107,7 +107,7 @@ class Timing:
 
         return cls(
             _spread(len(program), spent, scaled, dtype),
-            _spread(len(program.messages), [under_way], scaled, dtype),
+            _spread(program.message_count, [under_way], scaled, dtype),
             scale,
         )
 
@@ -230,8 +230,8 @@ def _latencies(program: Program, cluster: Cluster) -> Prices:
     ]
     if all(type(number) is int and number == 0 for number in numbers):
         return Prices(np.zeros(0, dtype=np.int64), [], np.zeros(0, dtype=np.int64))
-    sends = program.stream[program.send_of].astype(np.int64)
-    return Prices(np.arange(len(program.messages)), numbers, sends)
+    sends = np.flatnonzero(program.action == Action.SEND)
+    return Prices(program.message[sends], numbers, program.stream[sends])
 
 
 def _links(program: Program, cluster: Cluster) -> dict[int, Link]:
