@@ -13,7 +13,7 @@ schedule's ops they are columns of integers, and an `Instruction` is a view.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
 from itertools import pairwise
@@ -195,7 +195,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Lists:
-    """For each instruction a short list of integers.
+    """For each instruction (or group of them) a short list of integers.
 
     Attributes:
         offsets: int32 or int64, length instructions + 1.
@@ -204,6 +204,16 @@ class Lists:
 
     offsets: NDArray[Any]
     values: NDArray[Any]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]]) -> Lists:
+        """The same, from Python lists."""
+        offsets = np.zeros(len(rows) + 1, dtype=np.int32)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        return cls(offsets, np.array([v for row in rows for v in row], dtype=np.int32))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> list[int]:
         low, high = self.offsets[index], self.offsets[index + 1]
@@ -287,6 +297,7 @@ class Instruction:
     action: Action
     ops: tuple[Op, ...]
     message: Message | None
+    posted_with: tuple[int, ...]
     waits_for: tuple[int, ...]
     reads: tuple[Buffer, ...]
     writes: tuple[Buffer, ...]
@@ -313,6 +324,8 @@ class Program:
         message: int32 per instruction, -1 for none.
         waits_for: instructions on other streams that must be done before.
         storage: its messages and buffers.
+        groups: the SENDs and RECVs of one device that are posted as one: they start
+            together, once each of them could, and what waits for one waits for all.
     """
 
     schedule: Schedule
@@ -324,6 +337,7 @@ class Program:
     message: Column
     waits_for: Lists
     storage: Storage
+    groups: Lists = field(default_factory=lambda: Lists.of([]))
 
     def __len__(self) -> int:
         """Number of instructions."""
@@ -340,6 +354,7 @@ class Program:
             Action(int(self.action[index])),
             tuple(self.schedule.ops[first : first + int(self.op_count[index])]),
             None if message < 0 else self.message_at(message),
+            tuple(self.posted_with(index)),
             tuple(self.waits_for[index]),
             tuple(map(self.buffer_at, self.reads[index])),
             tuple(map(self.buffer_at, self.writes[index])),
@@ -405,6 +420,19 @@ class Program:
         return np.array([s.device for s in self.streams], dtype=np.int32)[self.stream]
 
     @cached_property
+    def group(self) -> Column:
+        """The group of each instruction; -1 where it has none."""
+        number = np.full(len(self), -1, dtype=np.int32)
+        number[self.groups.values] = self.groups.owner
+        return number
+
+    def posted_with(self, index: int) -> list[int]:
+        """The other instructions of its group."""
+        if not len(self.groups) or (number := int(self.group[index])) < 0:
+            return []
+        return [other for other in self.groups[number] if other != index]
+
+    @cached_property
     def op_kind(self) -> NDArray[np.int8]:
         """Kind of the first op of each instruction; -1 where it has none."""
         kinds = np.full(len(self), -1, dtype=np.int8)
@@ -443,6 +471,8 @@ class Program:
 
     def _line(self, instruction: Instruction) -> str:
         text = f"{instruction.index:>3} {instruction.label}"
+        if instruction.posted_with:
+            text += f" with {', '.join(map(str, instruction.posted_with))}"
         if instruction.waits_for:
             text += f" after {', '.join(map(str, instruction.waits_for))}"
         for verb, buffers in (

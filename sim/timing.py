@@ -28,7 +28,7 @@ from pipeproof.sched.weights import Sizes
 from pipeproof.sim.cluster import Cluster, Link
 from pipeproof.sim.cost import Cost
 
-Index = NDArray[np.int64]
+Index = NDArray[np.signedinteger[Any]]
 
 BETWEEN_DEVICES = (StreamKind.TO_DEVICE, StreamKind.FROM_DEVICE)
 
