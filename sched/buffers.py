@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.deps import Index, OpTable
+from pipeproof.sched.hops import Hops
 from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.kernels import run
-from pipeproof.sched.layout import Hops
 from pipeproof.sched.program import BufferKind, Column
 from pipeproof.sched.program import table as new_table
 

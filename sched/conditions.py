@@ -9,13 +9,16 @@ from numpy.typing import NDArray
 
 from pipeproof.sched.buffers import HOWS, Block
 from pipeproof.sched.deps import Index, OpTable
+from pipeproof.sched.hops import Hops
 from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.kernels import run
-from pipeproof.sched.layout import Hops, Layout, Nodes
+from pipeproof.sched.layout import Layout
+from pipeproof.sched.nodes import Nodes
 from pipeproof.sched.program import Action, Lists
 from pipeproof.sched.touches import Touch, touching
 
 _COMPUTE, _SEND, _RECV = map(int, (Action.COMPUTE, Action.SEND, Action.RECV))
+_MOVES = Kind.OFFLOAD, Kind.RELOAD
 _B, _I, _RELOAD, _REDUCE = map(int, (Kind.B, Kind.I, Kind.RELOAD, Kind.REDUCE))
 
 
@@ -52,7 +55,10 @@ def conditions(
     total, count = len(layout.action), len(hops.source)
     beside = bool(nodes.beside.any())
     most = 2 * hops.messages + count + 2 * int(nodes.beside.sum())
-    most += count * blocking + len(table.get(Kind.RELOAD).ravel())
+    most += count * blocking + len(
+        table.by_kind.get(Kind.RELOAD, nodes.rank[:0]).ravel()
+    )
+    nowhere = np.zeros(0, dtype=np.int32)
     index: Any = np.int32 if most < 2**31 else np.int64
     columns: list[NDArray[Any]] = [
         layout.action,
@@ -75,8 +81,7 @@ def conditions(
         hops.into,
         how,
         table.get(Kind.F).ravel(),
-        table.get(Kind.OFFLOAD).ravel(),
-        table.get(Kind.RELOAD).ravel(),
+        *(table.by_kind.get(kind, nowhere).ravel() for kind in _MOVES),
         touching(Touch.TAKE, Block.OUTPUT_GRAD),
         touching(Touch.TAKE, Block.INPUT),
         np.array([blocking, late]),
@@ -170,7 +175,7 @@ def _wait(
             waits[spot] = arrival[hop]
             w += 1
         if action[i] == _COMPUTE:
-            for op in range(begin, end):  # for what is reloaded
+            for op in range(begin, end if len(back) > 0 else begin):  # reloaded
                 if kind[op] != _B and kind[op] != _I:
                     continue
                 if back[place[op]] >= 0:

@@ -27,17 +27,11 @@ from typing import Literal, get_args
 from pipeproof.sched.buffers import how_of
 from pipeproof.sched.conditions import conditions
 from pipeproof.sched.errors import ParameterError, UnsupportedError
-from pipeproof.sched.exchange import exchanges, groups_of, in_exchanges
+from pipeproof.sched.exchange import exchanges, groups_of
+from pipeproof.sched.hops import Hops, handed_on
 from pipeproof.sched.ir import Kind, Schedule
-from pipeproof.sched.layout import (
-    BEFORE,
-    BEHIND,
-    Hops,
-    Nodes,
-    Streams,
-    lay_out,
-    steps_of,
-)
+from pipeproof.sched.layout import BEFORE, BEHIND, lay_out
+from pipeproof.sched.nodes import Nodes, Streams
 from pipeproof.sched.program import LOWERED, Lists, Program
 from pipeproof.sched.storage import LoweredStorage
 
@@ -87,10 +81,9 @@ def lower(
     hops = Hops.of(schedule, table, nodes, streams)
     blocking, late = transfers == "blocking", receives == "late"
     together = exchanges(nodes, hops) if messages == "grouped" else None
-    steps = steps_of(hops, nodes, blocking, late, together)
-    order = None if together is None else in_exchanges(together)
+    handed = handed_on(hops, nodes, blocking, late, together)
     phase = BEFORE if late else BEHIND
-    layout = lay_out(schedule, nodes, hops, steps, streams, phase, order)
+    layout = lay_out(schedule, nodes, hops, handed, streams, phase)
     waits, took = conditions(
         schedule,
         table,

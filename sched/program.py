@@ -319,8 +319,8 @@ class Program:
         schedule: what it was lowered from.
         streams: in the order in which every rank creates them.
         stream, action: int32, int8 per instruction.
-        first_op, op_count: int32, the instruction's ops in `schedule.ops`; 0 of them
-            for instructions about messages.
+        first_op, op_count: int32 and, where that suffices, int8: the instruction's ops
+            in `schedule.ops`; 0 of them for instructions about messages.
         message: int32 per instruction, -1 for none.
         waits_for: instructions on other streams that must be done before.
         storage: its messages and buffers.
@@ -333,7 +333,7 @@ class Program:
     stream: Column
     action: NDArray[np.int8]
     first_op: Column
-    op_count: Column
+    op_count: NDArray[np.signedinteger[Any]]
     message: Column
     waits_for: Lists
     storage: Storage
