@@ -39,7 +39,8 @@ from pipeproof.sched import (
 )
 from pipeproof.sched.causes import SHARED_PROCESSOR
 from pipeproof.sched.lower import Messages
-from pipeproof.sched.memory import Sizes
+from pipeproof.sched.trace import Timetable
+from pipeproof.sched.weights import Sizes
 
 
 class Pipeline:
@@ -242,7 +243,9 @@ class Pipeline:
                     self._runtime, seed, inputs, targets
                 )
                 shares = _shares(self.program)
-                self._trace = Trace(self.program, start, end, "measured", shares)
+                self._trace = Trace(
+                    self.program, Timetable(start, end), "measured", shares
+                )
             else:
                 step = ranked.step(self._runtime, seed, inputs, targets)
             if inputs is not None:
@@ -261,8 +264,8 @@ class Pipeline:
     def _timed(self, step: Step) -> Trace:
         start, end = self._runtime.run_timed(step)
         notes = (SHARED_PROCESSOR,) if self._shared else ()
-        times = np.array(start), np.array(end)
-        return Trace(self.program, *times, "measured", _shares(self.program), notes)
+        times = Timetable(np.array(start), np.array(end))
+        return Trace(self.program, times, "measured", _shares(self.program), notes)
 
 
 def _torch_devices(

@@ -15,7 +15,7 @@ from hashlib import md5
 import numpy as np
 
 from pipeproof.sched import Action, BufferKind, Kind, Op, Program, Schedule
-from pipeproof.sched.program import Lists, StreamKind
+from pipeproof.sched.program import Lists, Stored, StreamKind
 
 
 @dataclass
@@ -90,11 +90,13 @@ def assembled(
         op_count=column("op_count"),
         message=column("message"),
         waits_for=Lists.of(waits),
-        reads=Lists.of([part.reads for part in parts]),
-        writes=Lists.of([part.writes for part in parts]),
-        frees=Lists.of([part.frees for part in parts]),
-        messages=messages,
-        buffers=buffers,
+        storage=Stored(
+            messages,
+            buffers,
+            Lists.of([part.reads for part in parts]),
+            Lists.of([part.writes for part in parts]),
+            Lists.of([part.frees for part in parts]),
+        ),
         groups=Lists.of(
             [
                 [i for i, part in enumerate(parts) if part.group == number]
