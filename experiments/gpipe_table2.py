@@ -108,7 +108,7 @@ def main() -> None:
     lines += [
         "",
         "The Transformer's layers are equal and divide evenly among the stages.",
-        "AmoebaNet's cells are unequal; a pipeline is as fast as its slowest stage, and",
+        "AmoebaNet's cells are unequal; a pipeline is as fast as its slowest stage:",
         f"one with {min(slowest):.2f} to {max(slowest):.2f} times an even share of the "
         "model gives the published",
         "throughput, all else equal. The paper gives the same reason, an imbalanced",
