@@ -53,8 +53,6 @@ def idle_of(run: Trace, row: Row) -> Any:
             return run.makespan - run.ideal
         case "span":
             return run.span - run.ideal
-        case "device":
-            return max(span - busy for span, busy in zip(run.spans, run.busy))
         case "most":
             return run.makespan - min(run.busy)
 
