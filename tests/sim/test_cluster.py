@@ -18,7 +18,8 @@ from pipeproof.cli import main
 from pipeproof.sched import ParameterError, ParseError, Schedule, catalog, lower
 from pipeproof.sched.exact import Number
 from pipeproof.sim import PRESETS, Cluster, Cost, Link, lower_bound, preset, simulate
-from pipeproof.sim.cluster_file import MAX_BYTES, READERS, parse
+from pipeproof.sim.cluster_file import READERS, parse
+from pipeproof.sim.toml import MAX_BYTES
 
 
 def test_a_link_is_that_of_the_pair_or_the_node_or_all() -> None:
