@@ -247,6 +247,7 @@ def test_a_file_says_what_the_attributes_are() -> None:
         ("x = " + "[" * 100_000, "expected TOML with numbers and few brackets"),
         ("memory = " + "9" * 5000, "expected TOML with numbers and few brackets"),
         (f"{'x' * 100} = 1", f"{'x' * 40}…: expected a key of"),
+        ('"\\u001bc" = 1', r"'.x1bc': expected a key of"),
     ],
 )
 def test_a_file_that_is_wrong(text: str, message: str, tmp_path: Path) -> None:
