@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from typing import Any
 
 from pipeproof.sched.errors import ParameterError, at_least_one
 from pipeproof.sched.exact import Number, is_number, ratio
@@ -59,7 +60,8 @@ def v_half(devices: int, micro_batches: int, *, times: Times | None = None) -> S
     Placement: stages d and 2p-1-d on device d.
     Bubble: (3p-7)F/2 of a device idle in the step for even p, (3p-4)F/2 for odd
         p; F = I = W, p >= 3, m >= 2p, free links. Published order: it does not
-        grow with m where 2|F-I| <= W, else by |F-I|-W/2 for each micro-batch.
+        grow with m where 2|F-I| <= W, else by |F-I|-W/2 for each micro-batch; beside
+        that, it is at most p(F+I+W).
         With `times`: at most p(F+I+W) for any m where |F-I| <= W, else by |F-I|-W
         more for each micro-batch; never more than published.
     Peak memory: floor(p/2)+1 micro-batch activations, 2 floor(p/2)+2 chunks, on
@@ -102,7 +104,8 @@ def v_min(devices: int, micro_batches: int, *, times: Times | None = None) -> Sc
     Placement: stages d and 2p-1-d on device d.
     Bubble: (4p-5)F/2 of a device idle in the step, (4p-7)F/2 where 3 divides p;
         F = I = W, p >= 2, m >= 2p, free links. For p >= 3 it grows with m where W <
-        2 max(F,I) - min(F,I), by what is missing for each micro-batch. Much of that
+        2 max(F,I) - min(F,I), by what is missing for each micro-batch; beside that,
+        it is at most p(F+I+W). Much of that growth
         is the memory's price: with c chunks of activations no order takes less than
         m((2p+1)(F+I)+2W)/2c, which for F = I >= W and large p is what this takes.
         With `times` never more than published; V-Half's law where p <= 3 or p = 5,
@@ -225,18 +228,19 @@ def _laid(places: Sequence[dict[int, int]], times: tuple[int, int, int]) -> Bloc
     return Block(tuple((*row,) for row in starts), interval, times)
 
 
+def _grows(case: Case, each: Any) -> Bounds:
+    """A round for each device at most, and what each micro-batch adds."""
+    return 0, case.p * (case.forward + case.backward) + case.m * max(0, each)
+
+
 def _v_half_bounds(case: Case) -> Bounds:
-    """A round for each device, and what each micro-batch adds."""
     f, i, w = case.times
-    grows = max(0, abs(f - i) - ratio(w, 2))
-    return 0, case.p * (case.forward + case.backward) + case.m * grows
+    return _grows(case, abs(f - i) - ratio(w, 2))
 
 
 def _v_min_bounds(case: Case) -> Bounds:
-    """A round for each device, and what each micro-batch adds."""
     f, i, w = case.times
-    grows = max(0, 2 * max(f, i) - min(f, i) - w)
-    return 0, case.p * (case.forward + case.backward) + case.m * grows
+    return _grows(case, 2 * max(f, i) - min(f, i) - w)
 
 
 V_HALF = Row(
