@@ -228,8 +228,15 @@ def _laid(places: Sequence[dict[int, int]], times: tuple[int, int, int]) -> Bloc
     return Block(tuple((*row,) for row in starts), interval, times)
 
 
+def _published(case: Case) -> bool:
+    """Whether it is the published order; one built for times has no formula."""
+    return case.options.get("times") is None
+
+
 def _grows(case: Case, each: Any) -> Bounds:
     """A round for each device at most, and what each micro-batch adds."""
+    if not _published(case):
+        return 0, (case.p - 1) * case.ideal
     return 0, case.p * (case.forward + case.backward) + case.m * max(0, each)
 
 
@@ -253,7 +260,9 @@ V_HALF = Row(
     peak="floor(p/2)+1",
     idle=lambda case: ratio((3 * case.p - (4 if case.p % 2 else 7)) * case.forward, 2),
     peak_of=lambda case, d: case.p // 2 + 1,
-    holds=lambda case: case.p >= 3 and case.m >= 2 * case.p and case.equal_times,
+    holds=lambda case: (
+        case.p >= 3 and case.m >= 2 * case.p and case.equal_times and _published(case)
+    ),
     bounds=_v_half_bounds,
 )
 
@@ -269,6 +278,8 @@ V_MIN = Row(
     peak_of=lambda case, d: ratio(
         2 * ((case.p + 4) // 3) - (d == 0 and case.p % 3 == 2), 2
     ),
-    holds=lambda case: case.p >= 2 and case.m >= 2 * case.p and case.equal_times,
+    holds=lambda case: (
+        case.p >= 2 and case.m >= 2 * case.p and case.equal_times and _published(case)
+    ),
     bounds=_v_min_bounds,
 )
