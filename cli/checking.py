@@ -10,8 +10,9 @@ import click
 from pipeproof.cli.options import Conditions, Number, Wanted, flag
 from pipeproof.cli.output import emit_json
 from pipeproof.cli.predict import cluster_of, cost_of, predict, sizes
+from pipeproof.cli.proving import as_proved, in_passing, in_words
 from pipeproof.cli.source import load
-from pipeproof.sched import ParameterError, check, fits, lower
+from pipeproof.sched import ParameterError, Program, Schedule, check, fits, lower
 from pipeproof.sched.lower import Receives, Transfers
 from pipeproof.sched.streams import StreamModel
 
@@ -27,7 +28,7 @@ def judge(
     *,
     as_json: bool,
 ) -> None:
-    """Print what `check` and `fits` find; exit with 1 if that is anything.
+    """Print what `check`, `fits` and `prove` find; exit with 1 if that is anything.
 
     Raises:
         ParameterError: costs, but no cap that they matter to.
@@ -35,8 +36,9 @@ def judge(
     schedule = load(wanted)
     given = conditions.given
     report = check(schedule)
+    judged: Program | Schedule = schedule
     if report.ok and any(name in given for name in OF_PROGRAMS):
-        program = lower(
+        judged = program = lower(
             schedule,
             transfers=cast(Transfers, conditions.transfers),
             receives=cast(Receives, conditions.receives),
@@ -59,16 +61,21 @@ def judge(
         trace = predict(schedule, conditions)
         found = fits(trace, memory=memory, activations=activations)
         report = replace(found, verdict=f"{report.verdict}; it {found.verdict}")
+    proof = in_passing(judged) if report.ok else None
+    proved = None if proof is None else as_proved(proof)
     if as_json:
         emit_json(
             {
                 **sizes(report.schedule),
                 "digest": report.schedule.digest,
                 "ok": report.ok,
+                "proved": proved,
                 "findings": [finding.to_dict() for finding in report.findings],
             }
         )
     else:
         click.echo(str(report))
-    if not report.ok:
+        if proof is not None:
+            click.echo(in_words(proof))
+    if not report.ok or proved is False:
         raise click.exceptions.Exit(1)
