@@ -57,6 +57,7 @@ class Case:
         name: torch's, without `Schedule`.
         ranks, chunks, micro_batches: sizes; chunks are stages on each rank.
         deferred: `defer_pp_recv`.
+        edited: a CSV with communication to run in place of what torch lowers.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Case:
     chunks: int
     micro_batches: int
     deferred: bool
+    edited: str = ""
 
     @property
     def stages(self) -> int:
@@ -209,7 +211,13 @@ def _runtime(case: Case, stages: list[nn.Module], mine: list[int]) -> Any:
         PipelineStage(stages[s], s, case.stages, torch.device("cpu")) for s in mine
     ]
     loss, rows = functional.mse_loss, actions(case)
-    if case.name in SINGLE:  # their own classes communicate in their own way
+    if case.edited:
+        lines = case.edited.splitlines()
+        rows = {
+            rank: [theirs._Action.from_str(word) for word in line.split(",")]
+            for rank, line in enumerate(lines)
+        }
+    if case.edited or case.name in SINGLE:  # the classes of these communicate otherwise
         runtime = theirs._PipelineScheduleRuntime(
             parts, case.micro_batches, loss_fn=loss
         )
@@ -234,7 +242,8 @@ def _runtime(case: Case, stages: list[nn.Module], mine: list[int]) -> Any:
 class Company:
     """Processes, one a rank, that run cases until one does not come to its end."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, deadline_s: float = DEADLINE_S) -> None:
+        self._deadline_s = deadline_s
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name, "store"))
         self.processes = [
@@ -248,7 +257,7 @@ class Company:
             for rank in range(ranks)
         ]
         self.lines: queue.Queue[str] = queue.Queue()
-        self.patience = START_S
+        self.patience: float = START_S
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -269,7 +278,7 @@ class Company:
                 if ended := [r for r, p in enumerate(self.processes) if p.poll()]:
                     return Outcome(None, f"rank {ended[0]} raises")
             else:
-                self.patience = DEADLINE_S
+                self.patience = self._deadline_s
                 return Outcome(json.loads(line), "")
         return Outcome(None, f"hangs, ended after {self.patience} s")
 

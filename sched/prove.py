@@ -32,10 +32,11 @@ from pipeproof.sched.findings import Finding
 from pipeproof.sched.history import told
 from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.kernels import levels
+from pipeproof.sched.legal import illegal, slots
 from pipeproof.sched.lower import lower
 from pipeproof.sched.matching import meetings, mismatches
 from pipeproof.sched.program import Action, BufferKind, Program
-from pipeproof.sched.races import elsewhere, races, rings, slots
+from pipeproof.sched.races import races
 from pipeproof.sched.walk import Walk
 
 
@@ -64,7 +65,7 @@ def prove(program: Program | Schedule) -> Certificate | Refutation:
             f"{type(program).__name__}"
         )
     schedule = program.schedule
-    if found := (*rings(program), *elsewhere(program)):
+    if found := illegal(program):
         return Refutation(schedule, found)
     if found := mismatches(program) or deadlocks(program):
         return Refutation(schedule, found)

@@ -52,7 +52,7 @@ Transfer = tuple[str, int, int]
 
 
 def belong(rows: list[list[Cell]], home: list[int]) -> None:
-    """Refuse actions on another rank's stages, and sharding out of turn.
+    """Refuse actions on another rank's stages, and those on weights out of turn.
 
     Args:
         rows: every rank's cells, in order.
@@ -61,10 +61,13 @@ def belong(rows: list[list[Cell]], home: list[int]) -> None:
     Raises:
         ParseError: at the first cell at fault.
     """
+    reduced = {c.stage for row in rows for c in row if c.action == "REDUCE_GRAD"}
     for rank, row in enumerate(rows):
         sharding = _Sharding(row)
+        last: dict[int, Cell] = {}  # backward of each stage
         for cell in row:
             sharding.step(cell)
+            last |= {op.stage: cell for op in cell.ops if op.kind != Kind.F}
             if not cell.ops and home[cell.stage] != rank:
                 raise cell.place.wrong(
                     f"an action on a stage of rank {rank}; stage {cell.stage} is on "
@@ -72,6 +75,13 @@ def belong(rows: list[list[Cell]], home: list[int]) -> None:
                     cell.word,
                 )
         sharding.end()
+        for stage, cell in last.items():
+            if reduced and stage not in reduced:
+                raise cell.place.wrong(
+                    f"{stage}REDUCE_GRAD behind it, as other stages have: torch scales "
+                    "gradients there",
+                    cell.word,
+                )
 
 
 def agree(rows: list[list[Cell]], home: list[int]) -> None:
