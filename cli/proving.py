@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from pipeproof.cli.options import Wanted, flag
+from pipeproof.cli.options import LOWERING, Wanted, flag
 from pipeproof.cli.output import emit_json
 from pipeproof.cli.predict import sizes
 from pipeproof.cli.source import load_to_prove
@@ -21,13 +21,12 @@ from pipeproof.sched import (
     lower,
     prove,
 )
-from pipeproof.sched.lower import Receives, Transfers
 
 MOST_IN_PASSING = 10_000
 """Ops that `check` and `run` prove without being asked: well below a second."""
 
 
-def certify(wanted: Wanted, transfers: str, receives: str, *, as_json: bool) -> None:
+def certify(wanted: Wanted, policies: dict[str, Any], *, as_json: bool) -> None:
     """Print the certificate, or the refutation; exit with 1 if it is that.
 
     Raises:
@@ -37,11 +36,7 @@ def certify(wanted: Wanted, transfers: str, receives: str, *, as_json: bool) -> 
     if isinstance(subject, Program):
         _needs_no_lowering()
     elif subject.report.ok:
-        subject = lower(
-            subject,
-            transfers=cast(Transfers, transfers),
-            receives=cast(Receives, receives),
-        )
+        subject = lower(subject, **policies)
     verdict = prove(subject)
     if as_json:
         emit_json({**sizes(verdict.schedule), **verdict.to_dict()})
@@ -82,7 +77,7 @@ def as_proved(verdict: Certificate | Refutation | str) -> bool | None:
 
 def _needs_no_lowering() -> None:
     context = click.get_current_context()
-    for name in ("transfers", "receives"):
+    for name in LOWERING:
         if context.get_parameter_source(name) != ParameterSource.DEFAULT:
             raise ParameterError(
                 f"{flag(name)} says how to add communication, and the file has its "

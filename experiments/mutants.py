@@ -776,8 +776,8 @@ def main() -> None:
         "",
         f"Up to {arguments.programs} random edits of each kind of each program. What "
         f"is proved was played in {RUNS} random orders, and in up to {2 * RUNS} that "
-        "put one use of a slot off for another; what is refuted counts as right if it is "
-        f"in {MORE_RUNS} and {2 * MORE_RUNS} of them.",
+        "put one use of a slot off for another; what is refuted counts as right if it "
+        f"is in {MORE_RUNS} and {2 * MORE_RUNS} of them.",
         "",
         *table(programs),
         *odd(programs),

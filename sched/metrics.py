@@ -16,28 +16,29 @@ if TYPE_CHECKING:
 
 def makespan(trace: Trace) -> Number:
     """See `Trace.makespan`."""
-    return plain(trace.end.max()) if len(trace.end) else 0
+    times = trace.timetable
+    return times.unit(times.end.max()) if len(times.end) else 0
 
 
 def busy(trace: Trace) -> list[Number]:
     """See `Trace.busy`."""
-    computes = trace.program.computes
-    duration = trace.end[computes] - trace.start[computes]
+    computes, times = trace.program.computes, trace.timetable
+    duration = times.end[computes] - times.start[computes]
     total = np.zeros(trace.program.schedule.devices, dtype=duration.dtype)
     np.add.at(total, trace.program.device[computes], duration)  # one by one, in order
-    return [plain(time) for time in total.tolist()]
+    return [times.unit(time) for time in total.tolist()]
 
 
 def spans(trace: Trace) -> list[Number]:
     """See `Trace.spans`."""
-    computes = trace.program.computes
+    computes, times = trace.program.computes, trace.timetable
     result: list[Number] = []
     for where in _by_device(trace, computes):
         mine = computes[where]
         if not len(mine):
             result.append(0)
             continue
-        result.append(plain(trace.end[mine].max() - trace.start[mine].min()))
+        result.append(times.unit(times.end[mine].max() - times.start[mine].min()))
     return result
 
 

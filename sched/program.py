@@ -13,11 +13,11 @@ schedule's ops they are columns of integers, and an `Instruction` is a view.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -195,7 +195,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Lists:
-    """For each instruction a short list of integers.
+    """For each instruction (or group of them) a short list of integers.
 
     Attributes:
         offsets: int32 or int64, length instructions + 1.
@@ -204,6 +204,16 @@ class Lists:
 
     offsets: NDArray[Any]
     values: NDArray[Any]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]]) -> Lists:
+        """The same, from Python lists."""
+        offsets = np.zeros(len(rows) + 1, dtype=np.int32)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        return cls(offsets, np.array([v for row in rows for v in row], dtype=np.int32))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> list[int]:
         low, high = self.offsets[index], self.offsets[index + 1]
@@ -225,6 +235,59 @@ class Lists:
         return np.repeat(every, np.diff(self.offsets))
 
 
+class Storage(Protocol):
+    """A program's messages and buffers, and who touches which.
+
+    Much of a program, and nothing that decides in which order it runs: `lower` works
+    it out when it is asked for.
+    """
+
+    by_op: ClassVar[bool]
+    """Whether ops touch what `pipeproof.sched.touches` says of their kind, and so as
+    `lower` has it."""
+
+    @property
+    def message_count(self) -> int:
+        """How many messages there are."""
+
+    @property
+    def messages(self) -> Column:
+        """int32 of shape (messages, 10), columns as in `Message`."""
+
+    @property
+    def buffers(self) -> Column:
+        """int32 of shape (buffers, 6), columns as in `Buffer`."""
+
+    @property
+    def reads(self) -> Lists:
+        """The buffers that each instruction reads."""
+
+    @property
+    def writes(self) -> Lists:
+        """Those that it writes."""
+
+    @property
+    def frees(self) -> Lists:
+        """Those that it frees."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A `Storage` that is there, of a program made by hand."""
+
+    messages: Column
+    buffers: Column
+    reads: Lists
+    writes: Lists
+    frees: Lists
+    by_op: ClassVar[bool] = False
+
+    @property
+    def message_count(self) -> int:
+        """How many messages there are."""
+        return len(self.messages)
+
+
 @dataclass(frozen=True, slots=True)
 class Instruction:
     """One instruction with everything it touches spelled out."""
@@ -234,6 +297,7 @@ class Instruction:
     action: Action
     ops: tuple[Op, ...]
     message: Message | None
+    posted_with: tuple[int, ...]
     waits_for: tuple[int, ...]
     reads: tuple[Buffer, ...]
     writes: tuple[Buffer, ...]
@@ -255,13 +319,13 @@ class Program:
         schedule: what it was lowered from.
         streams: in the order in which every rank creates them.
         stream, action: int32, int8 per instruction.
-        first_op, op_count: int32, the instruction's ops in `schedule.ops`; 0 of them
-            for instructions about messages.
+        first_op, op_count: int32 and, where that suffices, int8: the instruction's ops
+            in `schedule.ops`; 0 of them for instructions about messages.
         message: int32 per instruction, -1 for none.
         waits_for: instructions on other streams that must be done before.
-        reads, writes, frees: buffers.
-        messages: int32 of shape (messages, 10), columns as in `Message`.
-        buffers: int32 of shape (buffers, 6), columns as in `Buffer`.
+        storage: its messages and buffers.
+        groups: the SENDs and RECVs of one device that are posted as one: they start
+            together, once each of them could, and what waits for one waits for all.
     """
 
     schedule: Schedule
@@ -269,14 +333,11 @@ class Program:
     stream: Column
     action: NDArray[np.int8]
     first_op: Column
-    op_count: Column
+    op_count: NDArray[np.signedinteger[Any]]
     message: Column
     waits_for: Lists
-    reads: Lists
-    writes: Lists
-    frees: Lists
-    messages: Column
-    buffers: Column
+    storage: Storage
+    groups: Lists = field(default_factory=lambda: Lists.of([]))
 
     def __len__(self) -> int:
         """Number of instructions."""
@@ -293,6 +354,7 @@ class Program:
             Action(int(self.action[index])),
             tuple(self.schedule.ops[first : first + int(self.op_count[index])]),
             None if message < 0 else self.message_at(message),
+            tuple(self.posted_with(index)),
             tuple(self.waits_for[index]),
             tuple(map(self.buffer_at, self.reads[index])),
             tuple(map(self.buffer_at, self.writes[index])),
@@ -313,6 +375,36 @@ class Program:
         return Buffer(index, BufferKind(kind), *rest)
 
     @property
+    def message_count(self) -> int:
+        """How many messages there are."""
+        return self.storage.message_count
+
+    @property
+    def messages(self) -> Column:
+        """int32 of shape (messages, 10), columns as in `Message`."""
+        return self.storage.messages
+
+    @property
+    def buffers(self) -> Column:
+        """int32 of shape (buffers, 6), columns as in `Buffer`."""
+        return self.storage.buffers
+
+    @property
+    def reads(self) -> Lists:
+        """The buffers that each instruction reads."""
+        return self.storage.reads
+
+    @property
+    def writes(self) -> Lists:
+        """Those that it writes."""
+        return self.storage.writes
+
+    @property
+    def frees(self) -> Lists:
+        """Those that it frees."""
+        return self.storage.frees
+
+    @property
     def send_of(self) -> Column:
         """The SEND of each message."""
         return self.messages[:, 8]
@@ -326,6 +418,19 @@ class Program:
     def device(self) -> Column:
         """The device of each instruction."""
         return np.array([s.device for s in self.streams], dtype=np.int32)[self.stream]
+
+    @cached_property
+    def group(self) -> Column:
+        """The group of each instruction; -1 where it has none."""
+        number = np.full(len(self), -1, dtype=np.int32)
+        number[self.groups.values] = self.groups.owner
+        return number
+
+    def posted_with(self, index: int) -> list[int]:
+        """The other instructions of its group."""
+        if not len(self.groups) or (number := int(self.group[index])) < 0:
+            return []
+        return [other for other in self.groups[number] if other != index]
 
     @cached_property
     def op_kind(self) -> NDArray[np.int8]:
@@ -366,6 +471,8 @@ class Program:
 
     def _line(self, instruction: Instruction) -> str:
         text = f"{instruction.index:>3} {instruction.label}"
+        if instruction.posted_with:
+            text += f" with {', '.join(map(str, instruction.posted_with))}"
         if instruction.waits_for:
             text += f" after {', '.join(map(str, instruction.waits_for))}"
         for verb, buffers in (

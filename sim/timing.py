@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 
 from pipeproof.sched import Action, Program
 from pipeproof.sched.errors import ParameterError
-from pipeproof.sched.exact import Number, column, plain, ratio
-from pipeproof.sched.memory import Sizes
+from pipeproof.sched.exact import Number, plain, ratio
 from pipeproof.sched.program import StreamKind
+from pipeproof.sched.trace import Timetable
+from pipeproof.sched.weights import Sizes
 from pipeproof.sim.cluster import Cluster, Link
 from pipeproof.sim.cost import Cost
 
-Index = NDArray[np.int64]
+Index = NDArray[np.signedinteger[Any]]
 
 BETWEEN_DEVICES = (StreamKind.TO_DEVICE, StreamKind.FROM_DEVICE)
 
@@ -106,7 +107,7 @@ class Timing:
 
         return cls(
             _spread(len(program), spent, scaled, dtype),
-            _spread(len(program.messages), [under_way], scaled, dtype),
+            _spread(program.message_count, [under_way], scaled, dtype),
             scale,
         )
 
@@ -123,13 +124,7 @@ class Timing:
         Args:
             times: sums of durations and latencies.
         """
-        if self.scale is None:
-            return times
-        if self.scale == 1:
-            return times if times.dtype != object else column(times.tolist())
-        distinct, which = np.unique(times, return_inverse=True)
-        exact = [Fraction(time, self.scale) for time in distinct.tolist()]
-        return np.array(exact, dtype=object)[which]
+        return Timetable(times, times, self.scale or 1).in_units(times)
 
 
 def _whole(numbers: list[Any]) -> int | None:
@@ -235,8 +230,8 @@ def _latencies(program: Program, cluster: Cluster) -> Prices:
     ]
     if all(type(number) is int and number == 0 for number in numbers):
         return Prices(np.zeros(0, dtype=np.int64), [], np.zeros(0, dtype=np.int64))
-    sends = program.stream[program.send_of].astype(np.int64)
-    return Prices(np.arange(len(program.messages)), numbers, sends)
+    sends = np.flatnonzero(program.action == Action.SEND)
+    return Prices(program.message[sends], numbers, program.stream[sends])
 
 
 def _links(program: Program, cluster: Cluster) -> dict[int, Link]:

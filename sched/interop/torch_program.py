@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.interop.torch_comms import transfer
 from pipeproof.sched.interop.torch_csv import TorchCsv
 from pipeproof.sched.lower import lower
-from pipeproof.sched.program import Action, Lists, MessageKind, Program
+from pipeproof.sched.program import Action, Lists, MessageKind, Program, Stored
 
 
 def torch_program(csv: TorchCsv) -> Program:
@@ -156,15 +155,13 @@ def _assembled(base: Program, steps: Sequence[_Step]) -> Program:
         first_op=base.first_op[order],
         op_count=base.op_count[order],
         message=base.message[order],
-        waits_for=_lists(waits),
-        reads=_lists([base.reads[i] for i in order.tolist()]),
-        writes=_lists([base.writes[i] for i in order.tolist()]),
-        frees=_lists([base.frees[i] for i in order.tolist()]),
-        messages=messages,
+        waits_for=Lists.of(waits),
+        storage=Stored(
+            messages,
+            base.buffers,
+            *(
+                Lists.of([touched[i] for i in order.tolist()])
+                for touched in (base.reads, base.writes, base.frees)
+            ),
+        ),
     )
-
-
-def _lists(rows: Sequence[Sequence[int]]) -> Lists:
-    offsets = np.array([*accumulate(map(len, rows), initial=0)], dtype=np.int32)
-    values = np.array([value for row in rows for value in row], dtype=np.int32)
-    return Lists(offsets, values)

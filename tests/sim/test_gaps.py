@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import costs_of_stages, schedules, times
+from strategies import costs_of_stages, policies, schedules, times
 
 from pipeproof.sched import (
     Action,
@@ -27,6 +27,7 @@ from pipeproof.sched import (
 )
 from pipeproof.sched.causes import Why
 from pipeproof.sched.gaps import Cause, Gap
+from pipeproof.sched.trace import Timetable
 from pipeproof.sim import Cluster, Cost, Link, simulate
 from pipeproof.sim.cluster import STREAM_MODELS
 
@@ -217,7 +218,7 @@ def test_streams_that_are_one() -> None:
 def test_an_op_that_comes_late_without_a_reason() -> None:
     """As a measured trace has them: the device was busy with something else."""
     run = simulate(gpipe(1, 1), ONE_TICK)
-    late = dataclasses.replace(run, start=run.start + 2, end=run.end + 2)
+    late = dataclasses.replace(run, timetable=Timetable(run.start + 2, run.end + 2))
 
     assert sentences(late) == [
         "device 0 runs 0F0 late, at 2, though nothing is missing (idle 2)"
@@ -238,7 +239,9 @@ def test_a_measured_trace() -> None:
             end[index] = start[index] + (run.end - run.start)[index]
         else:
             end[index] = start[index]
-    measured = dataclasses.replace(run, start=start, end=end, source="measured")
+    measured = dataclasses.replace(
+        run, timetable=Timetable(start, end), source="measured"
+    )
 
     first = measured.gaps(1)[0]
     assert (first.end, first.cause) == (1.25, Cause.FILL)
@@ -262,11 +265,7 @@ def test_nothing_waits_on_one_device() -> None:
 @st.composite
 def runs(draw: st.DrawFn) -> Trace:
     schedule = draw(schedules())
-    program = lower(
-        schedule,
-        transfers=draw(st.sampled_from(["overlapped", "blocking"])),
-        receives=draw(st.sampled_from(["early", "late"])),
-    )
+    program = lower(schedule, **draw(policies))
     cost = dataclasses.replace(
         draw(costs_of_stages(schedule.stages)), boundary_bytes=draw(times)
     )
@@ -356,9 +355,12 @@ def test_the_critical_path_fills_the_makespan(run: Trace, kinds: bool) -> None:
 @given(run=runs())
 def test_floats_have_the_same_reasons(run: Trace) -> None:
     """Times that halves and whole numbers say exactly."""
-    whole = dataclasses.replace(run, start=run.start * 360, end=run.end * 360)
+    whole = dataclasses.replace(
+        run, timetable=Timetable(run.start * 360, run.end * 360)
+    )
     floats = dataclasses.replace(
-        whole, start=whole.start.astype(float), end=whole.end.astype(float)
+        whole,
+        timetable=Timetable(whole.start.astype(float), whole.end.astype(float)),
     )
 
     assert [gap.explain(whole) for gap in whole.gaps()] == sentences(floats)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import costs_of_stages, positive_times, schedules, times
+from strategies import costs_of_stages, policies, positive_times, schedules, times
 
 from pipeproof.sched import CATALOG, Program, Schedule, Trace, catalog, kernels, lower
 from pipeproof.sched.errors import ParameterError, UnsupportedError
 from pipeproof.sched.program import Lists
 from pipeproof.sched.row import Case
+from pipeproof.sched.trace import Timetable
 from pipeproof.sim import (
     Cluster,
     Cost,
@@ -26,12 +27,6 @@ from pipeproof.sim import (
 from pipeproof.sim.engine import play
 from pipeproof.sim.timing import Timing
 
-POLICIES = st.fixed_dictionaries(
-    {
-        "transfers": st.sampled_from(["overlapped", "blocking"]),
-        "receives": st.sampled_from(["early", "late"]),
-    }
-)
 BUFFERING = ["eager", "rendezvous", 1, 2, 3]
 
 
@@ -88,7 +83,7 @@ def both(program: Program, cost: Cost, cluster: Cluster) -> Trace | None:
     return events
 
 
-@given(data=st.data(), schedule=schedules(), cluster=clusters(), policies=POLICIES)
+@given(data=st.data(), schedule=schedules(), cluster=clusters(), policies=policies)
 def test_equals_the_engine(
     data: st.DataObject, schedule: Schedule, cluster: Cluster, policies: dict[str, Any]
 ) -> None:
@@ -208,7 +203,7 @@ KINDS = {"int": int, "float": lambda n: n / 7, "Fraction": lambda n: Fraction(n,
 @given(
     data=st.data(),
     schedule=schedules(),
-    policies=POLICIES,
+    policies=policies,
     cluster=clusters(),
     kind=st.sampled_from(sorted(KINDS)),
     few=st.booleans(),
@@ -253,7 +248,7 @@ def alone(
     if any(isinstance(number, float) for number in (*takes, *latencies)):
         takes, latencies = takes.astype(float), latencies.astype(float)
     start, end = play(program, Timing(takes, latencies, 1), cluster)
-    return Trace(program, start, end, "predicted", sizes)
+    return Trace(program, Timetable(start, end), "predicted", sizes)
 
 
 def test_many_by_hand() -> None:
