@@ -75,7 +75,9 @@ class Injection:
 
     def __str__(self) -> str:
         place = f"in {self.op}" if self.where == "an op" else self.where
-        return f"{self.how} rank {self.victim} of {self.ranks}, {self.schedule}, {place}"
+        return (
+            f"{self.how} rank {self.victim} of {self.ranks}, {self.schedule}, {place}"
+        )
 
 
 def drawn(number: int) -> Injection:
@@ -301,7 +303,9 @@ def told(rows: dict[tuple[str, str], list[Outcome]], wrong: Sequence[str]) -> st
         seconds = [outcome.seconds for outcome in outcomes]
         hung = sum(time > ALLOWED_S for time in seconds)
         left = sum("left a process" in o.faults for o in outcomes)
-        unnamed = sum(any("say" in f or "said" in f for f in o.faults) for o in outcomes)
+        unnamed = sum(
+            any("say" in f or "said" in f for f in o.faults) for o in outcomes
+        )
         text.append(
             f"| {how} | {where} | {len(outcomes)} | {hung} | {left} | "
             f"{len(outcomes) - unnamed} | {statistics.median(seconds):.1f} | "
