@@ -150,7 +150,7 @@ class Ranks:
         number = TAGS.index(tag)
         out, into = (Wire(group, peer, peer, True, number) for _ in range(2))
         self._made += [out, into]
-        return TextWire(out, into, self.wait)
+        return TextWire(out, into, self.wait_beside if tag == "loans" else self.wait)
 
     def exchange(self, value: Any, what: str) -> list[Any]:
         """What each rank has to say, by rank, on all of them; by way of rank 0.
@@ -211,6 +211,19 @@ class Ranks:
                 while not pending.done.wait(POLL_S):
                     self.check()
         self._beats.moved()
+        if pending.error is not None:
+            self._broken(pending, what)
+
+    def wait_beside(self, pending: Pending, what: str) -> None:
+        """As `wait`, for a thread beside the step, which is no sign of life.
+
+        Raises:
+            RankError: as `wait`.
+        """
+        if not pending.threaded and pending.error is None:
+            pending.finish()
+        while not pending.done.wait(POLL_S):
+            self.check()
         if pending.error is not None:
             self._broken(pending, what)
 
