@@ -26,6 +26,7 @@ from pipeproof.exec.ranked import Ranked
 from pipeproof.exec.replicas import Replica
 from pipeproof.exec.rng import step_seed
 from pipeproof.exec.runtime import Runtime
+from pipeproof.exec.sharded import check_wrapped
 from pipeproof.exec.stage import Stage, StageModule, check_sliced
 from pipeproof.exec.step import Step
 from pipeproof.exec.tensors import copied, flat
@@ -137,6 +138,7 @@ class Pipeline:
             self._devices = _torch_devices(devices, schedule)
             _check_count(len(stages), schedule)
             if grid is None:
+                check_wrapped(list(stages), schedule, None)
                 homes = _place(list(stages), schedule, self._devices)
                 self._runtime = Runtime(self.program, homes, loss_fn, self._devices)
             else:
@@ -161,6 +163,7 @@ class Pipeline:
             mine=[grid.device],
             transport=links.messages,
             reduction=links.reducer,
+            sharded=ranked.sharded,
             lend=None if links.borrower is None else links.borrower.loan,
         )
 
