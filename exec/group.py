@@ -223,7 +223,7 @@ class Ranks:
             RankError: another rank failed or is lost, or none has moved for
                 `timeout_s`.
         """
-        if not pending.threaded and pending.error is None:
+        if not pending.threaded and pending.work is not None:
             pending.finish()
         elif not pending.done.is_set():
             with self._beats.waiting(what):

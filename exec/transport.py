@@ -367,6 +367,11 @@ class Across:
         )
         return tensors if form.several else tensors[0]
 
+    def finish(self, message: Message) -> None:
+        """Wait until a value is sent."""
+        for pending in self._begun[message.index][2]:
+            self._wait(pending, f"{message} to be taken")
+
     def _receive(self, message: Message) -> None:
         began = perf_counter()
         wire = self._into[message.source]
