@@ -2,132 +2,40 @@
 
 A rank that fails leaves a record in the store that all share: who, where, why.
 Whoever waits looks for one ten times a second, so a failure anywhere ends all. A
-thread of each rank beats in the store, and looks for the beats of the others; a
-rank that was killed or stopped is found by its silence. It counts its own looks
-and not the time, so that a job that is stopped as a whole goes on as a whole.
+rank that was killed or stopped is found by its silence (`beats.py`).
 
     rank 0        rank 1        rank 2         the store
     wait ◀──────────── raises ──────────────▶  failure: "rank 1, 1F3, ValueError …"
-    beat ───────────── beat ─────── (stopped)  beat 0, beat 1, beat 2
 """
 
 from __future__ import annotations
 
 import atexit
 import json
-import threading
 import time
-import traceback
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from itertools import count
 from typing import Any, ClassVar
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import Backend, PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
+from pipeproof.exec.beats import BETWEEN_STEPS, LOST_S, Beats
 from pipeproof.exec.errors import RankError
+from pipeproof.exec.failure import Failure, Record, failure_of
+from pipeproof.exec.timetable import host_clock
 from pipeproof.exec.transport import Pending, TextWire, Wire
 from pipeproof.sched.errors import ParameterError
 
-LOST_S = 6.0
-LOOKS, LOOKS_A_BEAT = 12, 4
-"""In the time after which a silent rank is lost, and from one beat to the next."""
 CONNECT_S = 30.0
 """For a rank to come to a communicator that its peer is making."""
 POLL_S = 0.1
 LEAVING_S = 1.0
 TIMEOUT_S = 30.0
-BETWEEN_STEPS = "between two steps"
-LEFT = " left"
-TAGS = ("control", "headers", "reductions")
+TAGS = ("control", "headers", "reductions", "loans")
 """Of the communicator that all ranks share."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why all ranks end.
-
-    Attributes:
-        rank: whose fault it was; -1 for nobody's in particular.
-        reason: what happened there: the op, the stage, the micro-batch.
-        trace: the traceback, where there is one.
-    """
-
-    rank: int
-    reason: str
-    trace: str = ""
-
-    def __str__(self) -> str:
-        who = "" if self.rank < 0 else f"rank {self.rank} "
-        return f"{who}{self.reason}" + (f"\n{self.trace}" if self.trace else "")
-
-
-class Record:
-    """The first failure of any rank, in a store."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._found: Failure | None = None
-
-    def write(self, failure: Failure) -> None:
-        """Keep this one, unless there is another already."""
-        if self._store.add("failures", 1) == 1:
-            self._store.set("failure", json.dumps(asdict(failure)))
-
-    def read(self) -> Failure | None:
-        """The failure, if there is one."""
-        if self._found is None and self._store.check(["failure"]):
-            self._found = Failure(**json.loads(self._store.get("failure")))
-        return self._found
-
-
-class Silence:
-    """Who has not beaten for how long, by looks of one's own.
-
-    Args:
-        store: of the beats.
-        ranks: whose.
-
-    Attributes:
-        said: the last beat of each.
-    """
-
-    def __init__(self, store: Store, ranks: Iterable[int]) -> None:
-        ranks = list(ranks)
-        self._store = store
-        self.said: dict[int, bytes] = dict.fromkeys(ranks, b"")
-        self._looks = dict.fromkeys(ranks, 0)
-
-    def look(self) -> None:
-        """To be called `LOOKS` times in the time after which a rank is lost."""
-        for rank, before in self.said.items():
-            if self._store.check([beat_of(rank)]):
-                said = self._store.get(beat_of(rank))
-                self._looks[rank] = 0 if said != before else self._looks[rank] + 1
-                self.said[rank] = said
-
-    def lost(self) -> int | None:
-        """A rank that beat once and has been silent for too long."""
-        for rank, looks in self._looks.items():
-            if looks >= LOOKS and LEFT not in self.said[rank].decode():
-                return rank
-        return None
-
-
-def beat_of(rank: int) -> str:
-    """The key of a rank's beats."""
-    return f"beat {rank}"
-
-
-def silent(rank: int, seconds: float) -> Failure:
-    """The failure of a rank that does not beat any more."""
-    return Failure(
-        rank, f"has not been heard of for {seconds:g} s: it was killed or stopped"
-    )
 
 
 class Ranks:
@@ -151,6 +59,7 @@ class Ranks:
         record: of the first failure.
         headers: texts to and from each other rank, of what messages hold.
         reductions: likewise, of what reductions sum.
+        loans: likewise, of what is kept in another's memory.
     """
 
     _of: ClassVar[dict[Any, Ranks]] = {}
@@ -165,14 +74,14 @@ class Ranks:
         lost_s: float = LOST_S,
     ) -> None:
         self.rank, self.size = rank, size
-        self.store, self._timeout_s, self._lost_s = store, timeout_s, lost_s
+        self.store, self._lost_s = store, lost_s
         self.record = Record(store)
-        self._beats = _Beats(self, store)
+        self._beats = Beats(store, self.record, rank, size, timeout_s, lost_s)
         self._wires: dict[tuple[int, int, str], Wire] = {}
         self._made: list[Wire] = []
         others = [other for other in range(size) if other != rank]
         all_of_us = self._communicator(list(range(size)), "gloo", "all")
-        self._texts, self.headers, self.reductions = (
+        self._texts, self.headers, self.reductions, self.loans = (
             {peer: self._text(all_of_us, peer, tag) for peer in others} for tag in TAGS
         )
         self._beats.start()
@@ -264,10 +173,17 @@ class Ranks:
     def clock_offset(self, rounds: int = 8) -> float:
         """What to add to this rank's `perf_counter` to have rank 0's.
 
-        The round trip that takes least time tells most.
+        On rank 0's host that is nothing. Elsewhere the round trip that takes least
+        time tells most.
         """
         what, best, offset = "the clocks", float("inf"), 0.0
-        for peer in sorted(self._texts) if not self.rank else [0]:
+        clocks = self.exchange(host_clock(), what)
+        far = [r for r, clock in enumerate(clocks) if r and clock != clocks[0]]
+        if not clocks[0]:
+            far = list(range(1, self.size))
+        if self.rank and self.rank not in far:
+            return 0.0
+        for peer in [0] if self.rank else far:
             for _ in range(rounds):
                 if not self.rank:
                     self._texts[peer].receive(what)
@@ -355,95 +271,3 @@ class Ranks:
             if ranks is self:
                 del self._of[group]
         atexit.unregister(self.leave)
-
-
-def failure_of(error: BaseException, rank: int, what: str) -> Failure:
-    """What a rank has to say of an exception, wherever it was."""
-    cause = error.__cause__ or error
-    lines = "".join(traceback.format_exception(cause))
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return Failure(rank, f"failed in {what}: {text}", lines.rstrip())
-
-
-class _Beats:
-    """The thread that beats, and listens.
-
-    Attributes:
-        at: what its rank is doing.
-    """
-
-    def __init__(self, ranks: Ranks, store: Store) -> None:
-        self._rank, self._store, self._record = ranks.rank, store, ranks.record
-        self._timeout_s, self._lost_s = ranks._timeout_s, ranks._lost_s
-        others = [rank for rank in range(ranks.size) if rank != ranks.rank]
-        self._silence = Silence(store, others)
-        self.at = BETWEEN_STEPS
-        self._moves = 0
-        self._waits = ""
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def start(self) -> None:
-        """Begin to beat."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Beat a last time, and say that it is the last."""
-        self._over.set()
-        self._thread.join()
-        with suppress(RuntimeError):
-            self._store.set(beat_of(self._rank), f"0 0{LEFT}")
-
-    def has_left(self, peer: int) -> bool:
-        """Whether a rank said that it is leaving."""
-        return LEFT in self._silence.said[peer].decode()
-
-    def moved(self) -> None:
-        """Something has been done."""
-        self._moves += 1
-
-    @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """Meanwhile, this rank waits for something."""
-        self._waits = what
-        try:
-            yield
-        finally:
-            self._waits = ""
-
-    def _run(self) -> None:
-        # The store goes away when the process that holds it ends; those that need
-        # it in a step learn it there.
-        with suppress(RuntimeError):
-            self._look_and_beat()
-
-    def _look_and_beat(self) -> None:
-        look_s = self._lost_s / LOOKS
-        still, before = 0, ""
-        for look in count():
-            if not look % LOOKS_A_BEAT:
-                self._store.set(beat_of(self._rank), f"{look} {self._now()}")
-            self._silence.look()
-            if (lost := self._silence.lost()) is not None:
-                self._record.write(silent(lost, self._lost_s))
-            now = self._everyone()
-            still = 0 if now != before or BETWEEN_STEPS in now else still + 1
-            before = now
-            if still * look_s >= self._timeout_s:
-                reason = f"no rank has moved for {self._timeout_s:g} s:\n{now}"
-                self._record.write(Failure(-1, reason))
-            if self._over.wait(look_s):
-                return
-
-    def _now(self) -> str:
-        waits = f", waiting for {waits}" if (waits := self._waits) else ""
-        return f"{self._moves} {self.at}{waits}"
-
-    def _everyone(self) -> str:
-        """Where all ranks are, a line each."""
-        said = {rank: self._told(rank) for rank in self._silence.said}
-        said[self._rank] = self._now()
-        return "\n".join(f"  rank {rank}: {said[rank]}" for rank in sorted(said))
-
-    def _told(self, rank: int) -> str:
-        return self._silence.said[rank].decode().partition(" ")[2]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from models import Attention
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.nn import functional
 
-from pipeproof.exec import Pipeline
+from pipeproof.exec import Pipeline, group
 from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import RankError
 from pipeproof.exec.group import Ranks
@@ -187,6 +190,23 @@ def timed(ranks: Ranks, job: Job) -> Trace:
     pipeline.step(*batch)
     pipeline.step(*batch, record=True)
     return pipeline.trace
+
+
+def offsets(ranks: Ranks, job: Job) -> tuple[float, float]:
+    """What separates this rank's clock from rank 0's: on one host, and on others.
+
+    The clock of host r is 1,000 r seconds ahead.
+    """
+    here = ranks.clock_offset()
+    ahead = 1000.0 * ranks.rank
+    skewed = SimpleNamespace(
+        perf_counter=lambda: time.perf_counter() + ahead, sleep=time.sleep
+    )
+    with (
+        patch.object(group, "host_clock", lambda: f"host {ranks.rank}"),
+        patch.object(group, "time", skewed),
+    ):
+        return here, ranks.clock_offset()
 
 
 def part(ranks: Ranks, job: Job) -> Result:

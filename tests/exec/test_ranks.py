@@ -11,6 +11,7 @@ from jobs import (
     alone,
     frozen_start,
     mixed,
+    offsets,
     part,
     run,
     same_values,
@@ -112,9 +113,14 @@ def test_one_trace_of_all_ranks(do: Do) -> None:
     assert (trace.end[waits.values] <= trace.start[waits.owner]).all()
     for stream in program.by_stream:
         assert (trace.end[stream[:-1]] <= trace.start[stream[1:]]).all()
-    # All ranks are on one host, so that their clocks agree to the round trip.
     assert (trace.end[program.recv_of] > trace.start[program.send_of]).all()
     assert 0 < trace.bubble_fraction < 1
+
+
+def test_clocks_of_other_hosts_are_set_by_those_of_the_first(do: Do) -> None:
+    for rank, (here, far) in enumerate(do(offsets, Job("gpipe", 4, 4))):
+        assert here == 0
+        assert round(far / 1000) == -rank
 
 
 @pytest.mark.slow
