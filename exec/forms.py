@@ -108,9 +108,7 @@ class Form:
         return isinstance(value, tuple) and (
             len(value) == len(self.parts)
             and all(
-                part is tensor
-                if part is None or tensor is None
-                else part.fits(tensor)
+                part is tensor if part is None or tensor is None else part.fits(tensor)
                 for part, tensor in zip(self.parts, value)
             )
         )

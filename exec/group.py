@@ -26,7 +26,7 @@ from pipeproof.exec.beats import BETWEEN_STEPS, LOST_S, Beats
 from pipeproof.exec.errors import RankError
 from pipeproof.exec.failure import Failure, Record, failure_of
 from pipeproof.exec.timetable import host_clock
-from pipeproof.exec.transport import Pending, TextWire, Wire
+from pipeproof.exec.wires import Pending, TextWire, Wire
 from pipeproof.sched.errors import ParameterError
 
 CONNECT_S = 30.0
@@ -79,6 +79,7 @@ class Ranks:
         self._beats = Beats(store, self.record, rank, size, timeout_s, lost_s)
         self._wires: dict[tuple[int, int, str], Wire] = {}
         self._made: list[Wire] = []
+        self._answers: list[Pending] = []
         others = [other for other in range(size) if other != rank]
         all_of_us = self._communicator(list(range(size)), "gloo", "all")
         self._texts, self.headers, self.reductions, self.loans = (
@@ -160,14 +161,20 @@ class Ranks:
             what: it is, for messages.
         """
         if self.rank:
-            self._texts[0].send(json.dumps(value))
+            sent = self._texts[0].send(json.dumps(value), followed=False)
             found: list[Any] = json.loads(self._texts[0].receive(what))
+            self._texts[0].expect()
+            for pending in sent:  # rank 0 had it before it answered
+                pending.finish()
             return found
         peers = sorted(self._texts)
         said = [value] + [json.loads(self._texts[p].receive(what)) for p in peers]
+        while self._answers:  # those who say something now had the last answer
+            self._answers.pop().finish()
         text = json.dumps(said)
         for peer in peers:
-            self._texts[peer].send(text)
+            self._answers += self._texts[peer].send(text, followed=False)
+            self._texts[peer].expect()
         return said
 
     def clock_offset(self, rounds: int = 8) -> float:
@@ -197,26 +204,32 @@ class Ranks:
                     best, offset = took, theirs - asked - took / 2
         return offset
 
-    def wait(self, pending: Pending, what: str) -> None:
+    def wait(self, pending: Pending, what: object) -> None:
         """Return once it is done.
+
+        Args:
+            pending: what is under way.
+            what: it is, for messages.
 
         Raises:
             RankError: another rank failed or is lost, or none has moved for
                 `timeout_s`.
         """
-        if not pending.threaded and pending.error is None:
+        beats = self._beats
+        beats.waits = what, pending.wire
+        if pending.followed is None:
             pending.finish()
-        elif not pending.done.is_set():
-            with self._beats.waiting(what):
-                while not pending.done.wait(POLL_S):
-                    self.check()
-        self._beats.moved()
+        else:
+            while not pending.followed.wait(POLL_S):
+                self.check()
+        beats.waits = None
+        beats.moves += 1
         if pending.error is not None:
             self._broken(pending, what)
 
     def _broken(self, pending: Pending, what: str) -> None:
         """A link broke: because its other end did, if we wait a little to hear it."""
-        peer = pending.peer
+        peer = pending.wire.peer
         for _ in range(int(2 * self._lost_s / POLL_S)):
             self.check()
             if self._beats.has_left(peer):
@@ -264,6 +277,8 @@ class Ranks:
         A process does so by itself when it ends.
         """
         self._beats.stop()
+        for answer in self._answers:
+            answer.wire.follow(answer)
         # A thread that waits for a rank which waits for nobody ends with that rank.
         for wire in self._made:
             wire.close(LEAVING_S / len(self._made))

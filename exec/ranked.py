@@ -28,6 +28,7 @@ from pipeproof.exec.batch import (
 )
 from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError, ModelError, RankError
+from pipeproof.exec.forms import DTYPES
 from pipeproof.exec.group import Ranks
 from pipeproof.exec.reducing import Reducer
 from pipeproof.exec.runtime import Runtime
@@ -35,7 +36,8 @@ from pipeproof.exec.stage import Stage, StageModule, units_of
 from pipeproof.exec.step import Step
 from pipeproof.exec.tensors import copied, flat
 from pipeproof.exec.timetable import Array, merged
-from pipeproof.exec.transport import DTYPES, Across, Wire
+from pipeproof.exec.transport import Across
+from pipeproof.exec.wires import Wire
 from pipeproof.sched import ParameterError, Program, UnsupportedError
 from pipeproof.sched.program import StreamKind
 
@@ -168,7 +170,7 @@ class Ranked:
         links = [s.link for s in self._program.streams if s.kind == StreamKind.SEND]
         out, into = self._wires([link for link in links if link], backend)
         ranks = self.ranks
-        return Across(out, into, ranks.headers, self._device, ranks.wait)
+        return Across(self._program, out, into, ranks.headers, self._device, ranks.wait)
 
     def _reducing(self, backend: str) -> Reducer:
         held_by = [holders(self._schedule, n) for n in range(self._schedule.stages)]
@@ -337,6 +339,7 @@ class Ranked:
                 if step.losses[number][part] is None:
                     loss = torch.tensor(value, dtype=DTYPES[dtype], device=self._device)
                     step.losses[number][part] = loss
+        self.transport.end()
 
 
 def _parameters(module: StageModule) -> list[nn.Parameter]:

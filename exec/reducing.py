@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from pipeproof.exec.forms import as_bytes
 from pipeproof.exec.replicas import Sums, add_up
-from pipeproof.exec.transport import TextWire, Wait, Wire, as_bytes
+from pipeproof.exec.wires import TextWire, Wait, Wire
 
 
 class Reducer:
@@ -60,7 +61,9 @@ class Reducer:
             under_way += self._headers[peer].send(json.dumps(there))
             for grad in ours:
                 if grad is not None and grad.numel():
-                    under_way.append(self._out[peer].send(as_bytes(grad)))
+                    under_way.append(
+                        self._out[peer].send(as_bytes(grad), followed=False)
+                    )
         parts = {self._rank: sums}
         for peer in others:
             parts[peer] = self._received(peer, sums, what)

@@ -104,10 +104,9 @@ class Across:
         wire, moving = self._out[message.target], []
         for part, tensor in zip(self._forms[message.index].parts, tensors):
             if part is not None and tensor is not None and not part.empty:
-                pending = wire.send(self._row(part, tensor))
+                followed = self.recorded or tensor.nbytes >= RELEASED_FROM
+                pending = wire.send(self._row(part, tensor), followed=followed)
                 moving.append(pending)
-                if self.recorded or tensor.nbytes >= RELEASED_FROM:
-                    wire.follow(pending)
                 if pending.followed is None:
                     self._sent[message.target].append((message.send, pending))
         if self.recorded:
@@ -128,8 +127,7 @@ class Across:
             )
         if not self._announced:
             self._forms[message.index] = form
-            header = self._headers[message.target]
-            header.follow(header.send(form.to_text()))
+            self._headers[message.target].send(form.to_text())
         return tensors
 
     def _row(self, part: Part, tensor: Tensor) -> Tensor:
@@ -155,9 +153,8 @@ class Across:
                     part.shape, part.stride, dtype=part.dtype, device=self._device
                 )
                 if not part.empty:
-                    pending = wire.receive(self._row(part, tensor))
-                    if self.recorded:
-                        wire.follow(pending)
+                    row = self._row(part, tensor)
+                    pending = wire.receive(row, followed=self.recorded)
             arriving.append((part, tensor, pending))
         self._moving[message.index] = arriving
         if self.recorded:

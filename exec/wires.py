@@ -92,31 +92,40 @@ class Wire:
         self._queue: SimpleQueue[Pending | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def send(self, tensor: Tensor) -> Pending:
-        """Start to send a contiguous tensor; hold what is returned until it is sent."""
+    def send(self, tensor: Tensor, *, followed: bool = True) -> Pending:
+        """Start to send a contiguous tensor.
+
+        Args:
+            tensor: whose memory is read until it is sent.
+            followed: hold it until then; otherwise hold what is returned.
+        """
+        return self._started(self._send, tensor, followed)
+
+    def receive(self, tensor: Tensor, *, followed: bool = False) -> Pending:
+        """Start to fill a contiguous tensor.
+
+        Args:
+            tensor: to be filled.
+            followed: have a thread note when it is.
+        """
+        return self._started(self._recv, tensor, followed)
+
+    def _started(self, function: Any, tensor: Tensor, followed: bool) -> Pending:
         pending = Pending(tensor, self)
         try:
-            pending.work = self._send([tensor], self._place, self._tag)
+            pending.work = function([tensor], self._place, self._tag)
         except RuntimeError as error:  # the link is broken already
             pending.error = error
-        return pending
-
-    def receive(self, tensor: Tensor) -> Pending:
-        """Start to fill a contiguous tensor."""
-        pending = Pending(tensor, self)
-        try:
-            pending.work = self._recv([tensor], self._place, self._tag)
-        except RuntimeError as error:
-            pending.error = error
+            return pending
+        if followed and self.blocks:
+            self.follow(pending)
         return pending
 
     def follow(self, pending: Pending) -> None:
         """Have a thread wait for it, note when it is done, and let go of it then."""
-        if not self.blocks or pending.work is None:
-            return
         pending.followed = threading.Event()
         if self._thread is None:
-            self._thread = threading.Thread(target=_follow, args=(self._queue,))
+            self._thread = threading.Thread(target=_serve, args=(self._queue,))
             self._thread.daemon = True
             self._thread.start()
         self._queue.put(pending)
@@ -135,7 +144,7 @@ class Wire:
             self._thread.join(timeout_s)
 
 
-def _follow(queue: SimpleQueue[Pending | None]) -> None:
+def _serve(queue: SimpleQueue[Pending | None]) -> None:
     while (pending := queue.get()) is not None:
         pending.finish()
         pending.ended = perf_counter()
@@ -160,15 +169,16 @@ class TextWire:
         self._out, self._into, self._wait = out, into, wait
         self._ahead: Pending | None = None
 
-    def send(self, text: str) -> list[Pending]:
-        """Start to send; hold what is returned until it is sent."""
+    def send(self, text: str, *, followed: bool = True) -> list[Pending]:
+        """Start to send, as `Wire.send`."""
         data = text.encode()
         data = len(data).to_bytes(8, "little") + data
         first = bytearray(data[:FIRST_BYTES].ljust(FIRST_BYTES, b"\0"))
-        sent = [self._out.send(torch.frombuffer(first, dtype=torch.uint8))]
+        parts = [first]
         if rest := bytearray(data[FIRST_BYTES:]):
-            sent.append(self._out.send(torch.frombuffer(rest, dtype=torch.uint8)))
-        return sent
+            parts.append(rest)
+        rows = (torch.frombuffer(part, dtype=torch.uint8) for part in parts)
+        return [self._out.send(row, followed=followed) for row in rows]
 
     def expect(self) -> None:
         """Get ready for the next one, so that it need not wait for `receive`."""
@@ -192,8 +202,3 @@ class TextWire:
         self._wait(pending, what)
         assert pending.tensor is not None
         return bytes(pending.tensor.numpy())
-
-    def follow(self, sent: list[Pending]) -> None:
-        """Have a thread hold what `send` returned."""
-        for pending in sent:
-            self._out.follow(pending)
