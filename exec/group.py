@@ -151,7 +151,7 @@ class Ranks:
         number = TAGS.index(tag)
         out, into = (Wire(group, peer, peer, True, number) for _ in range(2))
         self._made += [out, into]
-        return TextWire(out, into, self.wait)
+        return TextWire(out, into, self.wait_beside if tag == "loans" else self.wait)
 
     def exchange(self, value: Any, what: str) -> list[Any]:
         """What each rank has to say, by rank, on all of them; by way of rank 0.
@@ -224,6 +224,21 @@ class Ranks:
                 self.check()
         beats.waits = None
         beats.moves += 1
+        if pending.error is not None:
+            self._broken(pending, what)
+
+    def wait_beside(self, pending: Pending, what: object) -> None:
+        """As `wait`, for a thread beside the step, which is no sign of life.
+
+        Raises:
+            RankError: as `wait`.
+        """
+        if not pending.wire.blocks:
+            pending.finish()
+        elif pending.followed is None and pending.error is None:
+            pending.wire.follow(pending)
+        while pending.followed is not None and not pending.followed.wait(POLL_S):
+            self.check()
         if pending.error is not None:
             self._broken(pending, what)
 

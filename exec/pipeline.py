@@ -90,8 +90,7 @@ class Pipeline:
             several devices hold one; with slices, a unit that mixes positions and
             takes no carry.
         ParameterError: another number of devices, or an unknown loss scale.
-        UnsupportedError: ops that are not lowered to a program yet; with ranks,
-            activations kept in another device's memory.
+        UnsupportedError: ops that are not lowered to a program yet.
         RankError: the ranks were given different things, or another one failed.
 
     Source:
@@ -141,6 +140,7 @@ class Pipeline:
             if self.schedule.slices > 1:
                 check_sliced(stage.units)
         _refuse_shared(self.schedule, ranked.homes)
+        borrower = ranked.borrower
         self._runtime = Runtime(
             self.program,
             ranked.homes,
@@ -149,6 +149,7 @@ class Pipeline:
             mine=[ranks.rank],
             transport=ranked.transport,
             reduce=ranked.reducer.reduce,
+            lend=None if borrower is None else borrower.loan,
         )
 
     @property

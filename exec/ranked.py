@@ -30,6 +30,7 @@ from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError, ModelError, RankError
 from pipeproof.exec.forms import DTYPES
 from pipeproof.exec.group import Ranks
+from pipeproof.exec.lending import LENDING, Borrower, Lender
 from pipeproof.exec.reducing import Reducer
 from pipeproof.exec.runtime import Runtime
 from pipeproof.exec.stage import Stage, StageModule, units_of
@@ -38,7 +39,7 @@ from pipeproof.exec.tensors import copied, flat
 from pipeproof.exec.timetable import Array, merged
 from pipeproof.exec.transport import Across
 from pipeproof.exec.wires import Wire
-from pipeproof.sched import ParameterError, Program, UnsupportedError
+from pipeproof.sched import Kind, ParameterError, Program
 from pipeproof.sched.program import StreamKind
 
 
@@ -57,13 +58,13 @@ class Ranked:
         homes: the stages that this rank runs, as for `Runtime`.
         transport: likewise.
         reducer: likewise, its `reduce`.
+        borrower: likewise, its `loan`; None where this rank offloads to no other.
 
     Raises:
         ParameterError: another number of ranks than of devices.
         ModelError: a stage of this rank is None, or shares a parameter with one of
             another.
         RankError: the ranks differ in what they run.
-        UnsupportedError: activations kept in another device's memory.
     """
 
     def __init__(
@@ -83,11 +84,6 @@ class Ranked:
                 f"device, got {ranks.size}"
             )
         self._device = device = devices[ranks.rank]
-        if any(target is not None for target in schedule.offload_to):
-            raise UnsupportedError(
-                f"{schedule.summary} keeps activations in another device's memory, "
-                "which is executed in one process only"
-            )
         self._mine = [
             number
             for number in range(schedule.stages)
@@ -108,6 +104,9 @@ class Ranked:
         backend = "nccl" if device.type == "cuda" else "gloo"
         self.transport = self._connected(backend)
         self.reducer = self._reducing(backend)
+        self.borrower: Borrower | None = None
+        self._lenders: list[Lender] = []
+        self._lend(backend)
 
     def _check_given(self, stages: Sequence[StageModule | None]) -> None:
         owner: dict[int, int] = {}
@@ -171,6 +170,24 @@ class Ranked:
         out, into = self._wires([link for link in links if link], backend)
         ranks = self.ranks
         return Across(self._program, out, into, ranks.headers, self._device, ranks.wait)
+
+    def _lend(self, backend: str) -> None:
+        """Borrow another rank's memory, and lend this one's, as the schedule says."""
+        schedule, ranks = self._schedule, self.ranks
+        for full, target in enumerate(schedule.offload_to):
+            kinds = [op.kind for op in schedule.row(full)]
+            orders = kinds.count(Kind.OFFLOAD) + kinds.count(Kind.RELOAD)
+            if target is None or not orders or ranks.rank not in (full, target):
+                continue
+            there = ranks.wire(full, target, backend, LENDING)
+            back = ranks.wire(target, full, backend, LENDING)
+            if ranks.rank == full:
+                texts = ranks.loans[target]
+                self.borrower = Borrower(there, back, texts, self._device, ranks.wait)
+            else:
+                wait, texts = ranks.wait_beside, ranks.loans[full]
+                lender = Lender(there, back, texts, orders, self._device, wait)
+                self._lenders.append(lender)
 
     def _reducing(self, backend: str) -> Reducer:
         held_by = [holders(self._schedule, n) for n in range(self._schedule.stages)]
@@ -304,6 +321,8 @@ class Ranked:
         signatures = [signature for _, _, signature in said]
         self.transport.begin(announced=signatures == self._signatures)
         self._signatures = signatures
+        for lender in self._lenders:
+            lender.begin()
 
     def _size(self, name: str, value: Value) -> str:
         rows = f"{rows_of(name, value)} rows"
@@ -334,6 +353,8 @@ class Ranked:
             for part, loss in enumerate(slices)
             if loss is not None
         ]
+        for lender in self._lenders:
+            lender.end()
         for theirs in self.ranks.exchange(ours, "the other ranks' losses"):
             for number, part, value, dtype in theirs:
                 if step.losses[number][part] is None:

@@ -20,6 +20,7 @@ from pipeproof.exec.bind import Binder, Homes, holders
 from pipeproof.exec.clock import Clock
 from pipeproof.exec.errors import RankError, StepError
 from pipeproof.exec.replicas import Run, Sums, add_up
+from pipeproof.exec.stash import Copies, Place
 from pipeproof.exec.step import Step
 from pipeproof.sched import Action, Kind, Op, Program
 from pipeproof.sched.errors import PipeproofError
@@ -42,6 +43,10 @@ class Transport(Protocol):
         """Let go of everything of a step."""
 
 
+Lend = Callable[[str], Place]
+"""Gives a place in another process's memory for what the text says."""
+
+
 class Runtime:
     """Runs the steps of a program.
 
@@ -56,6 +61,8 @@ class Runtime:
             send puts the tensor where the receive wants it.
         reduce: (stage, its devices, the sums of the one here): REDUCE, where the
             other devices are not in this process.
+        lend: where OFFLOADs to another device's memory go, where that is not in
+            this process.
 
     Attributes:
         here: the instructions that this process runs.
@@ -72,12 +79,13 @@ class Runtime:
         mine: Collection[int] | None = None,
         transport: Transport | None = None,
         reduce: Callable[[int, list[int], Sums], None] | None = None,
+        lend: Lend | None = None,
     ) -> None:
         self._program = program
         self._devices = devices
         self._stages = list({id(stage): stage for stage in homes.values()}.values())
         self._transport = transport
-        self._reduce = reduce
+        self._reduce, self._lend = reduce, lend
         self.clock: Clock
         schedule = program.schedule
         # Where several devices hold a stage, each sums its gradients for itself.
@@ -273,10 +281,15 @@ class Runtime:
         of, stashes = (op.stage, op.micro_batch, op.slice), self._binder.stashes
         hand_over = self._bind_handing_over(instruction)
         target = self._program.schedule.offload_to[device]
-        place = torch.device("cpu") if target is None else self._devices[target]
+        place: Callable[[], Place]
+        if target is not None and self._lend is not None:
+            place = partial(self._lend, instruction.label)
+        else:
+            away = torch.device("cpu") if target is None else self._devices[target]
+            place = partial(Copies, self._devices[device], away)
 
         def offload() -> None:
-            stashes[of].offload(place, self._binder.leaves(op, instruction))
+            stashes[of].offload(place(), self._binder.leaves(op, instruction))
             hand_over()
 
         def reload() -> None:

@@ -69,6 +69,7 @@ class Injection:
     delay_s: float
 
     def made(self) -> Schedule:
+        """The schedule."""
         return catalog.make(
             self.schedule, devices=self.ranks, micro_batches=MICRO_BATCHES
         )
@@ -119,6 +120,7 @@ class Fragile(nn.Module):
         self.armed = False
 
     def forward(self, x: Tensor) -> Tensor:
+        """As the layer, but for the last column, which goes through as it is."""
         # Every entry of the batch says which micro-batch it is of.
         here = self.armed and int(x.detach()[0, -1].item()) == self.micro_batch
         if here and self.kind == "F":
@@ -130,6 +132,7 @@ class Fragile(nn.Module):
 
 
 def squares(output: Tensor, targets: Tensor) -> Tensor:
+    """A loss."""
     return (output - targets).square().mean()
 
 
@@ -151,6 +154,7 @@ def victim_of(ranks: Ranks, injection: Injection, folder: str) -> None:
     stage, kind, micro_batch = re.fullmatch(  # type: ignore[union-attr]
         r"(\d+)([FBI])(\d+)", injection.op
     ).groups()
+    torch.manual_seed(0)  # replicas start alike
     stages: list[nn.Module] = [
         Fragile(end, int(micro_batch), kind) for _ in range(schedule.stages)
     ]
@@ -213,6 +217,8 @@ def tried(injection: Injection) -> Outcome:
             ended = time.time()
             os.dup2(kept, 2)
             os.close(kept)
+        if not (folder / "injected").exists():
+            raise RuntimeError(f"{injection}: ended before it was injected: {message}")
         seconds = ended - float((folder / "injected").read_text())
         pids = [int(path.read_text()) for path in folder.glob("pid *")]
         errors.seek(0)
@@ -287,8 +293,8 @@ def told(rows: dict[tuple[str, str], list[Outcome]], wrong: Sequence[str]) -> st
     text = [
         "# Ranks that are killed, stopped or raise",
         "",
-        f"{count} injections into launches of 2 or 4 ranks on one shared x86-64 machine "
-        f"of {os.cpu_count()} cores, with {', '.join(SCHEDULES)}, torch "
+        f"{count} injections into launches of 2 or 4 ranks on one shared x86-64 "
+        f"machine of {os.cpu_count()} cores, with {', '.join(SCHEDULES)}, torch "
         f"{torch.__version__}.",
         "Named: the launcher and every other rank name the rank and why it ended; of "
         "one that raised also the op, its stage and micro-batch, and the original "
