@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch.distributed as dist
@@ -79,7 +80,7 @@ class Ranks:
         self._beats = Beats(store, self.record, rank, size, timeout_s, lost_s)
         self._wires: dict[tuple[int, int, str], Wire] = {}
         self._made: list[Wire] = []
-        self._answers: list[Pending] = []
+        self._said: list[Pending] = []
         others = [other for other in range(size) if other != rank]
         all_of_us = self._communicator(list(range(size)), "gloo", "all")
         self._texts, self.headers, self.reductions, self.loans = (
@@ -154,28 +155,34 @@ class Ranks:
         return TextWire(out, into, self.wait_beside if tag == "loans" else self.wait)
 
     def exchange(self, value: Any, what: str) -> list[Any]:
-        """What each rank has to say, by rank, on all of them; by way of rank 0.
+        """What each rank has to say, by rank, on all of them.
+
+        In each round a rank tells all it knows to one further away: those of twice
+        as many ranks. It takes the logarithm of their number of rounds.
 
         Args:
             value: anything that JSON can hold.
             what: it is, for messages.
+
+        Source:
+            Bruck et al. 1997, IEEE TPDS 8(11), the concatenation.
         """
-        if self.rank:
-            sent = self._texts[0].send(json.dumps(value), followed=False)
-            found: list[Any] = json.loads(self._texts[0].receive(what))
-            self._texts[0].expect()
-            for pending in sent:  # rank 0 had it before it answered
-                pending.finish()
-            return found
-        peers = sorted(self._texts)
-        said = [value] + [json.loads(self._texts[p].receive(what)) for p in peers]
-        while self._answers:  # those who say something now had the last answer
-            self._answers.pop().finish()
-        text = json.dumps(said)
-        for peer in peers:
-            self._answers += self._texts[peer].send(text, followed=False)
-            self._texts[peer].expect()
-        return said
+        said = [(self.rank, value)]
+        sent: list[Pending] = []
+        distance = 1
+        while distance < self.size:
+            target = self._texts[(self.rank + distance) % self.size]
+            source = self._texts[(self.rank - distance) % self.size]
+            more = said[: self.size - len(said)]
+            sent += target.send(json.dumps(more), followed=False)
+            said += json.loads(source.receive(what))
+            source.expect()
+            distance *= 2
+        # All who say something now have had what was said the time before.
+        for pending in self._said:
+            pending.finish()
+        self._said = sent
+        return [value for _, value in sorted(said, key=itemgetter(0))]
 
     def clock_offset(self, rounds: int = 8) -> float:
         """What to add to this rank's `perf_counter` to have rank 0's.
@@ -292,8 +299,8 @@ class Ranks:
         A process does so by itself when it ends.
         """
         self._beats.stop()
-        for answer in self._answers:
-            answer.wire.follow(answer)
+        for pending in self._said:
+            pending.wire.follow(pending)
         # A thread that waits for a rank which waits for nobody ends with that rank.
         for wire in self._made:
             wire.close(LEAVING_S / len(self._made))

@@ -101,6 +101,7 @@ class Ranked:
             number in self._mine for number in (0, schedule.stages - 1)
         )
         self._signatures: list[str] = []
+        self._decides: tuple[list[Any], str] = [], ""
         backend = "nccl" if device.type == "cuda" else "gloo"
         self.transport = self._connected(backend)
         self.reducer = self._reducing(backend)
@@ -340,10 +341,12 @@ class Ranked:
         parts.append([factor == 0 for slices in step.factors for factor in slices])
         for stage in self.homes.values():
             parts.append([p.requires_grad for p in stage.parameters])
-            parts.append([m.training for unit in stage.units for m in unit.modules()])
+            parts.append([m.training for m in stage.modules])
         if torch.is_autocast_enabled(kind := self._device.type):
             parts.append(torch.get_autocast_dtype(kind))
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        if parts != self._decides[0]:
+            self._decides = parts, hashlib.sha256(repr(parts).encode()).hexdigest()
+        return self._decides[1]
 
     def _close(self, step: Step) -> None:
         """Tell each other the losses; when all have, all is received."""
