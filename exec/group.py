@@ -249,7 +249,7 @@ class Ranks:
         if pending.error is not None:
             self._broken(pending, what)
 
-    def _broken(self, pending: Pending, what: str) -> None:
+    def _broken(self, pending: Pending, what: object) -> None:
         """A link broke: because its other end did, if we wait a little to hear it."""
         peer = pending.wire.peer
         for _ in range(int(2 * self._lost_s / POLL_S)):
