@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched import Program
+from pipeproof.sched.groups import needs
 from pipeproof.sched.program import StreamKind
 
 Array = NDArray[np.float64]
@@ -53,7 +54,7 @@ def merged(program: Program, of_ranks: Sequence[Times]) -> tuple[Array, Array]:
         for before, index in pairwise(stream.tolist()):
             start[index] = max(start[index], end[before])
             end[index] = max(end[index], start[index])
-    waits = program.waits_for
+    waits = needs(program)
     np.maximum.at(start, waits.owner, end[waits.values])
     start = np.minimum(start, end)
     origin = start.min()

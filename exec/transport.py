@@ -41,7 +41,7 @@ from pipeproof.exec.forms import Form, Part, as_bytes
 from pipeproof.exec.runtime import readers
 from pipeproof.exec.tensors import RELEASED_FROM
 from pipeproof.exec.wires import Pending, TextWire, Wait, Wire
-from pipeproof.sched import Program
+from pipeproof.sched import Action, Program
 from pipeproof.sched.program import Message
 
 Arriving = list[tuple[Part | None, Tensor | None, Pending | None]]
@@ -75,6 +75,8 @@ class Across:
         self._out, self._into, self._headers = out, into, headers
         self._device, self._wait = device, wait
         self._taken_before = _taken_before(program)
+        self._awaited = _awaited(program)
+        self._going: dict[int, list[Pending]] = {}
         self._forms: dict[int, Form] = {}
         self._announced = False
         self.recorded = False
@@ -102,13 +104,17 @@ class Across:
         began = perf_counter()
         tensors = self._fitting(message, value)
         wire, moving = self._out[message.target], []
+        awaited = message.index in self._awaited
         for part, tensor in zip(self._forms[message.index].parts, tensors):
             if part is not None and tensor is not None and not part.empty:
-                followed = self.recorded or tensor.nbytes >= RELEASED_FROM
-                pending = wire.send(self._row(part, tensor), followed=followed)
+                large = tensor.nbytes >= RELEASED_FROM and not awaited
+                row = self._row(part, tensor)
+                pending = wire.send(row, followed=self.recorded or large)
                 moving.append(pending)
-                if pending.followed is None:
+                if pending.followed is None and not awaited:
                     self._sent[message.target].append((message.send, pending))
+        if awaited:
+            self._going[message.index] = moving
         if self.recorded:
             self._begun[message.index] = message.send, began, moving
 
@@ -183,6 +189,11 @@ class Across:
         tensors = tuple(tensor for _, tensor, _ in arriving)
         return tensors if self._forms[message.index].several else tensors[0]
 
+    def finish(self, message: Message) -> None:
+        """Wait until a value is sent."""
+        for pending in self._going.pop(message.index):
+            self._wait(pending, f"{message} to be taken")
+
     def _settle(self, peer: int, until: int) -> None:
         """Let go of what this rank sent to a peer, up to an instruction."""
         sent = self._sent[peer]
@@ -194,6 +205,7 @@ class Across:
         self._kept = list(self._begun.values()) if self.recorded else []
         self._moving.clear()
         self._begun.clear()
+        self._going.clear()
         for waiting in self._unknown.values():
             waiting.clear()
 
@@ -243,3 +255,12 @@ def _taken_before(program: Program) -> dict[int, int]:
                 place += 1
             result[message.index] = last
     return {message.index: result.get(message.index, -1) for message in messages}
+
+
+def _awaited(program: Program) -> frozenset[int]:
+    """The messages posted in one group with a receive, which an op waits for too."""
+    return frozenset(
+        number
+        for number, send in enumerate(program.send_of.tolist())
+        if any(program.action[i] == Action.RECV for i in program.posted_with(send))
+    )

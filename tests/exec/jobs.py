@@ -28,6 +28,7 @@ from pipeproof.exec.errors import RankError
 from pipeproof.exec.group import Ranks
 from pipeproof.exec.launch import launch
 from pipeproof.sched import Schedule, Trace, catalog, recompute
+from pipeproof.sched.lower import Messages
 
 WIDTH = 4
 
@@ -101,6 +102,7 @@ class Job:
         own_only: ranks are given None for the stages of others.
         weighted: micro-batches count as `weight_of` says.
         dtype: of everything.
+        messages: how they are posted.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Job:
     own_only: bool = False
     weighted: bool = False
     dtype: torch.dtype = torch.float64
+    messages: Messages = "single"
 
     @property
     def schedule(self) -> Schedule:
@@ -178,14 +181,18 @@ def run(
 def alone(job: Job) -> Result:
     """In one process."""
     stages = job.stages()
-    pipeline = Pipeline(stages, job.schedule, same_values, **job.options)
+    pipeline = Pipeline(
+        stages, job.schedule, same_values, messages=job.messages, **job.options
+    )
     return run(job, pipeline.step, stages, range(len(stages)))
 
 
 def timed(ranks: Ranks, job: Job) -> Trace:
     """The trace of a step after the first."""
     stages = job.stages()
-    pipeline = Pipeline(stages, job.schedule, same_values, ranks=ranks)
+    pipeline = Pipeline(
+        stages, job.schedule, same_values, ranks=ranks, messages=job.messages
+    )
     (batch,) = job.batches()
     pipeline.step(*batch)
     pipeline.step(*batch, record=True)
@@ -214,7 +221,14 @@ def part(ranks: Ranks, job: Job) -> Result:
     schedule, stages = job.schedule, job.stages()
     mine = [n for n in range(schedule.stages) if ranks.rank in holders(schedule, n)]
     given = [s if n in mine or not job.own_only else None for n, s in enumerate(stages)]
-    pipeline = Pipeline(given, schedule, same_values, ranks=ranks, **job.options)
+    pipeline = Pipeline(
+        given,
+        schedule,
+        same_values,
+        ranks=ranks,
+        messages=job.messages,
+        **job.options,
+    )
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:
         first, last = 0 in mine, schedule.stages - 1 in mine

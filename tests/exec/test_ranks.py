@@ -20,6 +20,7 @@ from jobs import (
 
 from pipeproof.exec import reference
 from pipeproof.sched import CATALOG, POLICIES, Kind
+from pipeproof.sched.groups import needs
 from pipeproof.sched.row import Case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,6 +82,23 @@ def test_gradients_that_there_are_not(weighted: bool, do: Do) -> None:
     job = Job("1f1b", 4, 6, stage=frozen_start, shapes=((7, 2),) * 4, weighted=weighted)
 
     assert_equal(do(part, job), alone(job))
+
+
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb-h1", "dualpipe"])
+def test_messages_in_groups(name: str, do: Do) -> None:
+    """In the first step of a shape they have headers, and in the second none."""
+    job = Job(name, 4, 8, shapes=((11, 6), (11, 6)), messages="grouped")
+
+    assert_equal(do(part, job), alone(job))
+    assert_equal(do(part, job), unpipelined(job))
+
+
+def test_what_waits_for_a_group_waits_for_all_of_it(do: Do) -> None:
+    trace = do(timed, Job("1f1b", 4, 8, messages="grouped"))[0]
+    waits = needs(trace.program)
+
+    assert len(trace.program.groups) == 2 * (7 + 6 + 5)
+    assert (trace.end[waits.values] <= trace.start[waits.owner]).all()
 
 
 def test_one_micro_batch(do: Do) -> None:
