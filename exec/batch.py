@@ -137,10 +137,14 @@ def check_pairs(inputs: Value, targets: Value, slices: int) -> None:
         )
 
 
-def factors(
+Weights = list[list[float]]
+"""Of each micro-batch's slices."""
+
+
+def weights(
     inputs: list[list[Value]], targets: list[list[Value]], loss_scale: LossScale
-) -> list[list[float | None]]:
-    """What the loss of each slice is multiplied with; None for not at all.
+) -> Weights | None:
+    """What the loss of each slice counts; None where it is a sum.
 
     Args:
         inputs: of each micro-batch, the slices.
@@ -150,19 +154,18 @@ def factors(
             slice as a function of its targets.
 
     Raises:
-        LossError: a weight that is not a finite number of at least 0, or weights
-            that sum to 0.
+        LossError: a weight that is not a finite number of at least 0.
     """
     if loss_scale == "sum":
-        return [[None] * len(parts) for parts in inputs]
-    weights = [
+        return None
+    found = [
         [
             float(loss_scale(target)) if callable(loss_scale) else _size(value, of)
             for value, target in zip(of, labels)
         ]
         for of, labels in zip(inputs, targets)
     ]
-    for number, of_slices in enumerate(weights):
+    for number, of_slices in enumerate(found):
         for part, weight in enumerate(of_slices):
             if not math.isfinite(weight) or weight < 0:
                 where = f", slice {part}" if len(of_slices) > 1 else ""
@@ -170,13 +173,45 @@ def factors(
                     f"loss_scale gave micro-batch {number}{where} the weight {weight}: "
                     "expected a finite number of at least 0"
                 )
-    total = sum(map(sum, weights))
+    return found
+
+
+def total_of(found: Weights | None) -> float:
+    """The sum of weights, in their order; 0 where there are none."""
+    return sum(map(sum, found or []))
+
+
+def shares(found: Weights, total: float) -> list[list[float | None]]:
+    """What the loss of each slice is multiplied with: its part of the total.
+
+    Raises:
+        LossError: a total of 0.
+    """
     if total == 0:
         raise LossError(
             "loss_scale gave every micro-batch the weight 0: nothing counts, and the "
             "loss is undefined"
         )
-    return [[weight / total for weight in of_slices] for of_slices in weights]
+    return [[weight / total for weight in of_slices] for of_slices in found]
+
+
+def factors(
+    inputs: list[list[Value]], targets: list[list[Value]], loss_scale: LossScale
+) -> list[list[float | None]]:
+    """What the loss of each slice is multiplied with; None for not at all.
+
+    Args:
+        inputs: as for `weights`; of all there are.
+        targets: likewise.
+        loss_scale: likewise.
+
+    Raises:
+        LossError: as `weights` and `shares`.
+    """
+    found = weights(inputs, targets, loss_scale)
+    if found is None:
+        return [[None] * len(parts) for parts in inputs]
+    return shares(found, total_of(found))
 
 
 def _size(value: Value, slices: list[Value]) -> float:

@@ -78,7 +78,7 @@ class Beats:
     Attributes:
         at: what its rank is doing.
         moves: counts what it has waited for.
-        waits: for what it waits and by which wire, meanwhile.
+        waits: for what it waits meanwhile, and on which wire if it does so there.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Beats:
         self._silence = Silence(store, others)
         self.at = BETWEEN_STEPS
         self.moves = 0
-        self.waits: tuple[object, Wire] | None = None
+        self.waits: tuple[object, Wire | None] | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -126,7 +126,7 @@ class Beats:
 
     def _end_wait(self) -> None:
         """Who waits for a rank that may never speak again is told to look."""
-        if (waits := self.waits) is not None:
+        if (waits := self.waits) is not None and waits[1] is not None:
             waits[1].interrupt()
 
     def _look_and_beat(self) -> None:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import atexit
 import json
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from operator import itemgetter
@@ -21,6 +22,7 @@ from typing import Any, ClassVar
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import Backend, PrefixStore, Store
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store
 
 from pipeproof.exec.beats import BETWEEN_STEPS, LOST_S, Beats
@@ -35,8 +37,10 @@ CONNECT_S = 30.0
 POLL_S = 0.1
 LEAVING_S = 1.0
 TIMEOUT_S = 30.0
-TAGS = ("control", "headers", "reductions", "loans")
+TAGS = ("control", "headers", "loans")
 """Of the communicator that all ranks share."""
+Along = dist.ProcessGroup | DeviceMesh
+"""Processes of torch.distributed along one dimension."""
 
 
 class Ranks:
@@ -59,11 +63,10 @@ class Ranks:
         store: as given.
         record: of the first failure.
         headers: texts to and from each other rank, of what messages hold.
-        reductions: likewise, of what reductions sum.
         loans: likewise, of what is kept in another's memory.
     """
 
-    _of: ClassVar[dict[Any, Ranks]] = {}
+    _of: ClassVar[dict[tuple[int, ...], Ranks]] = {}
 
     def __init__(
         self,
@@ -79,41 +82,43 @@ class Ranks:
         self.record = Record(store)
         self._beats = Beats(store, self.record, rank, size, timeout_s, lost_s)
         self._wires: dict[tuple[int, int, str], Wire] = {}
+        self._collectives: dict[tuple[tuple[int, ...], str], Backend] = {}
         self._made: list[Wire] = []
         self._said: list[Pending] = []
         others = [other for other in range(size) if other != rank]
         all_of_us = self._communicator(list(range(size)), "gloo", "all")
-        self._texts, self.headers, self.reductions, self.loans = (
+        self._texts, self.headers, self.loans = (
             {peer: self._text(all_of_us, peer, tag) for peer in others} for tag in TAGS
         )
         self._beats.start()
         atexit.register(self.leave)
 
     @classmethod
-    def of(cls, ranks: Ranks | dist.ProcessGroup | bool) -> Ranks:
+    def of(cls, ranks: Ranks | Along | bool) -> Ranks:
         """What a pipeline was given as its ranks; True stands for all processes.
 
         Raises:
-            ParameterError: torch.distributed is not initialised, or this process is
-                not in the group.
+            ParameterError: torch.distributed is not initialised, this process is not
+                among them, or a mesh has several dimensions.
         """
-        if isinstance(ranks, Ranks):
-            return ranks
-        if not dist.is_initialized():
-            raise ParameterError(
-                "ranks need torch.distributed: call init_process_group first, or "
-                "start the ranks with pipeproof.exec.launch"
-            )
-        group = dist.group.WORLD if isinstance(ranks, bool) else ranks
-        members, me = dist.get_process_group_ranks(group), dist.get_rank()
-        if me not in members:
-            raise ParameterError(f"rank {me} is not in the group {members}")
-        if group not in cls._of:
-            prefix = f"pipeproof/{','.join(map(str, members))}"
+        return ranks if isinstance(ranks, Ranks) else cls.among(processes_of(ranks))
+
+    @classmethod
+    def among(cls, processes: Sequence[int]) -> Ranks:
+        """The company of these processes of torch.distributed, one for all time.
+
+        Raises:
+            ParameterError: this process is not among them.
+        """
+        key, me = tuple(processes), dist.get_rank()
+        if me not in key:
+            raise ParameterError(f"rank {me} is not in the group {list(key)}")
+        if key not in cls._of:
+            prefix = f"pipeproof/{','.join(map(str, key))}"
             # A client of its own: a beat must not wait for another's blocking call.
             store = PrefixStore(prefix, _get_default_store().clone())  # type: ignore[attr-defined]
-            cls._of[group] = cls(store, members.index(me), len(members))
-        return cls._of[group]
+            cls._of[key] = cls(store, key.index(me), len(key))
+        return cls._of[key]
 
     def wire(self, source: int, target: int, backend: str, of: str = "") -> Wire:
         """This rank's end of a communicator; both ends must ask, in one order.
@@ -133,6 +138,20 @@ class Ranks:
             self._wires[key] = wire
             self._made.append(wire)
         return self._wires[key]
+
+    def collective(self, members: Sequence[int], backend: str) -> Backend:
+        """A communicator of several ranks; all must ask, in one order.
+
+        Args:
+            members: ranks in ascending order; this one is one of them.
+            backend: gloo or nccl.
+        """
+        key = tuple(members), backend
+        if key not in self._collectives:
+            name = f"of {','.join(map(str, members))}"
+            made = self._communicator(list(members), backend, name)
+            self._collectives[key] = made
+        return self._collectives[key]
 
     def _communicator(self, members: list[int], backend: str, name: str) -> Backend:
         # Not by new_group, in which all processes must take part, also those that
@@ -232,7 +251,7 @@ class Ranks:
         beats.waits = None
         beats.moves += 1
         if pending.error is not None:
-            self._broken(pending, what)
+            self.broken(pending.error, what, pending.wire.peer)
 
     def wait_beside(self, pending: Pending, what: object) -> None:
         """As `wait`, for a thread beside the step, which is no sign of life.
@@ -247,22 +266,37 @@ class Ranks:
         while pending.followed is not None and not pending.followed.wait(POLL_S):
             self.check()
         if pending.error is not None:
-            self._broken(pending, what)
+            self.broken(pending.error, what, pending.wire.peer)
 
-    def _broken(self, pending: Pending, what: object) -> None:
-        """A link broke: because its other end did, if we wait a little to hear it."""
-        peer = pending.wire.peer
+    def wait_for(self, done: threading.Event, what: str) -> None:
+        """As `wait`, for what a thread does."""
+        beats = self._beats
+        beats.waits = what, None
+        while not done.wait(POLL_S):
+            self.check()
+        beats.waits = None
+        beats.moves += 1
+
+    def broken(self, error: Exception, what: object, peer: int | None = None) -> None:
+        """A link broke: because its other end did, if we wait a little to hear it.
+
+        Args:
+            error: that says so.
+            what: was waited for.
+            peer: at the other end, if there is but one.
+
+        Raises:
+            RankError: always.
+        """
         for _ in range(int(2 * self._lost_s / POLL_S)):
             self.check()
-            if self._beats.has_left(peer):
+            if peer is not None and self._beats.has_left(peer):
                 break
             time.sleep(POLL_S)
-        error = f"{type(pending.error).__name__}: {pending.error}"
-        self.record.write(
-            Failure(
-                self.rank, f"lost its link to rank {peer}, waiting for {what}: {error}"
-            )
-        )
+        whom = "another rank" if peer is None else f"rank {peer}"
+        text = f"lost its link to {whom}, waiting for {what}: "
+        text += f"{type(error).__name__}: {error}"
+        self.record.write(Failure(self.rank, text))
         self.check()
 
     def check(self) -> None:
@@ -304,7 +338,31 @@ class Ranks:
         # A thread that waits for a rank which waits for nobody ends with that rank.
         for wire in self._made:
             wire.close(LEAVING_S / len(self._made))
-        for group, ranks in list(self._of.items()):
+        for processes, ranks in list(self._of.items()):
             if ranks is self:
-                del self._of[group]
+                del self._of[processes]
         atexit.unregister(self.leave)
+
+
+def processes_of(along: Along | bool) -> list[int]:
+    """The processes of a group, of a mesh of one dimension, or all of them.
+
+    Raises:
+        ParameterError: torch.distributed is not initialised, or a mesh of several
+            dimensions.
+    """
+    if not dist.is_initialized():
+        raise ParameterError(
+            "ranks need torch.distributed: call init_process_group first, or "
+            "start the ranks with pipeproof.exec.launch"
+        )
+    if isinstance(along, bool):
+        return list(range(dist.get_world_size()))
+    if isinstance(along, DeviceMesh):
+        if along.ndim != 1:
+            raise ParameterError(
+                f"a mesh of {along.ndim} dimensions is given for one: name it, as in "
+                "mesh['pp']"
+            )
+        along = along.get_group()
+    return dist.get_process_group_ranks(along)

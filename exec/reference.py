@@ -22,7 +22,7 @@ from pipeproof.exec.batch import (
     factors,
     split,
 )
-from pipeproof.exec.rng import generators, key, seed, step_seed
+from pipeproof.exec.rng import generators, key, of_replica, seed, step_seed
 from pipeproof.exec.stage import StageModule, check_sliced, takes_carry, units_of
 from pipeproof.sched import Kind, Schedule
 
@@ -38,6 +38,7 @@ def reference(
     targets: Value,
     *,
     loss_scale: LossScale = "rows",
+    replica: int = 0,
 ) -> Tensor:
     """A plain loop over micro-batches, with the schedule's order of summation.
 
@@ -58,6 +59,9 @@ def reference(
         inputs: as for `Pipeline.step`.
         targets: likewise.
         loss_scale: as for `Pipeline`.
+        replica: with data parallelism, whose randomness. What a replica adds to
+            the gradient is that of its own rows with losses that sum to its share;
+            the gradient is the sum of these in the order of the replicas.
 
     Returns:
         The batch's loss, a detached scalar. Gradients are added to `.grad`.
@@ -79,7 +83,8 @@ def reference(
     device = parameters[0].device if parameters else torch.device("cpu")
     losses: dict[int, list[Tensor]] = {}
     grads: dict[tuple[int, int], Gradients] = {}
-    with torch.enable_grad(), step_seed([device]) as step:
+    with torch.enable_grad(), step_seed([device]) as seed_of_all:
+        step = of_replica(seed_of_all, replica)
         sources = generators(device)
         for number in _forward_order(schedule):
             one = _MicroBatch(units, loss_fn, sources, step, number)

@@ -46,6 +46,17 @@ class Transport(Protocol):
         """Let go of everything of a step."""
 
 
+class Reduction(Protocol):
+    """Sums the gradients of stages over the processes that hold them."""
+
+    @property
+    def stages(self) -> frozenset[int]:
+        """Whose."""
+
+    def begin(self, index: int, stage: int, sums: Sums) -> None:
+        """Take over what is summed here; `.grad` has the total after the step."""
+
+
 Lend = Callable[[str], Place]
 """Gives a place in another process's memory for what the text says."""
 
@@ -62,8 +73,7 @@ class Runtime:
         mine: the schedule's devices that this process runs; default all.
         transport: between processes; None where all devices are in this one, and a
             send puts the tensor where the receive wants it.
-        reduce: (stage, its devices, the sums of the one here): REDUCE, where the
-            other devices are not in this process.
+        reduction: REDUCE, where others that hold the stage are in other processes.
         lend: where OFFLOADs to another device's memory go, where that is not in
             this process.
 
@@ -81,21 +91,22 @@ class Runtime:
         *,
         mine: Collection[int] | None = None,
         transport: Transport | None = None,
-        reduce: Callable[[int, list[int], Sums], None] | None = None,
+        reduction: Reduction | None = None,
         lend: Lend | None = None,
     ) -> None:
         self._program = program
         self._devices = devices
         self._stages = list({id(stage): stage for stage in homes.values()}.values())
         self._transport = transport
-        self._reduce, self._lend = reduce, lend
+        self._reduction, self._lend = reduction, lend
         self.clock: Clock
         schedule = program.schedule
         # Where several devices hold a stage, each sums its gradients for itself.
+        elsewhere = frozenset[int]() if reduction is None else reduction.stages
         self._sums = {
             (stage, device): Sums(home)
             for (stage, device), home in homes.items()
-            if len(holders(schedule, stage)) > 1
+            if len(holders(schedule, stage)) > 1 or stage in elsewhere
         }
         self._binder = Binder(program, homes, loss_fn)
         self._reader = {} if transport is None else readers(program)
@@ -318,9 +329,10 @@ class Runtime:
         """The last REDUCE of a stage sums; one device alone has nothing to sum."""
         (op,) = instruction.ops
         held_by = holders(self._program.schedule, op.stage)
-        if self._reduce is not None and len(held_by) > 1:
+        reduction = self._reduction
+        if reduction is not None and op.stage in reduction.stages:
             sums = self._sums[op.stage, instruction.stream.device]
-            return partial(self._reduce, op.stage, held_by, sums)
+            return partial(reduction.begin, instruction.index, op.stage, sums)
         last = self._last_reduce[op.stage] == instruction.index
         if len(held_by) == 1 or not last:
             return _nothing
