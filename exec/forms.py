@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pipeproof.exec.tensors import flat
 
 DTYPES = {
     str(value): value
@@ -81,64 +84,92 @@ class Form:
     """What a receiver must know of a value.
 
     Attributes:
-        parts: its tensors; None for a gradient that there is not.
-        several: whether it is a tuple.
+        parts: its tensors.
+        structure: what holds them, as lists whose first entries say what they are.
+        plain: whether it holds bools, numbers or texts, which come with each
+            message: they may differ in every one.
     """
 
-    parts: tuple[Part | None, ...]
-    several: bool
+    parts: tuple[Part, ...]
+    structure: Any
+    plain: bool
 
     @classmethod
-    def of(cls, value: Any) -> tuple[Form, tuple[Tensor | None, ...]]:
-        """Of a tensor, a tuple of them, or None; and its tensors, each `dense`."""
-        several = isinstance(value, tuple)
-        tensors = tuple(
-            None if t is None else dense(t) for t in (value if several else (value,))
-        )
-        parts = tuple(None if t is None else Part.of(t) for t in tensors)
-        return cls(parts, several), tensors
+    def of(cls, value: Any) -> tuple[Form, list[Tensor]]:
+        """Of a value; and its tensors, each `dense`."""
+        leaves = flat(value)
+        tensors = [dense(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        plain = any(x is not None and not isinstance(x, Tensor) for x in leaves)
+        return cls(tuple(map(Part.of, tensors)), _structure(value), plain), tensors
 
-    def fits(self, value: Any) -> bool:
-        """Whether a value is such a one, and needs no copy to be `dense`."""
-        if not self.several:
-            part = self.parts[0]
-            if part is None or value is None:
-                return part is value
-            return isinstance(value, Tensor) and part.fits(value)
-        return isinstance(value, tuple) and (
-            len(value) == len(self.parts)
-            and all(
-                part is tensor if part is None or tensor is None else part.fits(tensor)
-                for part, tensor in zip(self.parts, value)
-            )
-        )
+    def fitting(self, value: Any) -> list[Tensor] | None:
+        """The tensors of such a value that needs no copy to be `dense`; else None."""
+        if self.structure == TENSOR:  # nearly always
+            whole = isinstance(value, Tensor) and self.parts[0].fits(value)
+            return [value] if whole else None
+        if self.plain or _structure(value) != self.structure:
+            return None
+        tensors = [leaf for leaf in flat(value) if isinstance(leaf, Tensor)]
+        fit = all(part.fits(tensor) for part, tensor in zip(self.parts, tensors))
+        return tensors if fit else None
+
+    def filled(self, tensors: Sequence[Tensor]) -> Any:
+        """The value, with these tensors in it."""
+        if self.structure == TENSOR:
+            return tensors[0]
+        return _filled(self.structure, iter(tensors))
 
     def to_text(self) -> str:
         """As JSON."""
-        parts = [
-            None
-            if part is None
-            else [part.shape, part.stride, str(part.dtype), part.wants_grad]
-            for part in self.parts
-        ]
-        return json.dumps([self.several, parts])
+        parts = [[p.shape, p.stride, str(p.dtype), p.wants_grad] for p in self.parts]
+        return json.dumps([self.structure, self.plain, parts])
 
     @classmethod
     def parse(cls, text: str) -> Form:
         """The inverse of `to_text`."""
-        several, parts = json.loads(text)
+        structure, plain, parts = json.loads(text)
         return cls(
             tuple(
-                None
-                if part is None
-                else Part(tuple(part[0]), tuple(part[1]), DTYPES[part[2]], part[3])
-                for part in parts
+                Part(tuple(shape), tuple(stride), DTYPES[dtype], wants_grad)
+                for shape, stride, dtype, wants_grad in parts
             ),
-            several,
+            structure,
+            plain,
         )
 
     def __str__(self) -> str:
-        return ", ".join("None" if part is None else str(part) for part in self.parts)
+        parts = ", ".join(map(str, self.parts)) or "no tensor"
+        if self.structure == TENSOR:
+            return parts
+        return f"{parts} in {json.dumps(self.structure)}"
+
+
+TENSOR = ["tensor"]
+
+
+def _structure(value: Any) -> Any:
+    kind = type(value)
+    if isinstance(value, Tensor):
+        return TENSOR
+    if kind is dict:
+        return ["dict", *([key, _structure(part)] for key, part in value.items())]
+    if kind is tuple or kind is list:
+        return [kind.__name__, *map(_structure, value)]
+    return ["plain", value]
+
+
+def _filled(structure: Any, tensors: Iterator[Tensor]) -> Any:
+    kind, *parts = structure
+    match kind:
+        case "tensor":
+            return next(tensors)
+        case "dict":
+            return {key: _filled(part, tensors) for key, part in parts}
+        case "tuple":
+            return tuple(_filled(part, tensors) for part in parts)
+        case "list":
+            return [_filled(part, tensors) for part in parts]
+    return parts[0]
 
 
 def dense(tensor: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ from pipeproof.exec.wires import Pending, TextWire, Wait, Wire
 from pipeproof.sched import Action, Program
 from pipeproof.sched.program import Message
 
-Arriving = list[tuple[Part | None, Tensor | None, Pending | None]]
+Arriving = list[tuple[Part, Tensor, Pending | None]]
 """Of each tensor of a value: what it is, itself, and its transfer."""
 
 
@@ -106,7 +106,7 @@ class Across:
         wire, moving = self._out[message.target], []
         awaited = message.index in self._awaited
         for part, tensor in zip(self._forms[message.index].parts, tensors):
-            if part is not None and tensor is not None and not part.empty:
+            if not part.empty:
                 large = tensor.nbytes >= RELEASED_FROM and not awaited
                 row = self._row(part, tensor)
                 pending = wire.send(row, followed=self.recorded or large)
@@ -118,20 +118,19 @@ class Across:
         if self.recorded:
             self._begun[message.index] = message.send, began, moving
 
-    def _fitting(self, message: Message, value: Any) -> tuple[Tensor | None, ...]:
+    def _fitting(self, message: Message, value: Any) -> list[Tensor]:
         """The tensors of a value, each dense, of the form that is announced."""
-        if self._announced:
-            before = self._forms[message.index]
-            if before.fits(value):
-                return value if before.several else (value,)
+        before = self._forms.get(message.index)
+        if before is not None and (found := before.fitting(value)) is not None:
+            return found
         form, tensors = Form.of(value)
-        if self._announced and form != before:
+        if before is not None and form != before and not (form.plain and before.plain):
             raise ModelError(
                 f"{message} is {form}, and was {before} in the step before, for a "
                 "batch of the same shapes: what crosses between ranks may depend on "
                 "the shapes of the batch, not on its values"
             )
-        if not self._announced:
+        if before is None or form.plain:
             self._forms[message.index] = form
             self._headers[message.target].send(form.to_text())
         return tensors
@@ -143,24 +142,27 @@ class Across:
         return as_bytes(tensor)
 
     def post(self, message: Message) -> None:
-        """Start to receive, if it is known what."""
-        if self._announced:
+        """Start to receive, if it is known what, and that of all before it."""
+        if self._known(message) and not self._unknown[message.source]:
             self._receive(message)
         else:
             self._unknown[message.source].append(message)
+
+    def _known(self, message: Message) -> bool:
+        """Whether its form is that of the step before, and no header comes."""
+        return self._announced and not self._forms[message.index].plain
 
     def _receive(self, message: Message) -> None:
         began = perf_counter()
         wire, arriving = self._into[message.source], []
         for part in self._forms[message.index].parts:
-            tensor = pending = None
-            if part is not None:
-                tensor = torch.empty_strided(
-                    part.shape, part.stride, dtype=part.dtype, device=self._device
-                )
-                if not part.empty:
-                    row = self._row(part, tensor)
-                    pending = wire.receive(row, followed=self.recorded)
+            tensor = torch.empty_strided(
+                part.shape, part.stride, dtype=part.dtype, device=self._device
+            )
+            pending = None
+            if not part.empty:
+                row = self._row(part, tensor)
+                pending = wire.receive(row, followed=self.recorded)
             arriving.append((part, tensor, pending))
         self._moving[message.index] = arriving
         if self.recorded:
@@ -172,8 +174,9 @@ class Across:
         # Links are first in, first out: what comes before must be received before.
         while message.index not in self._moving:
             earlier = self._unknown[message.source].popleft()
-            text = self._headers[message.source].receive(f"the header of {earlier}")
-            self._forms[earlier.index] = Form.parse(text)
+            if not self._known(earlier):
+                text = self._headers[message.source].receive(f"the header of {earlier}")
+                self._forms[earlier.index] = Form.parse(text)
             self._receive(earlier)
         arriving = self._moving.pop(message.index)
         came = False
@@ -181,13 +184,12 @@ class Across:
             if pending is not None:
                 self._wait(pending, message)
                 came = True
-            if part is not None and part.wants_grad:
-                assert tensor is not None
+            if part.wants_grad:
                 tensor.requires_grad_()
         if came:
             self._settle(message.source, self._taken_before[message.index])
-        tensors = tuple(tensor for _, tensor, _ in arriving)
-        return tensors if self._forms[message.index].several else tensors[0]
+        tensors = [tensor for _, tensor, _ in arriving]
+        return self._forms[message.index].filled(tensors)
 
     def finish(self, message: Message) -> None:
         """Wait until a value is sent."""
