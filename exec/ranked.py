@@ -30,6 +30,7 @@ from pipeproof.exec.batch import (
 )
 from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError
+from pipeproof.exec.forms import DTYPES
 from pipeproof.exec.grid import Grid
 from pipeproof.exec.links import Links
 from pipeproof.exec.rng import of_replica
@@ -39,7 +40,6 @@ from pipeproof.exec.stage import Stage, StageModule
 from pipeproof.exec.step import Step
 from pipeproof.exec.tensors import copied, flat
 from pipeproof.exec.timetable import Array, merged
-from pipeproof.exec.transport import DTYPES
 from pipeproof.sched import ParameterError, Program
 
 
@@ -101,6 +101,7 @@ class Ranked:
         self._first, self._last = (n in mine for n in (0, schedule.stages - 1))
         self.sharded = {n: Sharded(stages[n]) for n in mine if is_sharded(stages[n])}
         self._signatures: list[str] = []
+        self._decides: tuple[list[Any], str] = [], ""
         self.links = Links(grid, program, device, apart=self.sharded)
 
     def step(
@@ -252,10 +253,12 @@ class Ranked:
         parts.append([weight == 0 for slices in counts or [] for weight in slices])
         for stage in self.homes.values():
             parts.append([p.requires_grad for p in stage.parameters])
-            parts.append([m.training for unit in stage.units for m in unit.modules()])
+            parts.append([m.training for m in stage.modules])
         if torch.is_autocast_enabled(kind := self._device.type):
             parts.append(torch.get_autocast_dtype(kind))
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        if parts != self._decides[0]:
+            self._decides = parts, hashlib.sha256(repr(parts).encode()).hexdigest()
+        return self._decides[1]
 
     def _close(self, step: Step) -> None:
         """Tell each other the losses; when all have, all is received."""
@@ -277,3 +280,4 @@ class Ranked:
             torch.tensor(value, dtype=DTYPES[dtype], device=self._device)
             for _, _, value, dtype in in_order
         ]
+        self.links.messages.end()

@@ -114,7 +114,7 @@ class Runtime:
             if len(holders(schedule, stage)) > 1 or stage in elsewhere
         }
         self._binder = Binder(program, homes, loss_fn)
-        self._reader = {} if transport is None else _readers(program)
+        self._reader = {} if transport is None else readers(program)
         reductions = np.flatnonzero(program.action == Action.REDUCE).tolist()
         self._last_reduce = {program[i].ops[0].stage: i for i in reductions}
         mine = range(schedule.devices) if mine is None else mine
@@ -362,7 +362,7 @@ def _nothing() -> None:
     """Where an instruction has nothing left to do."""
 
 
-def _readers(program: Program) -> dict[int, list[int]]:
+def readers(program: Program) -> dict[int, list[int]]:
     """Of each instruction, the messages of which it is the first reader."""
     written = {
         program.writes[recv][0]: i for i, recv in enumerate(program.recv_of.tolist())
