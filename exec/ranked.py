@@ -19,15 +19,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from pipeproof.exec.batch import (
+    Batch,
     LossScale,
     Value,
     factors,
+    no_unit_takes,
     positions_of,
     rows_of,
     split,
+    split_keywords,
+    unmarked,
 )
 from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError, ModelError, RankError
@@ -36,7 +40,7 @@ from pipeproof.exec.reducing import Reducer
 from pipeproof.exec.runtime import Runtime
 from pipeproof.exec.stage import Stage, StageModule, units_of
 from pipeproof.exec.step import Step
-from pipeproof.exec.tensors import copied, flat
+from pipeproof.exec.tensors import flat, placed
 from pipeproof.exec.transport import DTYPES, Across, Wire
 from pipeproof.sched import ParameterError, Program, UnsupportedError
 from pipeproof.sched.program import StreamKind
@@ -200,40 +204,28 @@ class Ranked:
                 into[source] = wire
         return out, into
 
-    def step(
-        self,
-        runtime: Runtime,
-        seed: int,
-        inputs: Value | None,
-        targets: Value | None,
-    ) -> Step:
+    def step(self, runtime: Runtime, seed: int, batch: Batch) -> Step:
         """One step of all ranks.
 
         Args:
             runtime: of this one.
             seed: as drawn here; that of rank 0 counts.
-            inputs: the batch, where a first stage is; ignored elsewhere.
-            targets: likewise, with a last stage.
+            batch: inputs where a first stage is, targets with a last stage, keywords
+                with a unit that takes them; ignored elsewhere.
 
         Returns:
             The step, with the losses of all ranks.
         """
-        step = Step(seed, *self._split(inputs, targets))
-        self._open(step, inputs, targets)
+        step = self._opened(runtime, seed, batch)
         runtime.run(step)
         self._close(step)
         return step
 
     def timed_step(
-        self,
-        runtime: Runtime,
-        seed: int,
-        inputs: Value | None,
-        targets: Value | None,
+        self, runtime: Runtime, seed: int, batch: Batch
     ) -> tuple[Step, Array, Array]:
         """As `step`; and when all ranks' instructions started and ended."""
-        step = Step(seed, *self._split(inputs, targets))
-        self._open(step, inputs, targets)
+        step = self._opened(runtime, seed, batch)
         offset = self.ranks.clock_offset()
         self.transport.recorded = True
         try:
@@ -263,8 +255,8 @@ class Ranked:
         if self._last:
             labels = split("targets", self._there(targets, "targets"), *sizes)
             # Rows and positions are those of the inputs; that is made sure of.
-            scale = factors(labels, labels, self._loss_scale)
-        return self._moved(batch), self._moved(labels), scale
+            scale = factors(labels, self._loss_scale, *self._size("targets", targets))
+        return placed(batch, self._device), placed(labels, self._device), scale
 
     def _there(self, value: Value | None, name: str) -> Value:
         if value is None:
@@ -274,53 +266,63 @@ class Ranked:
             )
         return value
 
-    def _moved(self, parts: list[list[Value]]) -> list[list[Value]]:
-        device = self._device
-        return [
-            [
-                tuple(copied(tensor, device) for tensor in value)
-                if isinstance(value, tuple)
-                else copied(value, device)
-                for value in slices
-            ]
-            for slices in parts
-        ]
-
-    def _open(self, step: Step, inputs: Value | None, targets: Value | None) -> None:
+    def _opened(self, runtime: Runtime, seed: int, batch: Batch) -> Step:
         """Agree on the seed, on the batch's rows, and on whether shapes are new."""
+        step = Step(seed, *self._split(batch.inputs, batch.targets))
         sizes = {}
         if self._first:
-            sizes["inputs"] = self._size("inputs", self._there(inputs, "inputs"))
+            sizes["inputs"] = self._size("inputs", batch.inputs)
         if self._last:
-            sizes["targets"] = self._size("targets", self._there(targets, "targets"))
+            sizes["targets"] = self._size("targets", batch.targets)
+        takes = sorted(runtime.takes_keywords)
         said = self.ranks.exchange(
-            [step.seed, sizes, self._signature(step)], "the other ranks' next step"
+            [
+                step.seed,
+                sizes,
+                self._signature(step, batch.keywords),
+                sorted(batch.keywords),
+                takes,
+            ],
+            "the other ranks' next step",
         )
-        wanted = said[holders(self._schedule, 0)[0]][1]["inputs"]
-        for rank, (_, sizes, _) in enumerate(said):
+        size = said[holders(self._schedule, 0)[0]][1]["inputs"]
+        for rank, (_, sizes, *_) in enumerate(said):
             for name, found in sizes.items():
-                if found != wanted:
+                if found != size:
                     raise BatchError(
-                        f"the {name} of rank {rank} have {found}, and the inputs "
-                        f"{wanted}: all ranks' parts must be of one batch"
+                        f"the {name} of rank {rank} have {self._words(found)}, and the "
+                        f"inputs {self._words(size)}: all ranks' parts must be of one "
+                        "batch"
                     )
+        _check_keywords([of_rank[3:] for of_rank in said])
         step.seed = said[0][0]
-        signatures = [signature for _, _, signature in said]
+        signatures = [of_rank[2] for of_rank in said]
         self.transport.begin(announced=signatures == self._signatures)
         self._signatures = signatures
+        parts = self._schedule.micro_batches, self._schedule.slices
+        mine = {n: v for n, v in batch.keywords.items() if n in runtime.takes_keywords}
+        if mine:
+            further = split_keywords(mine, size[0], size[1], parts)
+            step.keywords = {self._device: placed(further, self._device)}
+        return step
 
-    def _size(self, name: str, value: Value) -> str:
-        rows = f"{rows_of(name, value)} rows"
-        if self._schedule.slices == 1:
-            return rows
-        return f"{rows} of {positions_of(name, value)} positions"
+    def _size(self, name: str, value: Value) -> list[int]:
+        """Rows and positions."""
+        sliced = self._schedule.slices > 1
+        return [rows_of(name, value), positions_of(name, value) if sliced else 1]
 
-    def _signature(self, step: Step) -> str:
+    def _words(self, size: list[int]) -> str:
+        sliced = self._schedule.slices > 1
+        return f"{size[0]} rows" + (f" of {size[1]} positions" if sliced else "")
+
+    def _signature(self, step: Step, keywords: Mapping[str, Any]) -> str:
         """All on this rank that may decide what tensors cross to other ranks."""
+        given = [value for slices in step.inputs for value in slices]
         parts: list[Any] = [
-            [(t.shape, t.dtype, t.requires_grad) for t in flat(value)]
-            for slices in step.inputs
-            for value in slices
+            (leaf.shape, leaf.dtype, leaf.requires_grad)
+            if isinstance(leaf, Tensor)
+            else leaf
+            for leaf in flat((given, unmarked(dict(keywords))))
         ]
         parts.append([factor == 0 for slices in step.factors for factor in slices])
         for stage in self.homes.values():
@@ -343,6 +345,25 @@ class Ranked:
                 if step.losses[number][part] is None:
                     loss = torch.tensor(value, dtype=DTYPES[dtype], device=self._device)
                     step.losses[number][part] = loss
+
+
+def _check_keywords(said: Sequence[Sequence[Sequence[str]]]) -> None:
+    """Refuse keywords that no unit takes, or that a rank should have got.
+
+    Args:
+        said: of each rank, the names that it got and those that its units take.
+    """
+    given = sorted({name for got, _ in said for name in got})
+    taken = {name for _, takes in said for name in takes}
+    if unknown := [name for name in given if name not in taken]:
+        raise BatchError(no_unit_takes(unknown, taken))
+    for name in given:
+        for rank, (got, takes) in enumerate(said):
+            if name in takes and name not in got:
+                raise BatchError(
+                    f"rank {rank} got no keyword input {name!r}, which a unit of its "
+                    "stages takes, and another rank did: give it to both"
+                )
 
 
 def _parameters(module: StageModule) -> list[nn.Parameter]:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from queue import SimpleQueue
@@ -38,6 +38,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Backend
 
 from pipeproof.exec.errors import ModelError
+from pipeproof.exec.tensors import flat
 from pipeproof.sched.program import Message
 
 NEVER = timedelta(days=365)
@@ -220,39 +221,83 @@ class Form:
     """What a receiver must know of a value.
 
     Attributes:
-        parts: its tensors; None for a gradient that there is not.
-        several: whether it is a tuple.
+        parts: its tensors.
+        structure: what holds them, as JSON.
+        plain: whether it holds bools, numbers or texts, which come with each
+            message: they may differ in every one.
     """
 
-    parts: tuple[Part | None, ...]
-    several: bool
+    parts: tuple[Part, ...]
+    structure: str
+    plain: bool
+
+    @classmethod
+    def of(cls, value: Any, tensors: Sequence[Tensor]) -> Form:
+        """Of a value whose tensors, as `dense` gives them, are these."""
+        parts = tuple(map(Part.of, tensors))
+        if isinstance(value, Tensor):
+            return cls(parts, _TENSOR, plain=False)
+        plain = any(
+            leaf is not None and not isinstance(leaf, Tensor) for leaf in flat(value)
+        )
+        return cls(parts, json.dumps(_structure(value)), plain)
 
     def to_text(self) -> str:
         """As JSON."""
-        parts = [
-            None
-            if part is None
-            else [part.shape, part.stride, part.dtype, part.wants_grad]
-            for part in self.parts
-        ]
-        return json.dumps([self.several, parts])
+        parts = [[p.shape, p.stride, p.dtype, p.wants_grad] for p in self.parts]
+        return json.dumps([self.structure, self.plain, parts])
 
     @classmethod
     def parse(cls, text: str) -> Form:
         """The inverse of `to_text`."""
-        several, parts = json.loads(text)
+        structure, plain, parts = json.loads(text)
         return cls(
             tuple(
-                None
-                if part is None
-                else Part(tuple(part[0]), tuple(part[1]), part[2], part[3])
-                for part in parts
+                Part(tuple(shape), tuple(stride), dtype, wants_grad)
+                for shape, stride, dtype, wants_grad in parts
             ),
-            several,
+            structure,
+            plain,
         )
 
+    def filled(self, tensors: Iterator[Tensor]) -> Any:
+        """The value, with these tensors in it."""
+        if self.structure == _TENSOR:
+            return next(tensors)
+        return _filled(json.loads(self.structure), tensors)
+
     def __str__(self) -> str:
-        return ", ".join("None" if part is None else str(part) for part in self.parts)
+        parts = ", ".join(map(str, self.parts)) or "no tensor"
+        return parts if self.structure == _TENSOR else f"{parts} in {self.structure}"
+
+
+def _structure(value: Any) -> Any:
+    """As lists, whose first entry says what they are."""
+    kind = type(value)
+    if isinstance(value, Tensor):
+        return ["tensor"]
+    if kind is dict:
+        return ["dict", *([key, _structure(part)] for key, part in value.items())]
+    if kind is tuple or kind is list:
+        return [kind.__name__, *map(_structure, value)]
+    return ["plain", value]
+
+
+def _filled(structure: Any, tensors: Iterator[Tensor]) -> Any:
+    kind, *parts = structure
+    match kind:
+        case "tensor":
+            return next(tensors)
+        case "dict":
+            return {key: _filled(part, tensors) for key, part in parts}
+        case "tuple":
+            return tuple(_filled(part, tensors) for part in parts)
+        case "list":
+            return [_filled(part, tensors) for part in parts]
+    return parts[0]
+
+
+_TENSOR = json.dumps(["tensor"])
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -317,27 +362,22 @@ class Across:
 
     def send(self, message: Message, value: Any) -> None:
         """Start to send a value; its memory is held until it is sent."""
-        tensors = value if isinstance(value, tuple) else (value,)
-        tensors = tuple(None if t is None else dense(t) for t in tensors)
-        form = Form(
-            tuple(None if t is None else Part.of(t) for t in tensors),
-            isinstance(value, tuple),
-        )
+        tensors = [dense(leaf) for leaf in flat(value) if isinstance(leaf, Tensor)]
+        form = Form.of(value, tensors)
         began = perf_counter()
-        if not self._announced:
-            self._forms[message.index] = form
-            moving = self._headers[message.target].send(form.to_text())
-        else:
+        if self._announced:
             self._as_announced(message, form)
-            moving = []
+        moving = []
+        if not self._announced or form.plain:
+            self._forms[message.index] = form
+            moving += self._headers[message.target].send(form.to_text())
         wire = self._out[message.target]
-        moving += [
-            wire.send(as_bytes(t)) for t in tensors if t is not None and t.numel()
-        ]
+        moving += [wire.send(as_bytes(t)) for t in tensors if t.numel()]
         self._begun[message.index] = message.send, began, moving
 
     def _as_announced(self, message: Message, form: Form) -> None:
-        if form != (before := self._forms[message.index]):
+        before = self._forms[message.index]
+        if form != before and not (form.plain and before.plain):
             raise ModelError(
                 f"{message} is {form}, and was {before} in the step before, for a "
                 "batch of the same shapes: what crosses between ranks may depend on "
@@ -345,8 +385,8 @@ class Across:
             )
 
     def post(self, message: Message) -> None:
-        """Start to receive, if it is known what."""
-        if self._announced:
+        """Start to receive, if it is known what, and that of all before it."""
+        if self._known(message) and not self._unknown[message.source]:
             self._receive(message)
         else:
             self._unknown[message.source].append(message)
@@ -356,23 +396,26 @@ class Across:
         # Links are first in, first out: what comes before must be received before.
         while message.index not in self._moving:
             earlier = self._unknown[message.source].popleft()
-            text = self._headers[message.source].receive(f"the header of {earlier}")
-            self._forms[earlier.index] = Form.parse(text)
+            if not self._known(earlier):
+                text = self._headers[message.source].receive(f"the header of {earlier}")
+                self._forms[earlier.index] = Form.parse(text)
             self._receive(earlier)
         arriving = iter(self._moving[message.index])
         form = self._forms[message.index]
-        tensors = tuple(
-            None if part is None else self._arrived(part, message, arriving)
-            for part in form.parts
+        return form.filled(
+            self._arrived(part, message, arriving) for part in form.parts
         )
-        return tensors if form.several else tensors[0]
+
+    def _known(self, message: Message) -> bool:
+        """Whether its form is that of the step before, and no header comes."""
+        return self._announced and not self._forms[message.index].plain
 
     def _receive(self, message: Message) -> None:
         began = perf_counter()
         wire = self._into[message.source]
         moving = []
         for part in self._forms[message.index].parts:
-            if part is not None and 0 not in part.shape:
+            if 0 not in part.shape:
                 size = DTYPES[part.dtype].itemsize
                 for length in part.shape:
                     size *= length

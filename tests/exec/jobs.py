@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import Attention
+from models import Attention, Masked, Nested, keywords
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.nn import functional
 
 from pipeproof.exec import Pipeline
 from pipeproof.exec.bind import holders
-from pipeproof.exec.errors import RankError
+from pipeproof.exec.errors import BatchError, RankError
 from pipeproof.exec.group import Ranks
 from pipeproof.exec.launch import launch
 from pipeproof.sched import Schedule, Trace, catalog, recompute
@@ -71,6 +71,10 @@ def mixed(number: int) -> nn.Module:
     return Mixed()
 
 
+def nested(number: int) -> nn.Module:
+    return Nested()
+
+
 def frozen_start(number: int) -> nn.Module:
     """What enters stage 1 wants no gradient, so none comes back."""
     layer = nn.Linear(WIDTH, WIDTH)
@@ -98,6 +102,7 @@ class Job:
         own_only: ranks are given None for the stages of others.
         weighted: micro-batches count as `weight_of` says.
         dtype: of everything.
+        loss: of the last stage's output.
     """
 
     name: str
@@ -105,10 +110,11 @@ class Job:
     micro_batches: int
     policy: str = "never"
     stage: Callable[[int], nn.Module] = attentive
-    shapes: tuple[tuple[int, int], ...] = ((11, 6),)
+    shapes: tuple[tuple[int, ...], ...] = ((11, 6),)
     own_only: bool = False
     weighted: bool = False
     dtype: torch.dtype = torch.float64
+    loss: Callable[[Any, Tensor], Tensor] = same_values
 
     @property
     def schedule(self) -> Schedule:
@@ -175,7 +181,7 @@ def run(
 def alone(job: Job) -> Result:
     """In one process."""
     stages = job.stages()
-    pipeline = Pipeline(stages, job.schedule, same_values, **job.options)
+    pipeline = Pipeline(stages, job.schedule, job.loss, **job.options)
     return run(job, pipeline.step, stages, range(len(stages)))
 
 
@@ -194,7 +200,7 @@ def part(ranks: Ranks, job: Job) -> Result:
     schedule, stages = job.schedule, job.stages()
     mine = [n for n in range(schedule.stages) if ranks.rank in holders(schedule, n)]
     given = [s if n in mine or not job.own_only else None for n, s in enumerate(stages)]
-    pipeline = Pipeline(given, schedule, same_values, ranks=ranks, **job.options)
+    pipeline = Pipeline(given, schedule, job.loss, ranks=ranks, **job.options)
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:
         first, last = 0 in mine, schedule.stages - 1 in mine
@@ -202,6 +208,46 @@ def part(ranks: Ranks, job: Job) -> Result:
 
     # Rank 0's seed counts; the others' own draws are not used.
     return run(job, step, stages, mine, seed=5 + ranks.rank)
+
+
+@dataclass(frozen=True)
+class Keyed:
+    """A step with keyword inputs.
+
+    Attributes:
+        missing: a rank that is not given one of them.
+        unknown: whether there is one that no unit takes.
+    """
+
+    missing: int = -1
+    unknown: bool = False
+
+
+def keyed(ranks: Ranks | bool, job: Keyed) -> Any:
+    """The gradients of the stages here, or what is refused."""
+    schedule = catalog.make("1f1b", devices=2, micro_batches=3)
+    torch.manual_seed(0)
+    stages = [Masked(), Masked()]
+    x, y = torch.randn(2, 7, WIDTH, dtype=torch.float64)
+    given = keywords(7)
+    mine = range(2)
+    if isinstance(ranks, Ranks):
+        mine = range(ranks.rank, ranks.rank + 1)
+        store = PrefixStore(f"{job}", ranks.store)
+        ranks = Ranks(store, ranks.rank, ranks.size, timeout_s=5)
+        if ranks.rank == job.missing:
+            del given["mask"]
+    if job.unknown:
+        given["musk"] = 1
+    try:
+        pipeline = Pipeline(stages, schedule, functional.mse_loss, ranks=ranks)
+        pipeline.step(x, y, keywords=given)
+        return [digest(*(p.grad for p in stages[n].parameters())) for n in mine]
+    except (BatchError, RankError) as error:
+        return str(error)
+    finally:
+        if isinstance(ranks, Ranks):
+            ranks.leave()
 
 
 def serve(
