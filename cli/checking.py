@@ -7,15 +7,14 @@ from typing import cast
 
 import click
 
-from pipeproof.cli.options import Conditions, Number, Wanted, flag
+from pipeproof.cli.options import LOWERING, Conditions, Number, Wanted, flag
 from pipeproof.cli.output import emit_json
-from pipeproof.cli.predict import cluster_of, cost_of, predict, sizes
+from pipeproof.cli.predict import cluster_of, cost_of, lowered, predict, sizes
 from pipeproof.cli.source import load
-from pipeproof.sched import ParameterError, check, fits, lower
-from pipeproof.sched.lower import Receives, Transfers
+from pipeproof.sched import ParameterError, check, fits
 from pipeproof.sched.streams import StreamModel
 
-OF_PROGRAMS = ("streams", "buffering", "transfers", "receives")
+OF_PROGRAMS = ("streams", "buffering", *LOWERING)
 """Conditions under which a program is judged for deadlocks, whatever its costs."""
 
 
@@ -36,11 +35,7 @@ def judge(
     given = conditions.given
     report = check(schedule)
     if report.ok and any(name in given for name in OF_PROGRAMS):
-        program = lower(
-            schedule,
-            transfers=cast(Transfers, conditions.transfers),
-            receives=cast(Receives, conditions.receives),
-        )
+        program = lowered(schedule, conditions)
         report = check(
             program,
             streams=cast(StreamModel | None, conditions.streams),

@@ -92,7 +92,7 @@ def check(
 
     The rules: complete, well placed, in order, free of cycles; with a cap, it also
     fits: then it is simulated, with costs as for `simulate`. With --streams,
-    --buffer (here rendezvous where not given), --transfers or --receives, its
+    --buffer (here rendezvous where not given) or a policy of lowering, its
     program does not deadlock under them. Exits with 1 if there are findings, and
     prints all of them.
 
@@ -112,7 +112,7 @@ def check(
 @takes_schedule
 @takes_policies
 @as_json
-def prove(*, wanted: Wanted, transfers: str, receives: str, as_json: bool) -> None:
+def prove(*, wanted: Wanted, policies: dict[str, str], as_json: bool) -> None:
     """Prove that a schedule computes the gradient of unpipelined training.
 
     Its program is run on terms in place of tensors, so the proof holds for every
@@ -126,7 +126,7 @@ def prove(*, wanted: Wanted, transfers: str, receives: str, as_json: bool) -> No
     """
     from pipeproof.cli.proving import certify
 
-    certify(wanted, transfers, receives, as_json=as_json)
+    certify(wanted, policies, as_json=as_json)
 
 
 @click.command()

@@ -26,6 +26,12 @@ MAX_SIZES = 10_000
 POLICIES = ("never", "always", "except-last", "adaptive")
 UNITS = ("s", "ms", "us", "ns")
 STREAM_MODELS = ("dir", "pair", "one", "sync")
+LOWERING = {
+    "transfers": ("overlapped", "blocking"),
+    "receives": ("early", "late"),
+    "messages": ("single", "grouped"),
+}
+"""The policies of lowering and their values, the default one first."""
 
 _NUMBER = re.compile(
     r"[+-]?(?:(?P<whole>[0-9]+)|(?P<top>[0-9]+)/(?P<bottom>[0-9]+)"
@@ -187,6 +193,7 @@ class Conditions:
     streams: str | None
     transfers: str = "overlapped"
     receives: str = "early"
+    messages: str = "single"
     unit: str = "ms"
 
     @property
@@ -247,21 +254,21 @@ def _number(flag: str, text: str) -> Any:
     return click.option(flag, type=number, metavar="X", help=text)
 
 
+def _policy(name: str, text: str) -> Any:
+    values = LOWERING[name]
+    return click.option(
+        f"--{name}",
+        type=click.Choice(values),
+        default=values[0],
+        show_default=True,
+        help=text,
+    )
+
+
 POLICY_OPTIONS = [
-    click.option(
-        "--transfers",
-        type=click.Choice(["overlapped", "blocking"]),
-        default="overlapped",
-        show_default=True,
-        help="Sends beside the sender's compute, or in its way.",
-    ),
-    click.option(
-        "--receives",
-        type=click.Choice(["early", "late"]),
-        default="early",
-        show_default=True,
-        help="When receives are posted.",
-    ),
+    _policy("transfers", "Sends beside the sender's compute, or in its way."),
+    _policy("receives", "When receives are posted."),
+    _policy("messages", "Posted one by one, or what two devices exchange in a group."),
 ]
 """How a schedule is lowered."""
 
@@ -343,10 +350,15 @@ def takes_features(function: Function) -> Function:
 
 
 def takes_policies(function: Function) -> Function:
-    """Give a command the options of lowering, as two arguments."""
-    for option in reversed(POLICY_OPTIONS):
-        function = option(function)
-    return function
+    """Give a command the options of lowering, collected as `policies`."""
+
+    @_with(POLICY_OPTIONS)
+    @wraps(function)
+    def collected(**given: Any) -> None:
+        policies = {name: given.pop(name) for name in LOWERING}
+        function(**given, policies=policies)
+
+    return collected
 
 
 def takes_conditions(function: Function) -> Function:

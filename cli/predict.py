@@ -7,11 +7,11 @@ from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
-from pipeproof.cli.options import Conditions
+from pipeproof.cli.options import LOWERING, Conditions
 from pipeproof.cli.output import full
 from pipeproof.cli.progress import bar, watched
 from pipeproof.cli.shape import Described
-from pipeproof.sched import ParameterError, Schedule, Trace, lower
+from pipeproof.sched import ParameterError, Program, Schedule, Trace, lower
 from pipeproof.sim import PRESETS, Cluster, Cost, preset, simulate
 
 LONG = 200_000
@@ -80,14 +80,16 @@ def _given(conditions: Conditions, target: type[Any]) -> dict[str, Any]:
     }
 
 
+def lowered(schedule: Schedule, conditions: Conditions) -> Program:
+    """Its program, by the policies that the options name."""
+    policies: dict[str, Any] = {name: getattr(conditions, name) for name in LOWERING}
+    return lower(schedule, **policies)
+
+
 def predict(schedule: Schedule, conditions: Conditions) -> Trace:
     """Lower and simulate, as the options say."""
     cost, cluster = cost_of(conditions, schedule), cluster_of(conditions)
-    program = lower(
-        schedule,
-        transfers=conditions.transfers,  # type: ignore[arg-type]
-        receives=conditions.receives,  # type: ignore[arg-type]
-    )
+    program = lowered(schedule, conditions)
     if len(schedule) < LONG or not watched():
         return simulate(program, cost, cluster)
     with bar("simulating") as move:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any
 
 import click
 
@@ -11,20 +11,13 @@ from pipeproof.cli.output import emit_json
 from pipeproof.cli.predict import sizes
 from pipeproof.cli.source import load
 from pipeproof.sched import lower, prove
-from pipeproof.sched.lower import Receives, Transfers
 
 
-def certify(wanted: Wanted, transfers: str, receives: str, *, as_json: bool) -> None:
+def certify(wanted: Wanted, policies: dict[str, Any], *, as_json: bool) -> None:
     """Print the certificate, or the refutation; exit with 1 if it is that."""
     schedule = load(wanted)
     if schedule.report.ok:
-        verdict = prove(
-            lower(
-                schedule,
-                transfers=cast(Transfers, transfers),
-                receives=cast(Receives, receives),
-            )
-        )
+        verdict = prove(lower(schedule, **policies))
     else:
         verdict = prove(schedule)
     if as_json:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from pipeproof.cli.options import Conditions
+from pipeproof.cli.options import LOWERING, Conditions
 from pipeproof.cli.output import emit_json, emit_table, shown
 from pipeproof.cli.predict import LONG, cluster_of, cost_of
 from pipeproof.cli.progress import bar, watched
@@ -60,7 +60,7 @@ def ask(
         )
     conditions = {spec.name for spec in fields(Conditions)}
     of_cost = {spec.name for spec in fields(Cost)} & conditions
-    of_cluster = conditions - of_cost - {"transfers", "receives", "unit"}
+    of_cluster = conditions - of_cost - {*LOWERING, "unit"}
     rename = {"remat": "recompute", "backward_order": "backward"}
     base = _base(axes)
     chosen: dict[str, Any] = {
@@ -221,7 +221,7 @@ def _tell(results: list[Result]) -> None:
     records = [result.record() for result in results]
     varying = [
         name
-        for name in ("options", "recompute", "transfers", "receives", "cost", "cluster")
+        for name in ("options", "recompute", *LOWERING, "cost", "cluster")
         if len({record[name] for record in records}) > 1
     ]
     reasons = ["reason"] if any(result.reason for result in results) else []

@@ -30,6 +30,7 @@ from torch._C._distributed_c10d import Backend, PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
 from pipeproof.exec.errors import RankError
+from pipeproof.exec.timetable import host_clock
 from pipeproof.exec.transport import Pending, TextWire, Wire
 from pipeproof.sched.errors import ParameterError
 
@@ -264,10 +265,17 @@ class Ranks:
     def clock_offset(self, rounds: int = 8) -> float:
         """What to add to this rank's `perf_counter` to have rank 0's.
 
-        The round trip that takes least time tells most.
+        On rank 0's host that is nothing. Elsewhere the round trip that takes least
+        time tells most.
         """
         what, best, offset = "the clocks", float("inf"), 0.0
-        for peer in sorted(self._texts) if not self.rank else [0]:
+        clocks = self.exchange(host_clock(), what)
+        far = [r for r, clock in enumerate(clocks) if r and clock != clocks[0]]
+        if not clocks[0]:
+            far = list(range(1, self.size))
+        if self.rank and self.rank not in far:
+            return 0.0
+        for peer in [0] if self.rank else far:
             for _ in range(rounds):
                 if not self.rank:
                     self._texts[peer].receive(what)
@@ -288,7 +296,7 @@ class Ranks:
             RankError: another rank failed or is lost, or none has moved for
                 `timeout_s`.
         """
-        if not pending.threaded and pending.error is None:
+        if not pending.threaded and pending.work is not None:
             pending.finish()
         elif not pending.done.is_set():
             with self._beats.waiting(what):

@@ -44,6 +44,7 @@ from pipeproof.sched import (
     lower,
 )
 from pipeproof.sched.causes import SHARED_PROCESSOR
+from pipeproof.sched.lower import Messages
 from pipeproof.sched.memory import Sizes
 
 
@@ -85,6 +86,9 @@ class Pipeline:
             counts with its share of both. `sum`: it is a sum. A callable gives the
             weight of a micro-batch, or of a slice, from its targets (how many tokens
             count, for a mean that ignores some).
+        messages: as for `lower`: `grouped` posts what two ranks exchange between two
+            ops as one, and the next op waits for both directions, as with torch's
+            `batch_isend_irecv`. Within one process nothing waits for it.
         ranks: run one device of the schedule in this process, and the others in
             those of a process group: a `Ranks`, a group, or True for all processes.
             Rank r is device r. Each makes the same pipeline; a rank needs its own
@@ -113,6 +117,7 @@ class Pipeline:
         devices: str | torch.device | Sequence[str | torch.device] = "cpu",
         *,
         loss_scale: LossScale = "rows",
+        messages: Messages = "single",
         ranks: Ranks | ProcessGroup | bool = False,
     ) -> None:
         self._trace: Trace | None = None
@@ -128,7 +133,9 @@ class Pipeline:
             # On one device nothing is under way: a boundary tensor is handed over
             # when its consumer is next, and lies nowhere meanwhile but in one place.
             self.program: Program = lower(
-                schedule, receives="late" if self._shared else "early"
+                schedule,
+                receives="late" if self._shared else "early",
+                messages=messages,
             )
             self._devices = _torch_devices(devices, schedule)
             _check_count(len(stages), schedule)

@@ -13,12 +13,9 @@ import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeproof.exec.batch import (
@@ -41,13 +38,10 @@ from pipeproof.exec.runtime import Runtime
 from pipeproof.exec.stage import Stage, StageModule, units_of
 from pipeproof.exec.step import Step
 from pipeproof.exec.tensors import flat, placed
+from pipeproof.exec.timetable import Array, merged
 from pipeproof.exec.transport import DTYPES, Across, Wire
 from pipeproof.sched import ParameterError, Program, UnsupportedError
 from pipeproof.sched.program import StreamKind
-
-Array = NDArray[np.float64]
-Times = list[tuple[int, float, float]]
-"""Of some instructions: number, start and end in seconds."""
 
 
 class Ranked:
@@ -401,24 +395,3 @@ def _differences(said: Sequence[Mapping[str, str]]) -> list[str]:
             ]
             found.append("\n".join([f"  {name}:", *lines]))
     return found
-
-
-def merged(program: Program, of_ranks: Sequence[Times]) -> tuple[Array, Array]:
-    """Start and end of all instructions, from the first start on.
-
-    An instruction begins when what it waits for has ended: a transfer is handed to
-    its stream earlier, and an op that takes a message waits for it in its own time.
-    """
-    start, end = np.zeros(len(program)), np.zeros(len(program))
-    for times in of_ranks:
-        for index, began, ended in times:
-            start[index], end[index] = began, ended
-    for stream in program.by_stream:
-        for before, index in pairwise(stream.tolist()):
-            start[index] = max(start[index], end[before])
-            end[index] = max(end[index], start[index])
-    waits = program.waits_for
-    np.maximum.at(start, waits.owner, end[waits.values])
-    start = np.minimum(start, end)
-    origin = start.min()
-    return start - origin, end - origin

@@ -38,6 +38,9 @@ class Transport(Protocol):
     def take(self, message: Message) -> Any:
         """The same on the target's device, as leaves where they want gradients."""
 
+    def finish(self, message: Message) -> None:
+        """Return once a message that was sent is through."""
+
     def forget(self) -> None:
         """Let go of everything of a step."""
 
@@ -183,17 +186,30 @@ class Runtime:
         return self._taking(self._transport, self._reader[instruction.index], run)
 
     def _taking(self, transport: Transport, arriving: list[int], run: Run) -> Run:
-        """With what its first reader waits for: the messages that arrive."""
-        values, take = self._binder.values, transport.take
+        """With what its first reader waits for: the messages that arrive.
+
+        And those sent in one group with them, once these are there: both sides of
+        an exchange take first, so neither waits for a receive that comes later.
+        """
+        program = self._program
+        values, take, finish = self._binder.values, transport.take, transport.finish
+        recvs = program.recv_of[arriving].tolist()
         pairs = [
-            (self._program.message_at(message), self._program.writes[recv][0])
-            for message in arriving
-            for recv in [int(self._program.recv_of[message])]
+            (program.message_at(message), program.writes[recv][0])
+            for message, recv in zip(arriving, recvs)
+        ]
+        sent = [
+            program.message_at(int(program.message[other]))
+            for recv in recvs
+            for other in program.posted_with(recv)
+            if program.action[other] == Action.SEND
         ]
 
         def taking() -> None:
             for message, write in pairs:
                 values[write] = take(message)
+            for message in sent:
+                finish(message)
             run()
 
         return taking

@@ -410,6 +410,11 @@ class Across:
         """Whether its form is that of the step before, and no header comes."""
         return self._announced and not self._forms[message.index].plain
 
+    def finish(self, message: Message) -> None:
+        """Wait until a value is sent."""
+        for pending in self._begun[message.index][2]:
+            self._wait(pending, f"{message} to be taken")
+
     def _receive(self, message: Message) -> None:
         began = perf_counter()
         wire = self._into[message.source]

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeproof.sched.groups import needs, turns_of_others
 from pipeproof.sched.parts import Index, Parts, Times, scale_of, scaled, unscaled
 from pipeproof.sched.program import Action, Lists
 
@@ -100,7 +101,7 @@ class Causes:
 
     def _infer(self) -> None:
         self._previous_on_stream()
-        self._needs(self.trace.program.waits_for)
+        self._needs(needs(self.trace.program))
         self._meetings()
         self._turns(Action.RECV, Action.COMPUTE, Action.LOCAL, Action.COPY)
         self._turns(Action.REDUCE)
@@ -116,8 +117,8 @@ class Causes:
 
     def _previous_on_stream(self) -> None:
         program = self.trace.program
-        for members in program.by_stream:
-            self._offer(members[1:], members[:-1], Why.STREAM)
+        before, after = turns_of_others(program)
+        self._offer(after, before, Why.STREAM)
         if SHARED_PROCESSOR in self.trace.notes:
             devices = program.schedule.devices
             turns = np.flatnonzero(program.stream < devices)

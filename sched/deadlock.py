@@ -7,6 +7,12 @@ a third, its transfer. A rendezvous, where a send ends when its receive is poste
                        +-> transfer-+
     recv   start ------+            +--> end
 
+A group of messages is two nodes more: what waits for one of it waits for the end of
+all, and what one waits for holds up the start of all::
+
+    group  start --+--> send start -- … -- send end --+--> end
+                   +--> recv start -- … -- recv end --+
+
 A buffer of k messages on a link lets a send end before, if the receive of k
 messages earlier has ended; an eager one always. Messages are matched without
 wildcards, so there is one graph and no choice in it: a program runs through if
@@ -45,7 +51,8 @@ class Waiting:
         done: int64 per instruction, the node of its end; of most, its start.
         before, after: the edges.
         about: int64 per node, the instruction that it is about; a transfer is
-            about its SEND, a meeting about the first REDUCE in it.
+            about its SEND, a meeting about the first REDUCE in it, and the start
+            and end of a group about none: -1.
     """
 
     nodes: int
@@ -76,22 +83,33 @@ class Waiting:
         transfer = size + len(two_ended)
         meeting = transfer + len(program.messages)
         edges = [(two_ended, done[two_ended])]
-        edges += [(done[row[:-1]], row[1:]) for row in in_turn(program, streams)]
-        owner = program.waits_for.owner.astype(np.int64)
-        edges.append((done[program.waits_for.values], owner))
         edges += _transfers(program, done, transfer, buffering)
-        groups = meetings(program)
-        for number, group in enumerate(groups):
-            middle = np.full(len(group), meeting + number)
-            edges += [(group, middle), (middle, done[group])]
-        firsts = np.array([group[0] for group in groups], dtype=np.int64)
+        met = meetings(program)
+        for number, reduces in enumerate(met):
+            middle = np.full(len(reduces), meeting + number)
+            edges += [(reduces, middle), (middle, done[reduces])]
+        # What stands around an instruction meets its group, if it has one.
+        first, last = np.arange(size), done.copy()
+        posted, group = program.groups.values, program.groups.owner
+        issue = meeting + len(met)
+        over = issue + len(program.groups)
+        first[posted], last[posted] = issue + group, over + group
+        edges += [(first[posted], posted), (done[posted], last[posted])]
+        for row in in_turn(program, streams):
+            before, after = row[:-1], row[1:]
+            turns = (first[before] != first[after]) | (first[before] < size)
+            edges.append((last[before[turns]], first[after[turns]]))
+        waits = program.waits_for
+        edges.append((last[waits.values], first[waits.owner]))
+        firsts = np.array([reduces[0] for reduces in met], dtype=np.int64)
         send_of = program.send_of.astype(np.int64)
+        nobody = np.full(2 * len(program.groups), -1)
         return cls(
-            meeting + len(groups),
+            over + len(program.groups),
             done,
             np.concatenate([before for before, _ in edges]),
             np.concatenate([after for _, after in edges]),
-            np.concatenate([np.arange(size), two_ended, send_of, firsts]),
+            np.concatenate([np.arange(size), two_ended, send_of, firsts, nobody]),
         )
 
     def cycle(self, level: Nodes) -> list[int]:
@@ -108,7 +126,8 @@ class Waiting:
         while node not in place:
             place[node] = len(place)
             node = back[node]
-        ring = [self.about[n] for n in list(place)[place[node] :]]
+        nodes = list(place)[place[node] :]
+        ring = [self.about[n] for n in nodes if self.about[n] >= 0]
         # Nodes of one instruction stand together, but for the turn of the ring.
         result = [int(i) for n, i in enumerate(ring) if i != ring[n - 1]]
         return result or [int(ring[0])]
@@ -196,6 +215,9 @@ def known(streams: StreamModel, buffering: Buffering) -> None:
 
 
 def named(program: Program, index: int) -> str:
-    """An instruction in words, with its device and, beside compute, its stream."""
+    """An instruction in words, with its device, its stream, and its group."""
     stream = program.streams[program.stream[index]]
-    return f"{program.label(index)} ({index}, device {stream.device}, {stream})"
+    where = f"{index}, device {stream.device}, {stream}"
+    if others := program.posted_with(index):
+        where += f", posted with {', '.join(map(str, others))}"
+    return f"{program.label(index)} ({where})"

@@ -378,7 +378,9 @@ def _of_message(gap: Gap, trace: Trace, producer: str) -> str:
             figures.append(f"transit {show(over - gap.left)}")
     ready = trace.end[gap.waits_for]
     if gap.left > ready:
+        grouped = len(program.groups) and program.group[message.send] >= 0
         held = {
+            Why.NEEDS: " with the group it is posted in" if grouped else "",
             Why.PARTNER: f" until device {message.target} receives it",
             Why.SLOT: " until its link has room",
             Why.STREAM: " behind others of its link",

@@ -253,9 +253,25 @@ def _produce(
             hop += 1
 
 
-def steps_of(hops: Hops, nodes: Nodes, blocking: bool, late: bool) -> Index:
-    """The rank of the node beside which each hop is appended."""
+def steps_of(
+    hops: Hops, nodes: Nodes, blocking: bool, late: bool, together: Index | None = None
+) -> Index:
+    """The rank of the node beside which each hop is appended.
+
+    Args:
+        hops: tensors under way.
+        nodes: ops and groups.
+        blocking: the sender's next op waits for its sends.
+        late: receives are posted just in time.
+        together: for each hop the other one of its exchange, or -1: both are
+            appended as soon as both devices have produced theirs.
+    """
     follows = nodes.following if blocking and late else nodes.rank[:0]
+    joint = np.full(len(hops.source) if together is not None else 0, -1, dtype=np.int32)
+    if together is not None:
+        produced = nodes.rank[nodes.of_op[hops.source]]
+        both = np.flatnonzero(together >= 0)
+        joint[both] = np.maximum(produced[both], produced[together[both]]) + late
     columns = [
         hops.source,
         hops.target,
@@ -265,9 +281,10 @@ def steps_of(hops: Hops, nodes: Nodes, blocking: bool, late: bool) -> Index:
         follows,
         np.full(int(hops.link.max(initial=-1)) + 1, len(nodes.rank)),
         np.array([late], dtype=np.int8),
+        joint,
         np.empty(len(hops.source), dtype=np.int32),
     ]
-    return run(_step, columns, results=[8], size=len(hops.source))[0]
+    return run(_step, columns, results=[9], size=len(hops.source))[0]
 
 
 def _step(
@@ -279,15 +296,20 @@ def _step(
     following: Any,
     lowest: Any,
     late: Any,
+    joint: Any,
     step: Any,
 ) -> None:
-    """Beside the producer, or before the consumer.
+    """Beside the producer, or before the consumer; an exchange where it must be.
 
     Backwards, so that what is sent first is, on each link, handed on no later than
     what is sent after it: links are first in, first out.
     """
     for hop in range(len(source) - 1, -1, -1):
         step[hop] = rank[node[source[hop]]]
+        if len(joint) > 0 and joint[hop] >= 0:
+            step[hop] = joint[hop]
+            lowest[link[hop]] = min(lowest[link[hop]], joint[hop])
+            continue
         if late[0] == 0 or link[hop] < 0:
             continue
         behind = rank[node[target[hop]]]
@@ -330,6 +352,7 @@ def lay_out(
     steps: Index,
     streams: Streams,
     phase_of_messages: int,
+    order: Index | None = None,
 ) -> Layout:
     """Put every instruction in its place.
 
@@ -340,13 +363,18 @@ def lay_out(
         steps: for each hop, the rank of the node beside which it is handed on.
         streams: of all instructions.
         phase_of_messages: BEFORE that node, or BEHIND it.
+        order: all hops, as they come where several are handed on at one step;
+            default in the order of production.
     """
     size = len(nodes.rank)
     every = np.arange(max(size + 1, len(steps)), dtype=np.int32)
     node_starts, node_at = every[: size + 1], nodes.by_rank
     if (nodes.kind == Kind.REDUCE).any():
         node_starts, node_at = csr(size, _meeting(schedule, nodes), every[:size])
-    hop_starts, hop_at = csr(size, steps, every[: len(steps)])
+    if order is None:
+        hop_starts, hop_at = csr(size, steps, every[: len(steps)])
+    else:
+        hop_starts, hop_at = csr(size, steps[order], order)
     actions = [BESIDE.get(kind, (Action.COMPUTE, None))[0] for kind in Kind]
     total = size + len(steps) + hops.messages
     columns = [

@@ -16,11 +16,13 @@ Where a step lies for a message is the policy:
   receive also waits for the device's compute so far.
 * `transfers="blocking"`: the sender's next op waits until the message is sent,
   as Megatron does without overlap; the step then lies no later than that op.
+* `messages="grouped"`: where two devices exchange messages between the same two ops
+  of each, both do so in one group; see `exchange`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +30,7 @@ from numpy.typing import NDArray
 from pipeproof.sched.buffers import Blocks
 from pipeproof.sched.deps import Index, OpTable
 from pipeproof.sched.errors import ParameterError, UnsupportedError
+from pipeproof.sched.exchange import exchanges, groups_of, in_exchanges
 from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.kernels import run
 from pipeproof.sched.layout import (
@@ -49,6 +52,14 @@ _B, _I, _RELOAD = int(Kind.B), int(Kind.I), int(Kind.RELOAD)
 
 Transfers = Literal["overlapped", "blocking"]
 Receives = Literal["early", "late"]
+Messages = Literal["single", "grouped"]
+
+POLICIES: dict[str, tuple[str, ...]] = {
+    "transfers": get_args(Transfers),
+    "receives": get_args(Receives),
+    "messages": get_args(Messages),
+}
+"""The policies of lowering and their values, the default one first."""
 
 
 def lower(
@@ -56,6 +67,7 @@ def lower(
     *,
     transfers: Transfers = "overlapped",
     receives: Receives = "early",
+    messages: Messages = "single",
 ) -> Program:
     """What each device does on each of its streams.
 
@@ -63,18 +75,19 @@ def lower(
         schedule: one that `check` finds clean.
         transfers: beside the compute stream, or blocking the sender's.
         receives: posted as early as their buffers allow, or just in time.
+        messages: each posted by itself, or what two devices exchange between two
+            ops in one group, as torch's `batch_isend_irecv` does.
 
     Raises:
         ScheduleError: `check` has findings.
         ParameterError: an unknown policy.
         UnsupportedError: ops that are not lowered yet.
     """
-    if transfers not in ("overlapped", "blocking"):
-        raise ParameterError(
-            f"transfers must be 'overlapped' or 'blocking', got {transfers!r}"
-        )
-    if receives not in ("early", "late"):
-        raise ParameterError(f"receives must be 'early' or 'late', got {receives!r}")
+    asked = {"transfers": transfers, "receives": receives, "messages": messages}
+    for name, value in asked.items():
+        if value not in POLICIES[name]:
+            known = " or ".join(map(repr, POLICIES[name]))
+            raise ParameterError(f"{name} must be {known}, got {value!r}")
     schedule.report.raise_if_bad()
     _supported(schedule)
     table = schedule.table
@@ -82,9 +95,11 @@ def lower(
     streams = Streams.of(schedule)
     hops = Hops.of(schedule, table, nodes, streams)
     blocking, late = transfers == "blocking", receives == "late"
-    steps = steps_of(hops, nodes, blocking, late)
+    together = exchanges(nodes, hops) if messages == "grouped" else None
+    steps = steps_of(hops, nodes, blocking, late, together)
+    order = None if together is None else in_exchanges(together)
     phase = BEFORE if late else BEHIND
-    layout = lay_out(schedule, nodes, hops, steps, streams, phase)
+    layout = lay_out(schedule, nodes, hops, steps, streams, phase, order)
     blocks = Blocks.of(schedule, table, hops)
     touched = touches(schedule, table, nodes, hops, layout, blocks, reuse=not late)
     return Program(
@@ -101,6 +116,7 @@ def lower(
         touched.frees,
         messages_of(schedule, hops, layout),
         blocks.rows,
+        Lists.of([]) if together is None else groups_of(together, layout),
     )
 
 

@@ -31,9 +31,39 @@ SIDES = (
 
 
 def mismatches(program: Program) -> tuple[Finding, ...]:
-    """Messages without both sides, links out of order, reductions not met."""
-    found = tuple(_strays(program))
+    """Messages without both sides, links out of order, reductions not met.
+
+    What else asks about messages and groups asks here first.
+    """
+    found = misgrouped(program) or tuple(_strays(program))
     return found or (*_out_of_order(program), *_alone(program))
+
+
+def misgrouped(program: Program) -> tuple[Finding, ...]:
+    """Groups of anything but sends and receives of one device, each in one group."""
+    groups, size = program.groups, len(program)
+    members = groups.values
+    there = (members >= 0) & (members < size)
+    legal = there & (np.bincount(members[there], minlength=size)[members * there] == 1)
+    action, device = (
+        column[members * there] for column in (program.action, program.device)
+    )
+    legal &= (action == Action.SEND) | (action == Action.RECV)
+    first = np.minimum(groups.offsets[:-1], max(0, len(members) - 1))
+    legal &= device == device[first[groups.owner]]
+    return tuple(
+        Finding(
+            "posted",
+            int(device[place]),
+            None,
+            None,
+            expected="groups of sends and receives of one device, each in one group",
+            found=f"instruction {int(members[place])} in group "
+            f"{int(groups.owner[place])}",
+            remedy="Group only what one device hands to its library at once",
+        )
+        for place in np.flatnonzero(~legal).tolist()
+    )
 
 
 def _strays(program: Program) -> Iterator[Finding]:

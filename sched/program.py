@@ -13,7 +13,7 @@ schedule's ops they are columns of integers, and an `Instruction` is a view.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
 from itertools import pairwise
@@ -195,7 +195,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Lists:
-    """For each instruction a short list of integers.
+    """For each instruction (or group of them) a short list of integers.
 
     Attributes:
         offsets: int32 or int64, length instructions + 1.
@@ -204,6 +204,16 @@ class Lists:
 
     offsets: NDArray[Any]
     values: NDArray[Any]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]]) -> Lists:
+        """The same, from Python lists."""
+        offsets = np.zeros(len(rows) + 1, dtype=np.int32)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        return cls(offsets, np.array([v for row in rows for v in row], dtype=np.int32))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> list[int]:
         low, high = self.offsets[index], self.offsets[index + 1]
@@ -234,6 +244,7 @@ class Instruction:
     action: Action
     ops: tuple[Op, ...]
     message: Message | None
+    posted_with: tuple[int, ...]
     waits_for: tuple[int, ...]
     reads: tuple[Buffer, ...]
     writes: tuple[Buffer, ...]
@@ -262,6 +273,8 @@ class Program:
         reads, writes, frees: buffers.
         messages: int32 of shape (messages, 10), columns as in `Message`.
         buffers: int32 of shape (buffers, 6), columns as in `Buffer`.
+        groups: the SENDs and RECVs of one device that are posted as one: they start
+            together, once each of them could, and what waits for one waits for all.
     """
 
     schedule: Schedule
@@ -277,6 +290,7 @@ class Program:
     frees: Lists
     messages: Column
     buffers: Column
+    groups: Lists = field(default_factory=lambda: Lists.of([]))
 
     def __len__(self) -> int:
         """Number of instructions."""
@@ -293,6 +307,7 @@ class Program:
             Action(int(self.action[index])),
             tuple(self.schedule.ops[first : first + int(self.op_count[index])]),
             None if message < 0 else self.message_at(message),
+            tuple(self.posted_with(index)),
             tuple(self.waits_for[index]),
             tuple(map(self.buffer_at, self.reads[index])),
             tuple(map(self.buffer_at, self.writes[index])),
@@ -326,6 +341,19 @@ class Program:
     def device(self) -> Column:
         """The device of each instruction."""
         return np.array([s.device for s in self.streams], dtype=np.int32)[self.stream]
+
+    @cached_property
+    def group(self) -> Column:
+        """The group of each instruction; -1 where it has none."""
+        number = np.full(len(self), -1, dtype=np.int32)
+        number[self.groups.values] = self.groups.owner
+        return number
+
+    def posted_with(self, index: int) -> list[int]:
+        """The other instructions of its group."""
+        if not len(self.groups) or (number := int(self.group[index])) < 0:
+            return []
+        return [other for other in self.groups[number] if other != index]
 
     @cached_property
     def op_kind(self) -> NDArray[np.int8]:
@@ -366,6 +394,8 @@ class Program:
 
     def _line(self, instruction: Instruction) -> str:
         text = f"{instruction.index:>3} {instruction.label}"
+        if instruction.posted_with:
+            text += f" with {', '.join(map(str, instruction.posted_with))}"
         if instruction.waits_for:
             text += f" after {', '.join(map(str, instruction.waits_for))}"
         for verb, buffers in (

@@ -27,7 +27,7 @@ from pipeproof.sched.findings import Finding, Report
 from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.kernels import levels
 from pipeproof.sched.lower import lower
-from pipeproof.sched.matching import meetings, mismatches
+from pipeproof.sched.matching import meetings, misgrouped, mismatches
 from pipeproof.sched.program import Action, BufferKind, Program
 from pipeproof.sched.races import elsewhere, races, rings, slots
 from pipeproof.sched.walk import Difference, Past, Walk
@@ -203,7 +203,7 @@ def prove(program: Program | Schedule) -> Certificate | Refutation:
             f"{type(program).__name__}"
         )
     schedule = program.schedule
-    if found := (*rings(program), *elsewhere(program)):
+    if found := misgrouped(program) or (*rings(program), *elsewhere(program)):
         return Refutation(schedule, found)
     if found := mismatches(program) or deadlocks(program):
         return Refutation(schedule, found)
@@ -434,7 +434,8 @@ def _digest(program: Program) -> str:
     sha = hashlib.sha256(program.schedule.digest.encode())
     streams = ((s.device, int(s.kind), s.peer) for s in program.streams)
     sha.update(repr(list(streams)).encode())
-    lists = (program.waits_for, program.reads, program.writes, program.frees)
+    lists = [program.waits_for, program.reads, program.writes, program.frees]
+    lists.append(program.groups)
     for column in (
         program.stream,
         program.action,

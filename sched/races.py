@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from pipeproof.sched.deadlock import Waiting, named
 from pipeproof.sched.findings import Finding
+from pipeproof.sched.groups import needs
 from pipeproof.sched.kernels import csr, run
 from pipeproof.sched.program import BufferKind, Program
 
@@ -164,11 +165,13 @@ def _ordered_on_device(
     for members in program.by_stream:
         number[members] = np.arange(1, len(members) + 1)
         before[members[1:]] = members[:-1]
+    before[program.groups.values] = -1  # what they wait for is among their needs
+    waits = needs(program)
     columns = [
         order,
         before,
-        program.waits_for.offsets,
-        program.waits_for.values,
+        waits.offsets,
+        waits.values,
         program.device,
         width,
         clock_of,

@@ -42,15 +42,44 @@ class Case:
         return self.input_grad + self.weight_grad
 
     @property
+    def times(self) -> tuple[Any, Any, Any]:
+        """F, I, W."""
+        return self.forward, self.input_grad, self.weight_grad
+
+    @property
+    def joint(self) -> Any:
+        """F&B, as long as both where nothing is said."""
+        return self.forward + self.backward if self.overlap is None else self.overlap
+
+    @property
+    def equal_times(self) -> bool:
+        """F = I = W."""
+        return bool(self.forward == self.input_grad == self.weight_grad)
+
+    @property
+    def fill_drain(self) -> Any:
+        """(P-1)(F+B): what filling and draining a pipeline of whole shares idles."""
+        return (self.p - 1) * (self.forward + self.backward)
+
+    @property
     def ideal(self) -> Any:
         """M (F + B): the time a device computes, if nothing overlaps."""
         return self.m * (self.forward + self.backward)
 
 
-IdleOf = Literal["step", "span", "device", "most"]
+Bounds = tuple[Number, Number | None]
+"""Between what an idle time lies; None for no upper bound."""
+
+
+def at_most_fill_drain(case: Case) -> Bounds:
+    """GPipe's idle time at most."""
+    return 0, case.fill_drain
+
+
+IdleOf = Literal["step", "span", "most"]
 """Which idle time a formula gives: of a device in the step, in the mean
-(`makespan - ideal`); inside the longest span (`span - ideal`); of the device that
-idles most inside its own span; or of the device that idles most in the step."""
+(`makespan - ideal`); inside the longest span (`span - ideal`); or of the device that
+idles most in the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +118,7 @@ class Row:
     peak_of: Callable[[Case, int], Number]
     idle_of: IdleOf = "step"
     holds: Callable[[Case], bool] = lambda case: True
-    bounds: Callable[[Case], tuple[Number, Number | None]] = lambda case: (0, None)
+    bounds: Callable[[Case], Bounds] = lambda case: (0, None)
     allows: Callable[[Case], bool] = lambda case: True
     figure: Case = Case(4, 8)
 

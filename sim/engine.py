@@ -25,16 +25,17 @@ from pipeproof.sched import Action, Program
 from pipeproof.sched.deps import csr
 from pipeproof.sched.errors import PipeproofError
 from pipeproof.sched.exact import Number
+from pipeproof.sched.groups import Edges
 from pipeproof.sched.program import Lists
 from pipeproof.sim.cluster import Cluster
 from pipeproof.sim.fair import FairLinks
 from pipeproof.sim.timing import Timing
 from pipeproof.sim.topology import Sharing
 from pipeproof.sim.waits import (
-    Edges,
     admitted_by_start,
+    in_program,
     not_in_program,
-    streams_in_turn,
+    others_in_turn,
 )
 
 if TYPE_CHECKING:
@@ -239,16 +240,14 @@ def _where(program: Program, action: Action) -> NDArray[np.int64]:
 
 def _edges(program: Program, cluster: Cluster) -> Edges:
     """Which instruction must end before which may start."""
-    turns = streams_in_turn(program, cluster)
-    before = [members[:-1] for members in turns]
-    after = [members[1:] for members in turns]
-    for waits, starts in (
-        (program.waits_for.values.astype(np.int64), program.waits_for.owner),
+    waits = in_program(program, cluster)
+    some = (
+        others_in_turn(program, cluster),
+        (waits.values.astype(np.int64), waits.owner),
         not_in_program(program, cluster),
-    ):
-        before.append(waits)
-        after.append(starts)
-    return np.concatenate(before), np.concatenate(after)
+    )
+    before, after = map(np.concatenate, zip(*some))
+    return before, after
 
 
 def _grouped(count: int, edges: Edges) -> list[list[int]]:

@@ -250,7 +250,7 @@ def _predecessors(
     late = np.flatnonzero(send_of >= np.arange(len(program)))
     if len(late):
         raise not_in_order(program, int(late[0]))
-    last = [-1] * len(program.streams)
+    last = [-1] * (int(turn.max(initial=-1)) + 1)
     result = []
     for index, (stream, needed) in enumerate(zip(turn.tolist(), waits.to_lists())):
         previous = last[stream]

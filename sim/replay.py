@@ -10,7 +10,7 @@ queue of events is needed: in that order,
 which are the additions and comparisons of the discrete-event engine, and so its
 times to the last bit. What it waits for is
 
-* the instruction before it on its stream, and its `waits_for`;
+* the instruction before it on its stream, its `waits_for`, and what its group adds;
 * of a REDUCE, what the other devices' reductions of this stage wait for;
 * of a SEND with k buffers, the end of the receive k messages before;
 * of a SEND under rendezvous, what its receive waits for before it is posted. In
@@ -34,11 +34,17 @@ from numpy.typing import NDArray
 from pipeproof.sched import Action, Program, kernels
 from pipeproof.sched.deps import csr
 from pipeproof.sched.errors import UnsupportedError
+from pipeproof.sched.groups import Edges
 from pipeproof.sched.program import Lists
 from pipeproof.sim.cluster import Cluster
 from pipeproof.sim.timing import Timing
 from pipeproof.sim.topology import contended
-from pipeproof.sim.waits import Edges, admitted_by_start, not_in_program, turns
+from pipeproof.sim.waits import (
+    admitted_by_start,
+    in_program,
+    not_in_program,
+    turns,
+)
 
 _RECV = int(Action.RECV)
 
@@ -69,7 +75,7 @@ def replay(
         waits.values,
         timing.durations,
         timing.latencies,
-        np.zeros(len(program.streams), dtype=dtype),
+        np.zeros(int(turn.max(initial=-1)) + 1, dtype=dtype),
         np.zeros(len(program), dtype=dtype),
         np.zeros(len(program), dtype=dtype),
         np.full(1, -1),
@@ -146,22 +152,24 @@ def not_in_order(program: Program, index: int) -> UnsupportedError:
 
 def all_waits(program: Program, turn: NDArray[Any], cluster: Cluster) -> Lists:
     """All that each instruction waits for, beside its stream and its message."""
+    waits = in_program(program, cluster)
     before, after = not_in_program(program, cluster)
     recvs, sends = admitted_by_start(program, cluster)
     if len(sends):
-        further = _posted(program, turn, recvs, sends)
+        further = _posted(program, waits, turn, recvs, sends)
         before = np.concatenate([before, further[0]])
         after = np.concatenate([after, further[1]])
     if not len(before):
-        return program.waits_for
-    rows = np.concatenate([program.waits_for.owner, after])
-    values = np.concatenate([program.waits_for.values, before])
+        return waits
+    rows = np.concatenate([waits.owner, after])
+    values = np.concatenate([waits.values, before])
     offsets, grouped = csr(len(program), rows, values)
     return Lists(offsets, grouped.astype(np.int32))
 
 
 def _posted(
     program: Program,
+    waits: Lists,
     turn: NDArray[Any],
     recvs: NDArray[np.int64],
     sends: NDArray[np.int64],
@@ -174,8 +182,8 @@ def _posted(
     send_of = np.full(len(program), -1, dtype=np.int64)
     send_of[recvs] = sends
     behind = previous[recvs] >= 0
-    owner = send_of[program.waits_for.owner]
+    owner = send_of[waits.owner]
     return (
-        np.concatenate([previous[recvs[behind]], program.waits_for.values[owner >= 0]]),
+        np.concatenate([previous[recvs[behind]], waits.values[owner >= 0]]),
         np.concatenate([sends[behind], owner[owner >= 0]]),
     )

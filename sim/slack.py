@@ -53,7 +53,7 @@ def slack(trace: Trace, cluster: Cluster | None = None) -> NDArray[Any]:
     # its own start on.
     duration[program.recv_of] = under_way
     latest = np.full(len(program), max(end.tolist()), dtype=dtype)
-    after = np.full(len(program.streams), -1)
+    after = np.full(int(turn.max(initial=-1)) + 1, -1)
     columns = [turn, send_of, waits.offsets, waits.values, duration, after, latest]
     size = len(program) + len(waits.values)
     (found,) = kernels.run(_latest, columns, results=[6], size=size)

@@ -136,7 +136,10 @@ def _answer(batch: Batch) -> dict[str, Answer]:
     try:
         with noted(first):
             program = lower(
-                first.make(), transfers=first.transfers, receives=first.receives
+                first.make(),
+                transfers=first.transfers,
+                receives=first.receives,
+                messages=first.messages,
             )
     except PipeproofError as error:
         return dict.fromkeys(batch, _without(error))

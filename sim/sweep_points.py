@@ -19,7 +19,7 @@ from pipeproof.sched import CATALOG, Schedule, catalog
 from pipeproof.sched import recompute as rematerialise
 from pipeproof.sched.errors import ParameterError, PipeproofError
 from pipeproof.sched.ir import check_name
-from pipeproof.sched.lower import Receives, Transfers
+from pipeproof.sched.lower import POLICIES, Messages, Receives, Transfers
 from pipeproof.sched.transforms import Policy
 from pipeproof.sim.cluster import Cluster
 from pipeproof.sim.cost import Cost
@@ -40,7 +40,7 @@ class Point:
         devices, micro_batches: its sizes.
         options: what the generator takes beside them.
         recompute: policy of `recompute`; None for the schedule as it is.
-        transfers, receives: how it is lowered, see `lower`.
+        transfers, receives, messages: how it is lowered, see `lower`.
         cost: as `simulate` takes it, or a function of the schedule that makes it.
         cluster: as `simulate` takes it.
         cost_name, cluster_name: what the results call those.
@@ -53,6 +53,7 @@ class Point:
     recompute: Policy | None = None
     transfers: Transfers = "overlapped"
     receives: Receives = "early"
+    messages: Messages = "single"
     cost: Pricing = field(default_factory=Cost)
     cost_name: str = "default"
     cluster: Cluster = field(default_factory=Cluster)
@@ -82,6 +83,7 @@ class Point:
             "recompute": self.recompute or "",
             "transfers": self.transfers,
             "receives": self.receives,
+            "messages": self.messages,
             "cost": self.cost_name,
             "cluster": self.cluster_name,
         }
@@ -120,6 +122,7 @@ def grid(
     recompute: Iterable[Policy | None] = (None,),
     transfers: Iterable[Transfers] = ("overlapped",),
     receives: Iterable[Receives] = ("early",),
+    messages: Iterable[Messages] = ("single",),
     **options: Iterable[Any],
 ) -> list[Point]:
     """Every combination, the first arguments varying slowest.
@@ -137,6 +140,7 @@ def grid(
         recompute: policies; None is the schedule as it is.
         transfers: beside the compute stream, or blocking; see `lower`.
         receives: posted early or late; likewise.
+        messages: single or grouped; likewise.
         options: of the generators (`chunks=[2, 4]`); None is a generator's
             default. One goes to the schedules that have it: beside `chunks`,
             1F1B appears once.
@@ -152,6 +156,7 @@ def grid(
         "recompute": recompute,
         "transfers": transfers,
         "receives": receives,
+        "messages": messages,
         **options,
     }
     values = {name: _several(name, axis) for name, axis in axes.items()}
@@ -166,17 +171,24 @@ def grid(
             "recompute": policy,
             "transfers": sending,
             "receives": receiving,
+            "messages": posting,
             "cost": cost,
             "cost_name": cost_name,
             "cluster": cluster,
             "cluster_name": cluster_name,
         }
-        for policy, sending, receiving, (cost_name, cost), (cluster_name, cluster) in (
-            product(
-                *(values[name] for name in ("recompute", "transfers", "receives")),
-                (costs or {"default": Cost()}).items(),
-                (clusters or {"default": Cluster()}).items(),
-            )
+        for (
+            policy,
+            sending,
+            receiving,
+            posting,
+            (cost_name, cost),
+            (cluster_name, cluster),
+        ) in product(
+            values["recompute"],
+            *(values[name] for name in POLICIES),
+            (costs or {"default": Cost()}).items(),
+            (clusters or {"default": Cluster()}).items(),
         )
     ]
     of_options = {name: values[name] for name in options}
@@ -268,7 +280,7 @@ def keyed(points: list[Point]) -> tuple[dict[str, Point], dict[str, str]]:
 
     for point in points:
         sizes = (point.devices, point.micro_batches, point.options)
-        how = (point.recompute, point.transfers, point.receives)
+        how = (point.recompute, *(getattr(point, name) for name in POLICIES))
         program = _digest(
             release,
             *map(_canonical, (*sizes, *how)),

@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched import Action, Program
+from pipeproof.sched.groups import Edges, for_all, needs, turns_of_others
+from pipeproof.sched.program import Lists
 from pipeproof.sched.streams import in_turn, turn_of
 from pipeproof.sim.cluster import Cluster
-
-Edges = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""Pairs (before, after) of instructions."""
 
 
 def streams_in_turn(program: Program, cluster: Cluster) -> list[NDArray[np.int64]]:
@@ -26,21 +25,28 @@ def streams_in_turn(program: Program, cluster: Cluster) -> list[NDArray[np.int64
     list, in the program's order. There every instruction stands behind all that it
     waits for: merging streams delays a program that `lower` wrote, and never
     deadlocks it, but where sender and receiver are one stream (`sync` on a shared
-    processor) under rendezvous.
+    processor) under rendezvous, or both exchange messages in groups.
     """
     return in_turn(program, cluster.streams, shared_processor=cluster.shared_processor)
 
 
 def turns(program: Program, cluster: Cluster) -> NDArray[np.int32]:
-    """For each instruction the number of the first stream that is one with its own."""
+    """For each instruction a number: equal for those that take turns.
+
+    That of the first stream that is one with its own; of those posted in a group,
+    which take none, one for each behind these.
+    """
     first: dict[Hashable, int] = {}
     numbers = [
         first.setdefault(_turn(program, number, cluster), number)
         for number in range(len(program.streams))
     ]
-    if numbers == list(range(len(numbers))):
+    if numbers == list(range(len(numbers))) and not len(program.groups):
         return program.stream
-    return np.array(numbers, dtype=np.int32)[program.stream]
+    result = np.array(numbers, dtype=np.int32)[program.stream]
+    posted = program.groups.values
+    result[posted] = len(numbers) + np.arange(len(posted))
+    return result
 
 
 def _turn(program: Program, number: int, cluster: Cluster) -> Hashable:
@@ -48,6 +54,18 @@ def _turn(program: Program, number: int, cluster: Cluster) -> Hashable:
     return turn_of(
         program, number, cluster.streams, shared_processor=cluster.shared_processor
     )
+
+
+def others_in_turn(program: Program, cluster: Cluster) -> Edges:
+    """Which instruction follows which on its stream, but for those in groups."""
+    return turns_of_others(
+        program, cluster.streams, shared_processor=cluster.shared_processor
+    )
+
+
+def in_program(program: Program, cluster: Cluster) -> Lists:
+    """What each waits for by the program: `waits_for`, and what its groups add."""
+    return needs(program, cluster.streams, shared_processor=cluster.shared_processor)
 
 
 def not_in_program(program: Program, cluster: Cluster) -> Edges:
@@ -103,5 +121,5 @@ def _meetings(program: Program, cluster: Cluster) -> list[Edges]:
         ]
         if pairs:
             ends = np.array(pairs, dtype=np.int64)
-            result.append((ends[:, 0], ends[:, 1]))
+            result.append(for_all(program, ends[:, 0], ends[:, 1]))
     return result

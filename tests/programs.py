@@ -32,6 +32,7 @@ class Part:
     reads: list[int]
     writes: list[int]
     frees: list[int]
+    group: int = -1
 
 
 def parts_of(program: Program) -> list[Part]:
@@ -48,6 +49,7 @@ def parts_of(program: Program) -> list[Part]:
             program.reads[i],
             program.writes[i],
             program.frees[i],
+            int(program.group[i]),
         )
         for i in range(len(program))
     ]
@@ -60,8 +62,8 @@ def assembled(
 ) -> Program:
     """The program of these instructions, in this order.
 
-    Waits for instructions that are gone are gone; messages name the first
-    instruction that sends and receives them, or -1.
+    Waits for instructions that are gone are gone, and so are these from their
+    groups; messages name the first instruction that sends and receives them, or -1.
     """
     place: dict[int, int] = {}
     for i, part in enumerate(parts):
@@ -87,19 +89,19 @@ def assembled(
         first_op=column("first_op"),
         op_count=column("op_count"),
         message=column("message"),
-        waits_for=_lists(waits),
-        reads=_lists(part.reads for part in parts),
-        writes=_lists(part.writes for part in parts),
-        frees=_lists(part.frees for part in parts),
+        waits_for=Lists.of(waits),
+        reads=Lists.of([part.reads for part in parts]),
+        writes=Lists.of([part.writes for part in parts]),
+        frees=Lists.of([part.frees for part in parts]),
         messages=messages,
         buffers=buffers,
+        groups=Lists.of(
+            [
+                [i for i, part in enumerate(parts) if part.group == number]
+                for number in sorted({part.group for part in parts} - {-1})
+            ]
+        ),
     )
-
-
-def _lists(values: Iterable[list[int]]) -> Lists:
-    every = list(values)
-    offsets = np.cumsum([0, *map(len, every)]).astype(np.int32)
-    return Lists(offsets, np.array([v for row in every for v in row], dtype=np.int32))
 
 
 def mutant(program: Program, dice: random.Random) -> tuple[str, Program]:
@@ -108,7 +110,7 @@ def mutant(program: Program, dice: random.Random) -> tuple[str, Program]:
     at = dice.randrange(len(parts))
     part = parts[at]
     edits = ["drop", "double", "swap", "read", "write", "free", "message", "op"]
-    edits += ["wait", "wait", "early reduce", "early free", "slot", "slot"]
+    edits += ["wait", "wait", "early reduce", "early free", "slot", "slot", "group"]
     edit = dice.choice(edits)
     match edit:
         case "drop":
@@ -152,6 +154,13 @@ def mutant(program: Program, dice: random.Random) -> tuple[str, Program]:
             device = program.device[part.key]
             others = [p for p in parts if program.device[p.key] == device]
             dice.choice(others).frees.append(part.frees.pop())
+        case "group":
+            speak = [p for p in parts if p.message >= 0]
+            if speak:
+                here = program.device[dice.choice(speak).key]
+                mine = [p for p in speak if program.device[p.key] == here]
+                for part in dice.sample(mine, min(len(mine), 2)):
+                    part.group = len(parts) + at
         case "slot":
             buffer, other = (dice.randrange(len(program.buffers)) for _ in range(2))
             if program.buffers[buffer, 1] == program.buffers[other, 1]:
@@ -256,10 +265,21 @@ class Play:
         return True
 
     def may_start(self, i: int) -> bool:
-        needs = set(self.instructions[i].waits_for)
-        if i in self.before:
-            needs.add(self.before[i])
-        return i not in self.started and needs <= self.done
+        group = self.group(i)
+        needs: set[int] = set()
+        for member in group:
+            needs.update(self.instructions[member].waits_for)
+            before = self.before.get(member)
+            while before in group and before is not None:
+                before = self.before.get(before)
+            if before is not None:
+                needs.add(before)
+        everyone = {other for need in needs for other in self.group(need)}
+        return i not in self.started and everyone <= self.done
+
+    def group(self, i: int) -> set[int]:
+        """Those that start as one with an instruction."""
+        return {i, *self.instructions[i].posted_with}
 
     def other(self, i: int) -> int | None:
         """The other side of a message, by its place on the link."""

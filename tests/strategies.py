@@ -13,15 +13,30 @@ from fractions import Fraction
 
 from hypothesis import strategies as st
 
-from pipeproof.sched import CATALOG, Kind, Op, Ops, Placement, Schedule, overlap
+from pipeproof.sched import (
+    CATALOG,
+    Kind,
+    Op,
+    Ops,
+    Placement,
+    Program,
+    Schedule,
+    overlap,
+)
 from pipeproof.sched.ir import STAGE_KINDS
+from pipeproof.sched.lower import POLICIES
 from pipeproof.sched.row import Case
-from pipeproof.sim import Cost
+from pipeproof.sim import Cluster, Cost
 
 sizes = st.integers(1, 6)
 
 times = st.integers(0, 9) | st.builds(Fraction, st.integers(0, 9), st.integers(1, 6))
 positive_times = times.map(lambda time: time + 1)
+
+policies = st.fixed_dictionaries(
+    {name: st.sampled_from(values) for name, values in POLICIES.items()}
+)
+"""Of lowering."""
 
 costs = st.builds(
     Cost, forward=positive_times, input_grad=positive_times, weight_grad=times
@@ -39,6 +54,15 @@ def costs_of_stages(draw: st.DrawFn, stages: int) -> Cost:
         backward=draw(st.none() | some),
         recompute=draw(st.none() | some),
     )
+
+
+def hangs(program: Program, cluster: Cluster) -> bool:
+    """Whether one stream of all devices exchanges messages with itself.
+
+    Of two groups that meet there, one would come after the other.
+    """
+    one = cluster.streams == "sync" and cluster.shared_processor
+    return one and len(program.groups) > 0
 
 
 def needs(op: Op, there: set[Op], stages: int, slices: int) -> list[Op]:

@@ -32,10 +32,14 @@ SIZES = [
     for p in (*range(1, 9), 16)
     for m in sorted({1, max(1, p - 1), p, 2 * p, 3 * p + 1})
 ]
-POLICIES = [
-    {"transfers": transfers, "receives": receives}
-    for transfers in ("overlapped", "blocking")
-    for receives in ("early", "late")
+POLICIES: list[dict[str, Any]] = [
+    *(
+        {"transfers": transfers, "receives": receives}
+        for transfers in ("overlapped", "blocking")
+        for receives in ("early", "late")
+    ),
+    {"messages": "grouped"},
+    {"messages": "grouped", "transfers": "blocking", "receives": "late"},
 ]
 
 each_row = pytest.mark.parametrize("row", ROWS)
@@ -49,8 +53,6 @@ def idle_of(run: Trace, row: Row) -> Any:
             return run.makespan - run.ideal
         case "span":
             return run.span - run.ideal
-        case "device":
-            return max(span - busy for span, busy in zip(run.spans, run.busy))
         case "most":
             return run.makespan - min(run.busy)
 

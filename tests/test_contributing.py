@@ -1,7 +1,9 @@
 """The guide's new schedule is one file, one row, and no other change."""
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,12 +20,20 @@ GUIDE = Path(__file__).parents[1] / "CONTRIBUTING.md"
 @pytest.fixture
 def row(monkeypatch: pytest.MonkeyPatch) -> Row:
     """The example's row, in the catalogue for the time of a test."""
-    file, text = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
-    module: dict[str, Any] = {"__name__": "pipeproof.sched.gen.ahead"}
-    exec(compile(file, "ahead.py", "exec"), module)
-    row: Row = eval(text, {**vars(catalog), **module})
-    monkeypatch.setitem(CATALOG, row.name, row)
-    return row
+    (file,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    (diff,) = re.findall(r"```diff\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    module = ModuleType("pipeproof.sched.gen.ahead")
+    exec(compile(file, "ahead.py", "exec"), vars(module))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    line, entry = (added.removeprefix("+") for added in diff.splitlines())
+    text = Path(str(catalog.__file__)).read_text()
+    for place, new in (("from pipeproof.sched.gen.", line), ("        NAIVE,", entry)):
+        text = text.replace(place, f"{new}\n{place}", 1)
+    changed: dict[str, Any] = {"__name__": catalog.__name__}
+    exec(compile(text, "catalog.py", "exec"), changed)
+    (name,) = changed["CATALOG"].keys() - CATALOG.keys()
+    monkeypatch.setitem(CATALOG, name, changed["CATALOG"][name])
+    return CATALOG[name]
 
 
 def test_keeps_what_all_rows_keep(row: Row) -> None:

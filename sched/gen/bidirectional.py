@@ -8,12 +8,13 @@ and at the end of the step the two devices that hold a stage sum its gradients
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.errors import ParameterError, at_least_one
-from pipeproof.sched.gen.v_shape import Way, eight_parts
+from pipeproof.sched.exact import ratio
 from pipeproof.sched.ir import (
     B,
     F,
@@ -25,6 +26,7 @@ from pipeproof.sched.ir import (
     op,
 )
 from pipeproof.sched.placement import Placement
+from pipeproof.sched.row import Bounds, Case, Row
 
 
 def gems(devices: int, micro_batches: int) -> Schedule:
@@ -63,7 +65,7 @@ def gems(devices: int, micro_batches: int) -> Schedule:
     for d in range(p):
         stage = np.where(pipe_of == 0, d, p - 1 - d)
         rows.append(alternate(F(stage, every), B(stage, every)))
-    return _summed("gems", rows, m, pipe_of)
+    return summed("gems", rows, m, pipe_of)
 
 
 def chimera(devices: int, micro_batches: int) -> Schedule:
@@ -97,7 +99,7 @@ def chimera(devices: int, micro_batches: int) -> Schedule:
         That residual micro-batches are scheduled so is from memory.
     """
     at_least_one(devices=devices, micro_batches=micro_batches)
-    _even("chimera", devices=devices)
+    even("chimera", devices=devices)
     p, m = devices, micro_batches
     every = np.arange(m)
     pipe_of = every % 2
@@ -108,57 +110,10 @@ def chimera(devices: int, micro_batches: int) -> Schedule:
         slots = np.concatenate([unit + stage, unit + 2 * p - 1 - stage])
         both = F(stage, every) + B(stage, every)
         rows.append(both.take(np.argsort(slots)))
-    return _summed("chimera", rows, m, pipe_of)
+    return summed("chimera", rows, m, pipe_of)
 
 
-def dualpipe(devices: int, micro_batches: int) -> Schedule:
-    """Two directions, in which forwards and backwards of each overlap.
-
-    With p=2, m=4, every op one tick::
-
-        device 0 | 0F0     1F2     0F1     1B2     1F3&0B0 ------- 1B3     0I1
-        device 1 | 0F2     1F0     0F3     1B0     1F1&0B2 ------- 1B1     0I3
-
-    Placement: stages d and p-1-d on device d: the first half of the micro-batches
-        goes down the devices, the second up.
-    Bubble: (p/2-1)(F&B+B-3W) idle in the step on the device that idles most,
-        where F = I, W <= F and F&B, the joint time, lies in max(F,B) ... F+B;
-        equal stages, free links.
-    Peak memory: p+1 micro-batch activations on every device, beside weights twice.
-
-    Args:
-        devices: p, even, a stage of either direction on each.
-        micro_batches: m, per step, even, at least 2p.
-
-    Raises:
-        ParameterError: a size below 1 or odd, or fewer than 2p micro-batches.
-
-    Source:
-        DeepSeek-AI 2024, arXiv:2412.19437, 3.2.1; the eight parts of
-        github.com/deepseek-ai/DualPipe. The paper states the bubble without the
-        conditions; outside them it is another.
-    """
-    at_least_one(devices=devices, micro_batches=micro_batches)
-    _even("dualpipe", devices=devices, micro_batches=micro_batches)
-    p, m = devices, micro_batches
-    if m < 2 * p:
-        raise ParameterError(
-            f"dualpipe needs at least two micro-batches for each device, {2 * p} for "
-            f"{p} devices, got {m}"
-        )
-    pipe_of = np.repeat([0, 1], m // 2)
-    rows = []
-    for d in range(p):
-        ways = [
-            Way(stage, np.flatnonzero(pipe_of == pipe))
-            for pipe, stage in enumerate((d, p - 1 - d))
-        ]
-        near, far = ways if d < p // 2 else ways[::-1]
-        rows.append(eight_parts(p // 2, near, far))
-    return _summed("dualpipe", rows, m, pipe_of)
-
-
-def _even(name: str, **sizes: int) -> None:
+def even(name: str, **sizes: int) -> None:
     """Refuse odd sizes.
 
     Raises:
@@ -172,7 +127,7 @@ def _even(name: str, **sizes: int) -> None:
             )
 
 
-def _summed(
+def summed(
     name: str, rows: Sequence[Ops], micro_batches: int, pipe_of: NDArray[np.int64]
 ) -> Schedule:
     """The schedule, with each stage's REDUCE behind its last backward on a device."""
@@ -199,3 +154,56 @@ def _summed(
         micro_batches=micro_batches,
         pipe_of=pipe_of,
     )
+
+
+def _chimera_holds(case: Case) -> bool:
+    f, b = case.forward, case.backward
+    return case.m % case.p == 0 and bool(b in (f, 2 * f))
+
+
+def _chimera_idle(case: Case) -> Any:
+    p, m, f = case.p, case.m, case.forward
+    return (p - 2) * (f if case.backward == f else f * ratio(m + p, p))
+
+
+GEMS = Row(
+    name="gems",
+    generator=gems,
+    summary="the least activations; two replicas, hardly any parallelism",
+    source="Jain et al. 2020, GEMS, SC 2020",
+    constraints="none",
+    bubble="(p-1)(2m+1)/((p-1)(2m+1)+3m)",
+    peak="1",
+    idle=lambda case: (
+        (case.p - 1)
+        * (
+            case.forward
+            + case.backward
+            + (case.m - 1) * max(case.forward, case.backward)
+        )
+    ),
+    peak_of=lambda case, d: 1,
+    figure=Case(4, 4),
+)
+
+
+def _units_of_their_own(case: Case) -> Bounds:
+    """At most what GPipe idles for p micro-batches, in each unit."""
+    return 0, -(-case.m // case.p) * case.fill_drain
+
+
+CHIMERA = Row(
+    name="chimera",
+    generator=chimera,
+    summary="two replicas; half of 1F1B's bubble where m is about p",
+    source="Li and Hoefler 2021, 2107.06925, 3.1",
+    constraints="p even",
+    bubble="(p-2)/(2m+p-2) at F=B",
+    peak="p/2+1 outside to p inside",
+    idle=_chimera_idle,
+    peak_of=lambda case, d: case.p // 2 + 1 + min(d, case.p - 1 - d),
+    holds=_chimera_holds,
+    bounds=_units_of_their_own,
+    allows=lambda case: case.p % 2 == 0,
+    figure=Case(4, 4),
+)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from pipeproof.sched.errors import at_least_one
 from pipeproof.sched.gen.one_f_one_b import one_f_one_b
 from pipeproof.sched.ir import Kind, Ops, Schedule, op
+from pipeproof.sched.row import Case, Row
 
 
 def bpipe(devices: int, micro_batches: int) -> Schedule:
@@ -85,3 +86,29 @@ def _with_copies(row: Ops, evicted: NDArray[np.int64]) -> Ops:
     copies = [op(kind, stage, evicted) for kind in (Kind.OFFLOAD, Kind.RELOAD)]
     ahead_of = np.concatenate([np.arange(len(row)) + 0.5, forward + 1, backward - 1])
     return Ops.of([row, *copies]).take(np.argsort(ahead_of, kind="stable"))
+
+
+def _bpipe_peak(case: Case, d: int) -> int:
+    """A device's own, up to the most; its partner's own and what it takes over."""
+    most = (case.p + 3) // 2
+    own, others = min(case.p - d, case.m), min(d + 1, case.m)
+    if own > most or others <= most:
+        return min(own, most)
+    # Of any others - 2 micro-batches in turn, others - most are away. One more is
+    # while the one that leaves next has left and the one back next is not back: two
+    # that are others - 2 apart, the first of them e or later.
+    e = -(-(most - 2) // (others - most))
+    return own + others - most + (case.m >= others - 1 + e)
+
+
+BPIPE = Row(
+    name="bpipe",
+    generator=bpipe,
+    summary="1F1B's bubble; the first devices' activations kept by the last",
+    source="Kim et al. 2023, BPipe, ICML 2023",
+    constraints="none",
+    bubble="(p-1)/(m+p-1)",
+    peak="at most ceil((p+2)/2)",
+    idle=lambda case: case.fill_drain,
+    peak_of=_bpipe_peak,
+)

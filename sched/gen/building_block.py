@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 from pipeproof.sched.errors import ParameterError, at_least_one
-from pipeproof.sched.exact import Number, is_number
+from pipeproof.sched.exact import Number, is_number, ratio
 from pipeproof.sched.gen.squeeze import (
     DOWN,
     F0,
@@ -43,6 +43,7 @@ from pipeproof.sched.gen.squeeze import (
     Timetable,
 )
 from pipeproof.sched.ir import Schedule
+from pipeproof.sched.row import Bounds, Case, Row
 
 Times = tuple[Number, Number, Number]
 
@@ -222,3 +223,48 @@ def _laid(places: Sequence[dict[int, int]], times: tuple[int, int, int]) -> Bloc
             starts[d][part] = now
             now += length
     return Block(tuple((*row,) for row in starts), interval, times)
+
+
+def _v_half_bounds(case: Case) -> Bounds:
+    """A round for each device, and what each micro-batch adds."""
+    f, i, w = case.times
+    grows = max(0, abs(f - i) - ratio(w, 2))
+    return 0, case.p * (case.forward + case.backward) + case.m * grows
+
+
+def _v_min_bounds(case: Case) -> Bounds:
+    """A round for each device, and what each micro-batch adds."""
+    f, i, w = case.times
+    grows = max(0, 2 * max(f, i) - min(f, i) - w)
+    return 0, case.p * (case.forward + case.backward) + case.m * grows
+
+
+V_HALF = Row(
+    name="v-half",
+    generator=v_half,
+    summary="half of 1F1B's activations; times for F and I far apart",
+    source="Qi et al. 2024, 2405.15362",
+    constraints="none",
+    bubble="(3p-7)/(6m+3p-7); p odd: 4 for 7",
+    peak="floor(p/2)+1",
+    idle=lambda case: ratio((3 * case.p - (4 if case.p % 2 else 7)) * case.forward, 2),
+    peak_of=lambda case, d: case.p // 2 + 1,
+    holds=lambda case: case.p >= 3 and case.m >= 2 * case.p and case.equal_times,
+    bounds=_v_half_bounds,
+)
+
+V_MIN = Row(
+    name="v-min",
+    generator=v_min,
+    summary="a third of 1F1B's activations; W no shorter than F and I",
+    source="Qi et al. 2024, 2405.15362",
+    constraints="none",
+    bubble="(4p-5)/(6m+4p-5); 3 divides p: 7 for 5",
+    peak="floor((p+4)/3); d=0, p mod 3 = 2: 1/2 less",
+    idle=lambda case: ratio((4 * case.p - (5 if case.p % 3 else 7)) * case.forward, 2),
+    peak_of=lambda case, d: ratio(
+        2 * ((case.p + 4) // 3) - (d == 0 and case.p % 3 == 2), 2
+    ),
+    holds=lambda case: case.p >= 2 and case.m >= 2 * case.p and case.equal_times,
+    bounds=_v_min_bounds,
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeproof.sched.errors import at_least_one
 from pipeproof.sched.ir import B, F, Schedule, alternate
+from pipeproof.sched.row import Row
 
 
 def eager_1f1b(devices: int, micro_batches: int) -> Schedule:
@@ -45,3 +46,16 @@ def eager_1f1b(devices: int, micro_batches: int) -> Schedule:
             ]
         )
     return Schedule.of(rows, name="eager-1f1b")
+
+
+EAGER_1F1B = Row(
+    name="eager-1f1b",
+    generator=eager_1f1b,
+    summary="1F1B where links are slow: messages have time to arrive",
+    source="Zhuang et al. 2022, 2211.05322",
+    constraints="none",
+    bubble="(p-1)/(m+p-1)",
+    peak="min(2(p-1-d)+1, m)",
+    idle=lambda case: case.fill_drain,
+    peak_of=lambda case, d: min(2 * (case.p - 1 - d) + 1, case.m),
+)

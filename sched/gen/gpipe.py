@@ -6,6 +6,7 @@ from typing import Literal
 
 from pipeproof.sched.errors import ParameterError, at_least_one
 from pipeproof.sched.ir import B, F, Schedule
+from pipeproof.sched.row import Case, Row
 
 
 def gpipe(
@@ -43,3 +44,17 @@ def gpipe(
     return Schedule.of(
         [[F(s, every), B(s, back)] for s in range(devices)], name="gpipe"
     )
+
+
+GPIPE = Row(
+    name="gpipe",
+    generator=gpipe,
+    summary="simplest; with recomputation, lightest on short pipelines",
+    source="Huang et al. 2018, 1811.06965, 2.2-2.3",
+    constraints="none",
+    bubble="(p-1)/(m+p-1)",
+    peak="m",
+    idle=lambda case: case.fill_drain,
+    peak_of=lambda case, d: case.m,
+    figure=Case(4, 4, input_grad=1, weight_grad=0),
+)

@@ -6,7 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.errors import ParameterError, at_least_one
+from pipeproof.sched.exact import Number, ratio
 from pipeproof.sched.ir import B, F, Placement, Schedule, alternate
+from pipeproof.sched.row import Case, Row
 
 
 def interleaved(
@@ -99,3 +101,39 @@ def _passes(m: int, v: int, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64
 
 def _last(m: int, n: int) -> int:
     return m % n or min(m, n)
+
+
+def chunks_of(case: Case) -> int:
+    """V."""
+    return int(case.options.get("chunks", 2))
+
+
+def group_of(case: Case) -> int:
+    """N."""
+    return int(case.options.get("group") or case.p)
+
+
+def _interleaved_idle(case: Case) -> Number:
+    return ratio(case.fill_drain, chunks_of(case))
+
+
+INTERLEAVED = Row(
+    name="interleaved",
+    generator=interleaved,
+    summary="v chunks a device: a shorter bubble for more messages",
+    source="Narayanan et al. 2021, 2104.04473, 2.2; 2407.21783, 3.3.2",
+    constraints="groups of n = p or more whose last has p-2 or more, or n >= m",
+    bubble="(p-1)/(vm+p-1), last group >= p",
+    peak="min((v-1)n+2(p-1-d)+1, vm)/v",
+    idle=_interleaved_idle,
+    peak_of=lambda case, d: ratio(
+        min(
+            (chunks_of(case) - 1) * group_of(case) + 2 * (case.p - 1 - d) + 1,
+            case.m * chunks_of(case),
+        ),
+        chunks_of(case),
+    ),
+    holds=lambda case: _last(case.m, group_of(case)) >= case.p,
+    bounds=lambda case: (_interleaved_idle(case), (case.p - 1) * case.ideal),
+    allows=lambda case: gets_through(case.p, case.m, chunks_of(case), group_of(case)),
+)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pipeproof.sched.errors import at_least_one
+from pipeproof.sched.exact import ratio
+from pipeproof.sched.gen.interleaved import chunks_of
 from pipeproof.sched.ir import B, F, Placement, Schedule
+from pipeproof.sched.row import Row
 
 
 def looped_bfs(devices: int, micro_batches: int, *, chunks: int = 2) -> Schedule:
@@ -41,3 +44,20 @@ def looped_bfs(devices: int, micro_batches: int, *, chunks: int = 2) -> Schedule
         for d in range(p)
     ]
     return Schedule.of(rows, name="looped-bfs", placement=Placement.looped(p, v))
+
+
+LOOPED_BFS = Row(
+    name="looped-bfs",
+    generator=looped_bfs,
+    summary="interleaved with sharded weights: a gather for each chunk pass",
+    source="Lamy-Poirier 2022, 2211.05953",
+    constraints="none",
+    bubble="(p-1)/(vm+p-1), m >= p",
+    peak="m",
+    idle=lambda case: ratio(
+        ((chunks_of(case) - 1) * max(case.p - case.m, 0) + case.p - 1)
+        * (case.forward + case.backward),
+        chunks_of(case),
+    ),
+    peak_of=lambda case, d: case.m,
+)

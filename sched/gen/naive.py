@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeproof.sched.errors import at_least_one
 from pipeproof.sched.ir import B, F, Schedule, alternate
+from pipeproof.sched.row import Case, Row
 
 
 def naive(devices: int, micro_batches: int) -> Schedule:
@@ -32,3 +33,17 @@ def naive(devices: int, micro_batches: int) -> Schedule:
     every = range(micro_batches)
     rows = [[alternate(F(s, every), B(s, every))] for s in range(devices)]
     return Schedule.of(rows, name="naive")
+
+
+NAIVE = Row(
+    name="naive",
+    generator=naive,
+    summary="the baseline: what a split without a pipeline costs",
+    source="Huang et al. 2018, 1811.06965, fig. 2(b)",
+    constraints="none",
+    bubble="(p-1)/p",
+    peak="1",
+    idle=lambda case: (case.p - 1) * case.ideal,
+    peak_of=lambda case, d: 1,
+    figure=Case(4, 1),
+)

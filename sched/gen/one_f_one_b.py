@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeproof.sched.errors import at_least_one
 from pipeproof.sched.ir import B, F, Schedule, alternate
+from pipeproof.sched.row import Row
 
 
 def one_f_one_b(devices: int, micro_batches: int) -> Schedule:
@@ -43,3 +44,16 @@ def one_f_one_b(devices: int, micro_batches: int) -> Schedule:
             ]
         )
     return Schedule.of(rows, name="1f1b")
+
+
+ONE_F_ONE_B = Row(
+    name="1f1b",
+    generator=one_f_one_b,
+    summary="the default: GPipe's bubble, activations bounded by the pipeline",
+    source="Narayanan et al. 2021, 2104.04473, 2.2.1",
+    constraints="none",
+    bubble="(p-1)/(m+p-1)",
+    peak="min(p-d, m)",
+    idle=lambda case: case.fill_drain,
+    peak_of=lambda case, d: min(case.p - d, case.m),
+)

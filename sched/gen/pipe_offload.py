@@ -6,7 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.errors import ParameterError, at_least_one
+from pipeproof.sched.exact import Number, ratio
+from pipeproof.sched.gen.interleaved import chunks_of, group_of
 from pipeproof.sched.ir import F, I, Kind, Ops, Placement, Schedule, W, op
+from pipeproof.sched.row import Bounds, Case, Row
 
 Index = NDArray[np.int64]
 
@@ -132,3 +135,62 @@ def _offload(v: int, offload: int | None) -> int:
             f"0 … {v}, got {offload!r}"
         )
     return offload
+
+
+def _group_of(case: Case) -> int:
+    """N, of one group of all if they are fewer."""
+    return min(group_of(case), case.m)
+
+
+def _pipeoffload_idle(case: Case) -> Number:
+    p, n, v = case.p, _group_of(case), chunks_of(case)
+    f, i = case.forward, case.input_grad
+    turn = (p - n) * f + max(0, p * i - n * case.backward)
+    return ratio((p - 1) * (f + i) + (v - 1) * turn, v)
+
+
+def _pipeoffload_peak(case: Case, d: int) -> Number:
+    p, m, n, v = case.p, case.m, _group_of(case), chunks_of(case)
+    given = case.options.get("offload")
+    k = v // 2 if given is None else given
+    if k == 0:
+        return ratio(min((v - 1) * n + p - d, m * v), v)
+    if k == v:  # what the last chunk keeps goes only where it stays away a while
+        return ratio(2 if v > 1 else min(2, p - d, m), v)
+    # On the way: one chunk whose forward runs, one that is back.
+    kept = (v - k - 1) * n + min(p - d, n + 2 * (m > n))
+    return ratio(max(kept, 2), v)
+
+
+def _pipeoffload_steady(case: Case) -> bool:
+    """Whether a group lasts until its first micro-batch has been round."""
+    p, n = case.p, _group_of(case)
+    f, i, w = case.times
+    round_trip = n * (f + i + w) >= p * max(f, i)
+    first_turn = (p - 1 - n) * w <= (n - 1) * f + n * i
+    return n == case.m or bool(round_trip and first_turn)
+
+
+def _pipeoffload_bounds(case: Case) -> Bounds:
+    """No idler than with a whole last group, whose order it keeps."""
+    low = ratio((case.p - 1) * (case.forward + case.input_grad), chunks_of(case))
+    if not _pipeoffload_steady(case):
+        return low, (case.p - 1) * case.ideal
+    missing = -case.m % _group_of(case)
+    return low, _pipeoffload_idle(case) + missing * (case.forward + case.backward)
+
+
+PIPEOFFLOAD = Row(
+    name="pipeoffload",
+    generator=pipeoffload,
+    summary="activations on the host: a few chunks stay on each device",
+    source="Wan et al. 2025, 2503.01328",
+    constraints="groups of n from half of p, rounded up, to p",
+    bubble="2(p-1)/(3vm+2(p-1)), n=p",
+    peak="max((v-k-1)n+p-d, 2)/v, k chunks away",
+    idle=_pipeoffload_idle,
+    peak_of=_pipeoffload_peak,
+    holds=lambda case: case.m % _group_of(case) == 0 and _pipeoffload_steady(case),
+    bounds=_pipeoffload_bounds,
+    allows=lambda case: case.p <= 2 * group_of(case) <= 2 * case.p,
+)

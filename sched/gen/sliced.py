@@ -10,7 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from pipeproof.sched.errors import at_least_one
+from pipeproof.sched.exact import Number, ratio
 from pipeproof.sched.ir import B, F, Ops, Schedule, alternate
+from pipeproof.sched.row import Case, Row
 
 
 def terapipe(devices: int, micro_batches: int, *, slices: int = 2) -> Schedule:
@@ -122,3 +124,57 @@ def _one_by_one(d: int, m: int, n: int, warmup: int) -> Ops:
             backward[steady:],
         ]
     )
+
+
+def _slices(case: Case) -> int:
+    return int(case.options.get("slices", 2))
+
+
+def _sliced_idle(case: Case) -> Number:
+    return ratio(case.fill_drain, _slices(case))
+
+
+TERAPIPE = Row(
+    name="terapipe",
+    generator=terapipe,
+    summary="long sequences: GPipe's bubble divided by the slices",
+    source="Li et al. 2021, 2102.07988",
+    constraints="none",
+    bubble="(p-1)/(qm+p-1)",
+    peak="m",
+    idle=_sliced_idle,
+    peak_of=lambda case, d: case.m,
+    figure=Case(4, 2, {"slices": 4}),
+)
+
+SEQ1F1B = Row(
+    name="seq1f1b",
+    generator=seq1f1b,
+    summary="long sequences: 1F1B's bubble and activations divided by slices",
+    source="Sun et al. 2024, 2406.03488",
+    constraints="none",
+    bubble="(p-1)/(qm+p-1)",
+    peak="min(q+p-1-d, mq)/q",
+    idle=_sliced_idle,
+    peak_of=lambda case, d: ratio(
+        min(_slices(case) + case.p - 1 - d, case.m * _slices(case)),
+        _slices(case),
+    ),
+    figure=Case(4, 4),
+)
+
+SLIMPIPE = Row(
+    name="slimpipe",
+    generator=slimpipe,
+    summary="as seq1f1b, where links are slow",
+    source="SlimPipe 2025, 2504.14519",
+    constraints="none",
+    bubble="(p-1)/(qm+p-1)",
+    peak="min(q+2(p-1-d), mq)/q",
+    idle=_sliced_idle,
+    peak_of=lambda case, d: ratio(
+        min(_slices(case) + 2 * (case.p - 1 - d), case.m * _slices(case)),
+        _slices(case),
+    ),
+    figure=Case(4, 2, {"slices": 4}),
+)

@@ -6,8 +6,10 @@ from collections import defaultdict
 from heapq import heappop, heappush
 
 from pipeproof.sched.errors import at_least_one
+from pipeproof.sched.exact import ratio
 from pipeproof.sched.ir import Kind, Op, Schedule
 from pipeproof.sched.placement import Placement
+from pipeproof.sched.row import Case, Row
 
 
 def hanayo(devices: int, micro_batches: int, *, waves: int = 1) -> Schedule:
@@ -81,3 +83,25 @@ def _backward_first(placement: Placement, micro_batches: int) -> list[list[Op]]:
                 left -= 1
         slot += 1
     return rows
+
+
+HANAYO = Row(
+    name="hanayo",
+    generator=hanayo,
+    summary="Chimera's overlap with one replica, for m up to p",
+    source="Liu et al. 2023, 2308.15762",
+    constraints="none",
+    bubble="(3p-m-2)/(2m+3p-2), m <= p, one wave",
+    peak="(m+min(m, floor(3d/2)+1))/2",
+    idle=lambda case: (
+        (case.p - 1) * (case.forward + case.backward) - (case.m - 1) * case.forward
+    ),
+    peak_of=lambda case, d: ratio(case.m + min(case.m, 3 * d // 2 + 1), 2),
+    holds=lambda case: (
+        case.m <= case.p
+        and case.options.get("waves", 1) == 1
+        and bool(case.backward >= 2 * case.forward)
+    ),
+    bounds=lambda case: (0, (case.p - 1) * case.ideal),
+    figure=Case(4, 4),
+)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pipeproof.sched.errors import at_least_one
 from pipeproof.sched.ir import F, I, Ops, Schedule, W, alternate
+from pipeproof.sched.row import Case, Row, at_most_fill_drain
 
 
 def zb_h1(devices: int, micro_batches: int) -> Schedule:
@@ -108,3 +111,44 @@ def _handcrafted(d: int, m: int, *, warmup: int, lag: int) -> Ops:
             W(d, range(done + ahead, m)),
         ]
     )
+
+
+def _zb_h1_idle(case: Case) -> Any:
+    f, i, w = case.times
+    return (case.p - 1) * max(f, i, f + i - w) + max(case.p - case.m, 0) * f
+
+
+def _zb_h2_idle(case: Case) -> Any:
+    f, i, w = case.times
+    missing = max(2 * case.p - 1 - case.m, 0)
+    return (case.p - 1) * max(0, f + i - 2 * w, i - f) + missing * f
+
+
+ZB_H1 = Row(
+    name="zb-h1",
+    generator=zb_h1,
+    summary="a third of 1F1B's bubble, at the peak of its first device",
+    source="Qi et al. 2023, 2401.10241",
+    constraints="none",
+    bubble="(p-1)/(3m+p-1), m >= p",
+    peak="min(p, m)",
+    idle=_zb_h1_idle,
+    peak_of=lambda case, d: min(case.p, case.m),
+    holds=lambda case: case.m >= case.p or case.equal_times,
+    bounds=at_most_fill_drain,
+)
+
+ZB_H2 = Row(
+    name="zb-h2",
+    generator=zb_h2,
+    summary="no bubble in a device's span, for twice 1F1B's activations",
+    source="Qi et al. 2023, 2401.10241",
+    constraints="none",
+    bubble="0 of a device's span at F=I=W, m >= 2p-1",
+    peak="min(2p-1, m)",
+    idle=_zb_h2_idle,
+    peak_of=lambda case, d: min(2 * case.p - 1, case.m),
+    idle_of="span",
+    holds=lambda case: case.m >= 2 * case.p - 1 or case.equal_times,
+    bounds=at_most_fill_drain,
+)

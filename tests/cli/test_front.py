@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from pipeproof.cli import commands, main, options
 from pipeproof.sched import POLICIES
 from pipeproof.sched.interop.chrome import UNITS
+from pipeproof.sched.lower import POLICIES as LOWERING
 
 COMMANDS = [
     "list",
@@ -79,6 +80,7 @@ def test_simulating_does_not_load_torch() -> None:
 
 def test_words_spelled_out_for_speed_are_the_original_ones() -> None:
     assert options.POLICIES == POLICIES
+    assert options.LOWERING == LOWERING
     assert tuple(UNITS) == options.UNITS
 
 

@@ -70,12 +70,16 @@ def test_every_option_reaches_the_simulator() -> None:
         "--overlap 4 --weight-grad-memory 1/2 --weight-bytes 7 --gradient-bytes 7 "
         "--optimizer-bytes 14 --activation-bytes 100 --boundary-bytes 10 "
         "--input-bytes 5,10 --link-latency 1/2 --link-bandwidth 4 "
-        "--buffering rendezvous --transfers blocking --receives late"
+        "--buffering rendezvous --transfers blocking --receives late "
+        "--messages grouped"
     )
 
     schedule = catalog.make("gpipe", devices=2, micro_batches=3, backward="fifo")
     program = lower(
-        recompute(schedule, "always"), transfers="blocking", receives="late"
+        recompute(schedule, "always"),
+        transfers="blocking",
+        receives="late",
+        messages="grouped",
     )
     cost = Cost(
         forward=(1, 2),

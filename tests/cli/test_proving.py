@@ -25,6 +25,16 @@ def test_prints_the_certificate_of_what_was_asked_for() -> None:
     assert data["devices"] == 2
 
 
+def test_messages_in_groups() -> None:
+    schedule = catalog.make("1f1b", devices=2, micro_batches=4)
+    program = lower(schedule, messages="grouped")
+
+    proved = call("prove 1f1b -p 2 -m 4 --messages grouped")
+    assert (proved.exit_code, proved.stdout) == (0, f"{prove(program)}\n")
+    checked = call("check 1f1b -p 2 -m 4 --messages grouped --streams sync --json")
+    assert json.loads(checked.stdout)["ok"]
+
+
 def test_a_broken_schedule_is_refuted(tmp_path: Path) -> None:
     path = tmp_path / "broken.txt"
     broken = Schedule.of([[B(0, 0), F(0, 0)]])

@@ -57,6 +57,21 @@ def test_every_combination() -> None:
     assert last["peak_bytes"] == trace.peak_bytes
 
 
+def test_messages_in_groups_are_an_axis() -> None:
+    found = cells(
+        "sweep 1f1b -p 3 -m 6 --boundary-bytes 1 --link-bandwidth 2 --streams pair "
+        "--messages single --messages grouped"
+    )
+
+    schedule = catalog.make("1f1b", devices=3, micro_batches=6)
+    for cell, messages in zip(found, ("single", "grouped"), strict=True):
+        program = lower(schedule, messages=messages)
+        cluster = Cluster(link_bandwidth=2, streams="pair")
+        trace = simulate(program, Cost(boundary_bytes=1), cluster)
+        assert (cell["messages"], cell["makespan"]) == (messages, trace.makespan)
+    assert found[0]["makespan"] != found[1]["makespan"]
+
+
 def test_a_model_is_cut_for_each_schedule() -> None:
     command = "--model gpt-22b --device-flops 312e12 --unit s"
     found = cells(f"sweep 1f1b -p 2,4 -m 8 {command} --cluster dgx-a100")

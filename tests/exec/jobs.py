@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from models import Attention, Masked, Nested, keywords
@@ -19,12 +22,13 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.nn import functional
 
-from pipeproof.exec import Pipeline
+from pipeproof.exec import Pipeline, group
 from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError, RankError
 from pipeproof.exec.group import Ranks
 from pipeproof.exec.launch import launch
 from pipeproof.sched import Schedule, Trace, catalog, recompute
+from pipeproof.sched.lower import Messages
 
 WIDTH = 4
 
@@ -103,6 +107,7 @@ class Job:
         weighted: micro-batches count as `weight_of` says.
         dtype: of everything.
         loss: of the last stage's output.
+        messages: how they are posted.
     """
 
     name: str
@@ -115,6 +120,7 @@ class Job:
     weighted: bool = False
     dtype: torch.dtype = torch.float64
     loss: Callable[[Any, Tensor], Tensor] = same_values
+    messages: Messages = "single"
 
     @property
     def schedule(self) -> Schedule:
@@ -181,18 +187,39 @@ def run(
 def alone(job: Job) -> Result:
     """In one process."""
     stages = job.stages()
-    pipeline = Pipeline(stages, job.schedule, job.loss, **job.options)
+    pipeline = Pipeline(
+        stages, job.schedule, job.loss, messages=job.messages, **job.options
+    )
     return run(job, pipeline.step, stages, range(len(stages)))
 
 
 def timed(ranks: Ranks, job: Job) -> Trace:
     """The trace of a step after the first."""
     stages = job.stages()
-    pipeline = Pipeline(stages, job.schedule, same_values, ranks=ranks)
+    pipeline = Pipeline(
+        stages, job.schedule, same_values, ranks=ranks, messages=job.messages
+    )
     (batch,) = job.batches()
     pipeline.step(*batch)
     pipeline.step(*batch, record=True)
     return pipeline.trace
+
+
+def offsets(ranks: Ranks, job: Job) -> tuple[float, float]:
+    """What separates this rank's clock from rank 0's: on one host, and on others.
+
+    The clock of host r is 1,000 r seconds ahead.
+    """
+    here = ranks.clock_offset()
+    ahead = 1000.0 * ranks.rank
+    skewed = SimpleNamespace(
+        perf_counter=lambda: time.perf_counter() + ahead, sleep=time.sleep
+    )
+    with (
+        patch.object(group, "host_clock", lambda: f"host {ranks.rank}"),
+        patch.object(group, "time", skewed),
+    ):
+        return here, ranks.clock_offset()
 
 
 def part(ranks: Ranks, job: Job) -> Result:
@@ -200,7 +227,14 @@ def part(ranks: Ranks, job: Job) -> Result:
     schedule, stages = job.schedule, job.stages()
     mine = [n for n in range(schedule.stages) if ranks.rank in holders(schedule, n)]
     given = [s if n in mine or not job.own_only else None for n, s in enumerate(stages)]
-    pipeline = Pipeline(given, schedule, job.loss, ranks=ranks, **job.options)
+    pipeline = Pipeline(
+        given,
+        schedule,
+        job.loss,
+        ranks=ranks,
+        messages=job.messages,
+        **job.options,
+    )
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:
         first, last = 0 in mine, schedule.stages - 1 in mine

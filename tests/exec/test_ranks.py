@@ -11,6 +11,7 @@ from jobs import (
     alone,
     frozen_start,
     mixed,
+    offsets,
     part,
     run,
     same_values,
@@ -19,6 +20,7 @@ from jobs import (
 
 from pipeproof.exec import reference
 from pipeproof.sched import CATALOG, POLICIES, Kind, catalog
+from pipeproof.sched.groups import needs
 from pipeproof.sched.row import Case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,6 +94,23 @@ def test_gradients_that_there_are_not(weighted: bool, do: Do) -> None:
     assert_equal(do(part, job), alone(job))
 
 
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb-h1", "dualpipe"])
+def test_messages_in_groups(name: str, do: Do) -> None:
+    """In the first step of a shape they have headers, and in the second none."""
+    job = Job(name, 4, 8, shapes=((11, 6), (11, 6)), messages="grouped")
+
+    assert_equal(do(part, job), alone(job))
+    assert_equal(do(part, job), unpipelined(job))
+
+
+def test_what_waits_for_a_group_waits_for_all_of_it(do: Do) -> None:
+    trace = do(timed, Job("1f1b", 4, 8, messages="grouped"))[0]
+    waits = needs(trace.program)
+
+    assert len(trace.program.groups) == 2 * (7 + 6 + 5)
+    assert (trace.end[waits.values] <= trace.start[waits.owner]).all()
+
+
 def test_one_micro_batch(do: Do) -> None:
     job = Job("gpipe", 4, 1, own_only=True)
 
@@ -112,9 +131,14 @@ def test_one_trace_of_all_ranks(do: Do) -> None:
     assert (trace.end[waits.values] <= trace.start[waits.owner]).all()
     for stream in program.by_stream:
         assert (trace.end[stream[:-1]] <= trace.start[stream[1:]]).all()
-    # All ranks are on one host, so that their clocks agree to the round trip.
     assert (trace.end[program.recv_of] > trace.start[program.send_of]).all()
     assert 0 < trace.bubble_fraction < 1
+
+
+def test_clocks_of_other_hosts_are_set_by_those_of_the_first(do: Do) -> None:
+    for rank, (here, far) in enumerate(do(offsets, Job("gpipe", 4, 4))):
+        assert here == 0
+        assert round(far / 1000) == -rank
 
 
 @pytest.mark.slow

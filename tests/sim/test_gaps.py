@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import costs_of_stages, schedules, times
+from strategies import costs_of_stages, policies, schedules, times
 
 from pipeproof.sched import (
     Action,
@@ -262,11 +262,7 @@ def test_nothing_waits_on_one_device() -> None:
 @st.composite
 def runs(draw: st.DrawFn) -> Trace:
     schedule = draw(schedules())
-    program = lower(
-        schedule,
-        transfers=draw(st.sampled_from(["overlapped", "blocking"])),
-        receives=draw(st.sampled_from(["early", "late"])),
-    )
+    program = lower(schedule, **draw(policies))
     cost = dataclasses.replace(
         draw(costs_of_stages(schedule.stages)), boundary_bytes=draw(times)
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import costs_of_stages, positive_times, schedules, times
+from strategies import costs_of_stages, policies, positive_times, schedules, times
 
 from pipeproof.sched import CATALOG, Program, Schedule, Trace, catalog, kernels, lower
 from pipeproof.sched.errors import ParameterError, UnsupportedError
@@ -26,12 +26,6 @@ from pipeproof.sim import (
 from pipeproof.sim.engine import play
 from pipeproof.sim.timing import Timing
 
-POLICIES = st.fixed_dictionaries(
-    {
-        "transfers": st.sampled_from(["overlapped", "blocking"]),
-        "receives": st.sampled_from(["early", "late"]),
-    }
-)
 BUFFERING = ["eager", "rendezvous", 1, 2, 3]
 
 
@@ -88,7 +82,7 @@ def both(program: Program, cost: Cost, cluster: Cluster) -> Trace | None:
     return events
 
 
-@given(data=st.data(), schedule=schedules(), cluster=clusters(), policies=POLICIES)
+@given(data=st.data(), schedule=schedules(), cluster=clusters(), policies=policies)
 def test_equals_the_engine(
     data: st.DataObject, schedule: Schedule, cluster: Cluster, policies: dict[str, Any]
 ) -> None:
@@ -208,7 +202,7 @@ KINDS = {"int": int, "float": lambda n: n / 7, "Fraction": lambda n: Fraction(n,
 @given(
     data=st.data(),
     schedule=schedules(),
-    policies=POLICIES,
+    policies=policies,
     cluster=clusters(),
     kind=st.sampled_from(sorted(KINDS)),
     few=st.booleans(),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import costs_of_stages, schedules, times
+from strategies import costs_of_stages, policies, schedules, times
 
 from pipeproof.sched import (
     Action,
@@ -111,7 +111,7 @@ def test_slack_of_a_small_timetable() -> None:
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Program, Cost, Cluster]:
     schedule = draw(schedules(micro_batches=3))
-    program = lower(schedule, receives=draw(st.sampled_from(["early", "late"])))
+    program = lower(schedule, **draw(policies))
     cost = dataclasses.replace(
         draw(costs_of_stages(schedule.stages)), boundary_bytes=draw(times)
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import costs_of_stages, positive_times, schedules, times
+from strategies import costs_of_stages, policies, positive_times, schedules, times
 
 from pipeproof.sched import (
     Action,
@@ -175,11 +175,7 @@ def runs(draw: st.DrawFn) -> tuple[Program, Cost, Cluster]:
         buffering=draw(st.sampled_from(["eager", "rendezvous", 1, 2])),
         node_of=draw(nodes),
     )
-    policies: Any = {
-        "transfers": draw(st.sampled_from(["overlapped", "blocking"])),
-        "receives": draw(st.sampled_from(["early", "late"])),
-    }
-    return lower(schedule, **policies), cost, cluster
+    return lower(schedule, **draw(policies)), cost, cluster
 
 
 @settings(max_examples=20)

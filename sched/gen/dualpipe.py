@@ -1,94 +1,70 @@
-"""V-shaped pipelines: device d holds stages d and 2p-1-d.
+"""DualPipe: forwards and backwards of two ways overlap on each device.
 
-A micro-batch goes down the devices and comes up again, so the first device also
-computes the loss and has the shortest and the longest wait between a forward and
-its backward. Chunk 0 is the way down, chunk 1 the way up.
+The two ways are two directions, each with a replica of the weights, or the way down
+a V and the way up: that is DualPipe cut in half.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.errors import ParameterError, at_least_one
-from pipeproof.sched.ir import (
-    B,
-    F,
-    I,
-    Ops,
-    Schedule,
-    W,
-    alternate,
-)
+from pipeproof.sched.exact import ratio
+from pipeproof.sched.gen.bidirectional import even, summed
+from pipeproof.sched.ir import B, F, I, Ops, Schedule, W, alternate
 from pipeproof.sched.placement import Placement
+from pipeproof.sched.row import Case, Row, at_most_fill_drain
 
 
-def zb_v(devices: int, micro_batches: int) -> Schedule:
-    """ZB-V: 1F1B's memory and, where F = I = W, no bubble inside a device's span.
+def dualpipe(devices: int, micro_batches: int) -> Schedule:
+    """Two directions, in which forwards and backwards of each overlap.
 
-    With p=2, m=3, every op one tick::
+    With p=2, m=4, every op one tick::
 
-        device 0 | 0F0 0F1 0F2 3F0 3I0 3F1 3I1 ... 0I0 3F2 3I2 0I1 ... 0I2
-        device 1 | ... 1F0 2F0 1F1 2F1 2I0 1F2 1I0 2F2 2I1 1I1 2I2 1I2 ...
+        device 0 | 0F0     1F2     0F1     1B2     1F3&0B0 ------- 1B3     0I1
+        device 1 | 0F2     1F0     0F3     1B0     1F1&0B2 ------- 1B1     0I3
 
-    Placement: stages d and 2p-1-d on device d.
-    Bubble: (p-1)(max(F,I)-W) idle in the longest device span, for m >= 2p-1,
-        F <= I and 2W <= F+I; equal stages, free links. The step has in the mean
-        (p-1)F/2 more where F = I = W, the skew between devices. Outside, at most
-        GPipe's (p-1)(F+B); no formula is published there.
-    Peak memory: p micro-batch activations on every device for m >= 2p-1.
+    Placement: stages d and p-1-d on device d: the first half of the micro-batches
+        goes down the devices, the second up.
+    Bubble: (p/2-1)(F&B+B-3W) idle in the step on the device that idles most,
+        where F = I, W <= F and F&B, the joint time, lies in max(F,B) ... F+B;
+        equal stages, free links.
+    Peak memory: p+1 micro-batch activations on every device, beside weights twice.
 
     Args:
-        devices: p, two stages on each.
-        micro_batches: m, per step. Below 2p-1, the order for 2p-1 without the
-            missing ones.
+        devices: p, even, a stage of either direction on each.
+        micro_batches: m, per step, even, at least 2p.
 
     Raises:
-        ParameterError: either is below 1.
+        ParameterError: a size below 1 or odd, or fewer than 2p micro-batches.
 
     Source:
-        Qi et al. 2023, arXiv:2401.10241, section 6: the handcrafted order. Their
-        search does better where F, I and W differ.
+        DeepSeek-AI 2024, arXiv:2412.19437, 3.2.1; the eight parts of
+        github.com/deepseek-ai/DualPipe. The paper states the bubble without the
+        conditions; outside them it is another.
     """
     at_least_one(devices=devices, micro_batches=micro_batches)
-    p, m = devices, max(micro_batches, 2 * devices - 1)
+    even("dualpipe", devices=devices, micro_batches=micro_batches)
+    p, m = devices, micro_batches
+    if m < 2 * p:
+        raise ParameterError(
+            f"dualpipe needs at least two micro-batches for each device, {2 * p} for "
+            f"{p} devices, got {m}"
+        )
+    pipe_of = np.repeat([0, 1], m // 2)
     rows = []
     for d in range(p):
-        down, up = d, 2 * p - 1 - d
-        first = 2 * (p - d) - 1
-        both = m - first - d
-        last = m - d
-        row = Ops.of(
-            [
-                F(down, range(first)),
-                alternate(F(up, range(d)), F(down, range(first, first + d))),
-                alternate(F(up, range(d, p)), I(up, range(p - d)), W(up, range(p - d))),
-                alternate(
-                    F(down, range(first + d, m)),
-                    I(down, range(both)),
-                    W(down, range(both)),
-                    F(up, range(p, p + both)),
-                    I(up, range(p - d, p - d + both)),
-                    W(up, range(p - d, p - d + both)),
-                ),
-                alternate(
-                    I(down, range(both, m - p)),
-                    W(down, range(both, m - p)),
-                    F(up, range(p + both, m)),
-                    I(up, range(p - d + both, last)),
-                    W(up, range(p - d + both, last)),
-                ),
-                alternate(I(down, range(m - p, m - p + d)), I(up, range(last, m))),
-                alternate(I(down, range(m - p + d, m)), W(down, range(m - p, m - d))),
-                W(up, range(last, m)),
-                W(down, range(m - d, m)),
-            ]
-        )
-        rows.append([row.take(row.micro_batch < micro_batches)])
-    return Schedule.of(rows, name="zb-v", placement=Placement.v(p))
+        ways = [
+            Way(stage, np.flatnonzero(pipe_of == pipe))
+            for pipe, stage in enumerate((d, p - 1 - d))
+        ]
+        near, far = ways if d < p // 2 else ways[::-1]
+        rows.append(eight_parts(p // 2, near, far))
+    return summed("dualpipe", rows, m, pipe_of)
 
 
 def dualpipe_v(devices: int, micro_batches: int) -> Schedule:
@@ -128,6 +104,9 @@ def dualpipe_v(devices: int, micro_batches: int) -> Schedule:
         [eight_parts(p, Way(d, every), Way(2 * p - 1 - d, every))] for d in range(p)
     ]
     return Schedule.of(rows, name="dualpipe-v", placement=Placement.v(p))
+
+
+Builder = Callable[[int, NDArray[np.int64]], Ops]
 
 
 class Way(NamedTuple):
@@ -189,4 +168,46 @@ def eight_parts(p: int, near: Way, far: Way) -> Ops:
     )
 
 
-Builder = Callable[[int, NDArray[np.int64]], Ops]
+def _dualpipe_idle(case: Case) -> Any:
+    """F&B + B - 3W, for each pair of devices that a direction passes."""
+    return case.joint + case.backward - 3 * case.weight_grad
+
+
+def _dualpipe_holds(case: Case) -> bool:
+    f, w, b = case.forward, case.weight_grad, case.backward
+    return bool(f == case.input_grad and w <= f and max(f, b) <= case.joint <= f + b)
+
+
+DUALPIPE = Row(
+    name="dualpipe",
+    generator=dualpipe,
+    summary="two replicas; hides communication behind the other direction",
+    source="DeepSeek-AI 2024, 2412.19437, 3.2.1",
+    constraints="p and m even, m >= 2p",
+    bubble="(p-2)/(3m+p-2)",
+    peak="p+1",
+    idle=lambda case: ratio((case.p - 2) * _dualpipe_idle(case), 2),
+    peak_of=lambda case, d: case.p + 1,
+    idle_of="most",
+    holds=_dualpipe_holds,
+    bounds=at_most_fill_drain,
+    allows=lambda case: case.p % 2 == 0 and case.m % 2 == 0 and case.m >= 2 * case.p,
+    figure=Case(8, 20),
+)
+
+DUALPIPE_V = Row(
+    name="dualpipe-v",
+    generator=dualpipe_v,
+    summary="hides communication behind the other chunk's computation",
+    source="DeepSeek-AI 2025, github.com/deepseek-ai/DualPipe",
+    constraints="m >= 2p",
+    bubble="(p-1)/(3m+p-1)",
+    peak="p+1/2",
+    idle=lambda case: ratio((case.p - 1) * _dualpipe_idle(case), 2),
+    peak_of=lambda case, d: ratio(2 * case.p + 1, 2),
+    idle_of="most",
+    holds=_dualpipe_holds,
+    bounds=at_most_fill_drain,
+    allows=lambda case: case.m >= 2 * case.p,
+    figure=Case(4, 10),
+)
