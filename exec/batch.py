@@ -280,10 +280,14 @@ def check_pairs(inputs: Value, targets: Value, slices: int) -> tuple[int, int]:
     return rows, positions
 
 
-def factors(
+Weights = list[list[float]]
+"""Of each micro-batch's slices."""
+
+
+def weights(
     targets: list[list[Value]], loss_scale: LossScale, rows: int, positions: int = 1
-) -> list[list[float | None]]:
-    """What the loss of each slice is multiplied with; None for not at all.
+) -> Weights | None:
+    """What the loss of each slice counts; None where it is a sum.
 
     Args:
         targets: of each micro-batch, the slices.
@@ -294,20 +298,19 @@ def factors(
         positions: of the batch; 1 where they are not cut.
 
     Raises:
-        LossError: a weight that is not a finite number of at least 0, or weights
-            that sum to 0.
+        LossError: a weight that is not a finite number of at least 0.
     """
     if loss_scale == "sum":
-        return [[None] * len(parts) for parts in targets]
+        return None
     if callable(loss_scale):
-        weights = [[float(loss_scale(part)) for part in of] for of in targets]
+        found = [[float(loss_scale(part)) for part in of] for of in targets]
     else:
         across = _lengths(positions, len(targets[0]))
-        weights = [
+        found = [
             [float(down * right) for right in across]
             for down in _lengths(rows, len(targets))
         ]
-    for number, of_slices in enumerate(weights):
+    for number, of_slices in enumerate(found):
         for part, weight in enumerate(of_slices):
             if not math.isfinite(weight) or weight < 0:
                 where = f", slice {part}" if len(of_slices) > 1 else ""
@@ -315,13 +318,46 @@ def factors(
                     f"loss_scale gave micro-batch {number}{where} the weight {weight}: "
                     "expected a finite number of at least 0"
                 )
-    total = sum(map(sum, weights))
+    return found
+
+
+def total_of(found: Weights | None) -> float:
+    """The sum of weights, in their order; 0 where there are none."""
+    return sum(map(sum, found or []))
+
+
+def shares(found: Weights, total: float) -> list[list[float | None]]:
+    """What the loss of each slice is multiplied with: its part of the total.
+
+    Raises:
+        LossError: a total of 0.
+    """
     if total == 0:
         raise LossError(
             "loss_scale gave every micro-batch the weight 0: nothing counts, and the "
             "loss is undefined"
         )
-    return [[weight / total for weight in of_slices] for of_slices in weights]
+    return [[weight / total for weight in of_slices] for of_slices in found]
+
+
+def factors(
+    targets: list[list[Value]], loss_scale: LossScale, rows: int, positions: int = 1
+) -> list[list[float | None]]:
+    """What the loss of each slice is multiplied with; None for not at all.
+
+    Args:
+        targets: as for `weights`; of all there are.
+        loss_scale: likewise.
+        rows: likewise.
+        positions: likewise.
+
+    Raises:
+        LossError: as `weights` and `shares`.
+    """
+    found = weights(targets, loss_scale, rows, positions)
+    if found is None:
+        return [[None] * len(parts) for parts in targets]
+    return shares(found, total_of(found))
 
 
 def _lengths(whole: int, parts: int) -> list[int]:

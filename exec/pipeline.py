@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from pipeproof.exec.batch import (
     NO_KEYWORDS,
@@ -27,7 +26,8 @@ from pipeproof.exec.batch import (
 )
 from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError, ModelError
-from pipeproof.exec.group import Ranks
+from pipeproof.exec.grid import Grid
+from pipeproof.exec.group import Along, Ranks
 from pipeproof.exec.ranked import Ranked
 from pipeproof.exec.replicas import Replica
 from pipeproof.exec.rng import step_seed
@@ -42,6 +42,7 @@ from pipeproof.sched import (
     Schedule,
     Trace,
     lower,
+    reduce_gradients,
 )
 from pipeproof.sched.causes import SHARED_PROCESSOR
 from pipeproof.sched.lower import Messages
@@ -90,9 +91,17 @@ class Pipeline:
             ops as one, and the next op waits for both directions, as with torch's
             `batch_isend_irecv`. Within one process nothing waits for it.
         ranks: run one device of the schedule in this process, and the others in
-            those of a process group: a `Ranks`, a group, or True for all processes.
-            Rank r is device r. Each makes the same pipeline; a rank needs its own
-            stages only, and others may be None.
+            those of a process group: a `Ranks`, a group, a mesh of one dimension,
+            or True for all processes. Rank r is device r. Each makes the same
+            pipeline; a rank needs its own stages only, and others may be None.
+        data_parallel: replicas of the whole pipeline, each with rows of its own: the
+            group, or the mesh, of the ranks that run the same device in each, as in
+            `ranks=mesh["pp"], data_parallel=mesh["dp"]`; or how many there are, where
+            `ranks` are those of all, one replica after the other. Each stage then has
+            a REDUCE behind its last backward: its gradient is summed over the
+            replicas once a step, while the pipeline drains. Losses are scaled as if
+            the replicas' rows were one batch, so replicas may have different numbers
+            of them. Buffers (running statistics) are each replica's own.
 
     Raises:
         ScheduleError: `check` has findings.
@@ -101,8 +110,7 @@ class Pipeline:
             several devices hold one; with slices, a unit that mixes positions and
             takes no carry.
         ParameterError: another number of devices, or an unknown loss scale.
-        UnsupportedError: ops that are not lowered to a program yet; with ranks,
-            activations kept in another device's memory.
+        UnsupportedError: ops that are not lowered to a program yet.
         RankError: the ranks were given different things, or another one failed.
 
     Source:
@@ -118,18 +126,21 @@ class Pipeline:
         *,
         loss_scale: LossScale = "rows",
         messages: Messages = "single",
-        ranks: Ranks | ProcessGroup | bool = False,
+        ranks: Ranks | Along | bool = False,
+        data_parallel: Along | int = 1,
     ) -> None:
         self._trace: Trace | None = None
         self._ranked: Ranked | None = None
-        self.schedule = schedule
         self._loss_scale = loss_scale
-        joined = None if ranks is False else Ranks.of(ranks)
-        with nullcontext() if joined is None else joined.together("its beginning"):
+        grid = _grid_of(ranks, data_parallel)
+        if grid is not None and len(grid.rows) > 1:
+            schedule = reduce_gradients(schedule)
+        self.schedule = schedule
+        with nullcontext() if grid is None else grid.ranks.together("its beginning"):
             check_scale(loss_scale)
             if isinstance(devices, (str, torch.device)):
                 devices = [devices]
-            self._shared = len(devices) == 1 and joined is None
+            self._shared = len(devices) == 1 and grid is None
             # On one device nothing is under way: a boundary tensor is handed over
             # when its consumer is next, and lies nowhere meanwhile but in one place.
             self.program: Program = lower(
@@ -139,30 +150,32 @@ class Pipeline:
             )
             self._devices = _torch_devices(devices, schedule)
             _check_count(len(stages), schedule)
-            if joined is None:
+            if grid is None:
                 homes = _place(list(stages), schedule, self._devices)
                 self._runtime = Runtime(self.program, homes, loss_fn, self._devices)
             else:
-                self._join(joined, list(stages), loss_fn)
+                self._join(grid, list(stages), loss_fn)
 
     def _join(
-        self, ranks: Ranks, stages: list[StageModule | None], loss_fn: LossFn
+        self, grid: Grid, stages: list[StageModule | None], loss_fn: LossFn
     ) -> None:
         """Run one device's part here; the others are other ranks'."""
-        ranked = Ranked(ranks, self.program, stages, self._devices, self._loss_scale)
+        ranked = Ranked(grid, self.program, stages, self._devices, self._loss_scale)
         self._ranked = ranked
         for stage in ranked.homes.values():
             if self.schedule.slices > 1:
                 check_sliced(stage.units)
-        _refuse_shared(self.schedule, ranked.homes)
+        _refuse_shared(self.schedule, ranked.homes, len(grid.rows))
+        links = ranked.links
         self._runtime = Runtime(
             self.program,
             ranked.homes,
             loss_fn,
             self._devices,
-            mine=[ranks.rank],
-            transport=ranked.transport,
-            reduce=ranked.reducer.reduce,
+            mine=[grid.device],
+            transport=links.messages,
+            reduction=links.reducer,
+            lend=None if links.borrower is None else links.borrower.loan,
         )
 
     @property
@@ -267,7 +280,7 @@ class Pipeline:
     ) -> Tensor:
         """This rank's part of a step."""
         with (
-            ranked.ranks.together("the step"),
+            ranked.grid.ranks.together("the step"),
             torch.enable_grad(),
             step_seed(list(set(self._devices))) as seed,
         ):
@@ -296,6 +309,14 @@ class Pipeline:
         notes = (SHARED_PROCESSOR,) if self._shared else ()
         times = np.array(start), np.array(end)
         return Trace(self.program, *times, "measured", _shares(self.program), notes)
+
+
+def _grid_of(ranks: Ranks | Along | bool, data_parallel: Along | int) -> Grid | None:
+    if ranks is not False:
+        return Grid.of(ranks, data_parallel)
+    if data_parallel != 1:
+        raise ParameterError("data_parallel needs ranks: replicas are processes")
+    return None
 
 
 def _torch_devices(
@@ -350,7 +371,9 @@ def _place(
     return homes
 
 
-def _refuse_shared(schedule: Schedule, homes: Mapping[tuple[int, int], Stage]) -> None:
+def _refuse_shared(
+    schedule: Schedule, homes: Mapping[tuple[int, int], Stage], replicas: int = 1
+) -> None:
     """Refuse a parameter of two stages that could not have one gradient."""
     owner: dict[int, Stage] = {}
     for stage in homes.values():
@@ -365,11 +388,13 @@ def _refuse_shared(schedule: Schedule, homes: Mapping[tuple[int, int], Stage]) -
                     f"{both} across {first.device} and {stage.device}: put both on one "
                     "device, or untie them"
                 )
-            if any(len(holders(schedule, s.number)) > 1 for s in (first, stage)):
+            if replicas > 1 or any(
+                len(holders(schedule, s.number)) > 1 for s in (first, stage)
+            ):
                 raise ModelError(
                     f"{both}, and several devices hold replicas of a stage: its "
                     "gradient would be reduced twice; untie them, or use a schedule of "
-                    "one pipe"
+                    "one pipe, without data_parallel"
                 )
 
 

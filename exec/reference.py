@@ -26,7 +26,7 @@ from pipeproof.exec.batch import (
     split_keywords,
 )
 from pipeproof.exec.errors import BatchError
-from pipeproof.exec.rng import generators, key, seed, step_seed
+from pipeproof.exec.rng import generators, key, of_replica, seed, step_seed
 from pipeproof.exec.stage import (
     StageModule,
     check_sliced,
@@ -49,6 +49,7 @@ def reference(
     *,
     loss_scale: LossScale = "rows",
     keywords: Mapping[str, Any] = NO_KEYWORDS,
+    replica: int = 0,
 ) -> Tensor:
     """A plain loop over micro-batches, with the schedule's order of summation.
 
@@ -70,6 +71,9 @@ def reference(
         targets: likewise.
         loss_scale: as for `Pipeline`.
         keywords: as for `Pipeline.step`.
+        replica: with data parallelism, whose randomness. What a replica adds to
+            the gradient is that of its own rows with losses that sum to its share;
+            the gradient is the sum of these in the order of the replicas.
 
     Returns:
         The batch's loss, a detached scalar. Gradients are added to `.grad`.
@@ -96,7 +100,8 @@ def reference(
     device = parameters[0].device if parameters else torch.device("cpu")
     losses: dict[int, list[Tensor]] = {}
     grads: dict[tuple[int, int], Gradients] = {}
-    with torch.enable_grad(), step_seed([device]) as step:
+    with torch.enable_grad(), step_seed([device]) as seed_of_all:
+        step = of_replica(seed_of_all, replica)
         sources = generators(device)
         for number in _forward_order(schedule):
             one = _MicroBatch(units, loss_fn, sources, step, number, further[number])

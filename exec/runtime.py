@@ -20,6 +20,7 @@ from pipeproof.exec.bind import Binder, Homes, holders
 from pipeproof.exec.clock import Clock
 from pipeproof.exec.errors import RankError, StepError
 from pipeproof.exec.replicas import Run, Sums, add_up
+from pipeproof.exec.stash import Copies, Place
 from pipeproof.exec.step import Step
 from pipeproof.sched import Action, Kind, Op, Program
 from pipeproof.sched.errors import PipeproofError
@@ -45,6 +46,21 @@ class Transport(Protocol):
         """Let go of everything of a step."""
 
 
+class Reduction(Protocol):
+    """Sums the gradients of stages over the processes that hold them."""
+
+    @property
+    def stages(self) -> frozenset[int]:
+        """Whose."""
+
+    def begin(self, index: int, stage: int, sums: Sums) -> None:
+        """Take over what is summed here; `.grad` has the total after the step."""
+
+
+Lend = Callable[[str], Place]
+"""Gives a place in another process's memory for what the text says."""
+
+
 class Runtime:
     """Runs the steps of a program.
 
@@ -57,8 +73,9 @@ class Runtime:
         mine: the schedule's devices that this process runs; default all.
         transport: between processes; None where all devices are in this one, and a
             send puts the tensor where the receive wants it.
-        reduce: (stage, its devices, the sums of the one here): REDUCE, where the
-            other devices are not in this process.
+        reduction: REDUCE, where others that hold the stage are in other processes.
+        lend: where OFFLOADs to another device's memory go, where that is not in
+            this process.
 
     Attributes:
         here: the instructions that this process runs.
@@ -75,7 +92,8 @@ class Runtime:
         *,
         mine: Collection[int] | None = None,
         transport: Transport | None = None,
-        reduce: Callable[[int, list[int], Sums], None] | None = None,
+        reduction: Reduction | None = None,
+        lend: Lend | None = None,
     ) -> None:
         self._program = program
         self._devices = devices
@@ -84,17 +102,18 @@ class Runtime:
             *(stage.takes_keywords for stage in self._stages)
         )
         self._transport = transport
-        self._reduce = reduce
+        self._reduction, self._lend = reduction, lend
         self.clock: Clock
         schedule = program.schedule
         # Where several devices hold a stage, each sums its gradients for itself.
+        elsewhere = frozenset[int]() if reduction is None else reduction.stages
         self._sums = {
             (stage, device): Sums(home)
             for (stage, device), home in homes.items()
-            if len(holders(schedule, stage)) > 1
+            if len(holders(schedule, stage)) > 1 or stage in elsewhere
         }
         self._binder = Binder(program, homes, loss_fn)
-        self._reader = {} if transport is None else _readers(program)
+        self._reader = {} if transport is None else readers(program)
         reductions = np.flatnonzero(program.action == Action.REDUCE).tolist()
         self._last_reduce = {program[i].ops[0].stage: i for i in reductions}
         mine = range(schedule.devices) if mine is None else mine
@@ -293,10 +312,15 @@ class Runtime:
         of, stashes = (op.stage, op.micro_batch, op.slice), self._binder.stashes
         hand_over = self._bind_handing_over(instruction)
         target = self._program.schedule.offload_to[device]
-        place = torch.device("cpu") if target is None else self._devices[target]
+        place: Callable[[], Place]
+        if target is not None and self._lend is not None:
+            place = partial(self._lend, instruction.label)
+        else:
+            away = torch.device("cpu") if target is None else self._devices[target]
+            place = partial(Copies, self._devices[device], away)
 
         def offload() -> None:
-            stashes[of].offload(place, self._binder.leaves(op, instruction))
+            stashes[of].offload(place(), self._binder.leaves(op, instruction))
             hand_over()
 
         def reload() -> None:
@@ -309,9 +333,10 @@ class Runtime:
         """The last REDUCE of a stage sums; one device alone has nothing to sum."""
         (op,) = instruction.ops
         held_by = holders(self._program.schedule, op.stage)
-        if self._reduce is not None and len(held_by) > 1:
+        reduction = self._reduction
+        if reduction is not None and op.stage in reduction.stages:
             sums = self._sums[op.stage, instruction.stream.device]
-            return partial(self._reduce, op.stage, held_by, sums)
+            return partial(reduction.begin, instruction.index, op.stage, sums)
         last = self._last_reduce[op.stage] == instruction.index
         if len(held_by) == 1 or not last:
             return _nothing
@@ -323,7 +348,7 @@ def _nothing() -> None:
     """Where an instruction has nothing left to do."""
 
 
-def _readers(program: Program) -> dict[int, list[int]]:
+def readers(program: Program) -> dict[int, list[int]]:
     """Of each instruction, the messages of which it is the first reader."""
     written = {
         program.writes[recv][0]: i for i, recv in enumerate(program.recv_of.tolist())

@@ -24,6 +24,7 @@ class Step:
         factors: of the losses; None for not at all.
         keywords: by device, of each micro-batch and slice, the keyword inputs.
         losses: with their factors, once they are known.
+        of_all: where ranks run the step, the losses of all of them, in order.
         input_grads: where the inputs want a gradient.
     """
 
@@ -35,6 +36,7 @@ class Step:
         default_factory=dict
     )
     losses: list[list[Tensor | None]] = field(init=False)
+    of_all: list[Tensor] = field(init=False, default_factory=list)
     input_grads: list[list[Value | None]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -69,7 +71,7 @@ class Step:
     @property
     def loss(self) -> Tensor:
         """The batch's loss, summed by micro-batch and slice."""
-        first, *others = [
+        first, *others = self.of_all or [
             loss for parts in self.losses for loss in parts if loss is not None
         ]
         total = first.clone()

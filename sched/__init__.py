@@ -41,6 +41,7 @@ from pipeproof.sched.trace import Trace as Trace
 from pipeproof.sched.transforms import POLICIES as POLICIES
 from pipeproof.sched.transforms import merge_backward as merge_backward
 from pipeproof.sched.transforms import recompute as recompute
+from pipeproof.sched.transforms import reduce_gradients as reduce_gradients
 from pipeproof.sched.transforms import reorder_backward as reorder_backward
 from pipeproof.sched.transforms import retime as retime
 from pipeproof.sched.transforms import split_backward as split_backward

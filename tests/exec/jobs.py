@@ -332,7 +332,7 @@ class Failing(nn.Module):
 
 def spoil(fault: Fault) -> None:
     match fault.kind:
-        case "stage":
+        case "stage" | "lender":
             raise ValueError("no such word: 7")
         case "interrupt":
             raise KeyboardInterrupt
@@ -360,10 +360,10 @@ def faulty(ranks: Ranks, fault: Fault) -> None:
     here, kind = ranks.rank == fault.rank, fault.kind
     micro_batches = 5 if here and kind == "schedule" else 4
     devices = ranks.size + (kind == "devices")
-    name = "bpipe" if kind == "bpipe" else "1f1b"
+    name = "bpipe" if kind == "lender" else "1f1b"
     schedule = catalog.make(name, devices=devices, micro_batches=micro_batches)
     stages: list[Any] = [nn.Linear(WIDTH, WIDTH) for _ in range(schedule.stages)]
-    if here and kind in ("stage", "interrupt", "signal"):
+    if here and kind in ("stage", "lender", "interrupt", "signal"):
         stages[ranks.rank] = Failing(lambda: spoil(fault))
     elif here and kind == "shapes":
         stages[0] = nn.Linear(WIDTH, WIDTH, bias=False)

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeproof.exec import BatchError, ModelError, Pipeline, Whole, reference
-from pipeproof.exec.tensors import check, flat, handed_on, mapped
-from pipeproof.exec.transport import Form, dense
+from pipeproof.exec.forms import Form
+from pipeproof.exec.tensors import check, handed_on, mapped
 from pipeproof.sched import POLICIES, Schedule, catalog, recompute
 
 mse = functional.mse_loss
@@ -80,15 +80,14 @@ values = st.recursive(
 @given(value=values)
 def test_what_a_rank_reads_is_what_another_wrote(value: Any) -> None:
     check(value, "stage 0")
-    found = [leaf for leaf in flat(value) if isinstance(leaf, Tensor)]
-
-    form = Form.parse(Form.of(value, list(map(dense, found))).to_text())
+    form, found = Form.of(value)
 
     def plain(leaf: Any) -> Any:
         return ("tensor", leaf.shape) if isinstance(leaf, Tensor) else leaf
 
-    assert form == Form.of(value, found)
-    back = form.filled(iter(found))
+    read = Form.parse(form.to_text())
+    assert read == form
+    back = read.filled(found)
     assert mapped(plain, back) == mapped(plain, value)
     assert repr(mapped(plain, handed_on(value))) == repr(mapped(plain, value))
 
