@@ -32,7 +32,7 @@ class Transport(Protocol):
     """Takes what a device hands to one in another process."""
 
     def send(self, message: Message, value: Any) -> None:
-        """Take a tensor, a tuple of them, or None for a gradient that is none."""
+        """Take a value, or a value's gradients."""
 
     def post(self, message: Message) -> None:
         """Get ready to receive: its slot is free."""
@@ -81,6 +81,7 @@ class Runtime:
 
     Attributes:
         here: the instructions that this process runs.
+        takes_keywords: names of keyword inputs that any unit here takes.
         clock: of the last timed step.
     """
 
@@ -100,6 +101,9 @@ class Runtime:
         self._program = program
         self._devices = devices
         self._stages = list({id(stage): stage for stage in homes.values()}.values())
+        self.takes_keywords = frozenset[str]().union(
+            *(stage.takes_keywords for stage in self._stages)
+        )
         self._transport = transport
         self._reduction, self._lend = reduction, lend
         self._sharded = sharded or {}

@@ -29,6 +29,9 @@ from pipeproof.sched.ir import alternate as alternate
 from pipeproof.sched.ir import op as op
 from pipeproof.sched.ir import overlap as overlap
 from pipeproof.sched.lower import lower as lower
+from pipeproof.sched.partition import Layer as Layer
+from pipeproof.sched.partition import Partition as Partition
+from pipeproof.sched.partition import partition as partition
 from pipeproof.sched.placement import Placement as Placement
 from pipeproof.sched.program import Action as Action
 from pipeproof.sched.program import BufferKind as BufferKind
