@@ -10,8 +10,9 @@ import click
 from pipeproof.cli.options import LOWERING, Conditions, Number, Wanted, flag
 from pipeproof.cli.output import emit_json
 from pipeproof.cli.predict import cluster_of, cost_of, lowered, predict, sizes
+from pipeproof.cli.proving import as_proved, in_passing, in_words
 from pipeproof.cli.source import load
-from pipeproof.sched import Kind, ParameterError, check, fits
+from pipeproof.sched import Kind, ParameterError, Program, Schedule, check, fits
 from pipeproof.sched.streams import StreamModel
 
 OF_PROGRAMS = ("streams", "buffering", *LOWERING)
@@ -26,7 +27,7 @@ def judge(
     *,
     as_json: bool,
 ) -> None:
-    """Print what `check` and `fits` find; exit with 1 if that is anything.
+    """Print what `check`, `fits` and `prove` find; exit with 1 if that is anything.
 
     Raises:
         ParameterError: costs, but no cap that they matter to.
@@ -34,8 +35,9 @@ def judge(
     schedule = load(wanted)
     given = conditions.given
     report = check(schedule)
+    judged: Program | Schedule = schedule
     if report.ok and any(name in given for name in OF_PROGRAMS):
-        program = lowered(schedule, conditions)
+        judged = program = lowered(schedule, conditions)
         report = check(
             program,
             streams=cast(StreamModel | None, conditions.streams),
@@ -61,16 +63,21 @@ def judge(
             node_of=[cluster.node(device) for device in range(schedule.devices)],
         )
         report = replace(found, verdict=f"{report.verdict}; it {found.verdict}")
+    proof = in_passing(judged) if report.ok else None
+    proved = None if proof is None else as_proved(proof)
     if as_json:
         emit_json(
             {
                 **sizes(report.schedule),
                 "digest": report.schedule.digest,
                 "ok": report.ok,
+                "proved": proved,
                 "findings": [finding.to_dict() for finding in report.findings],
             }
         )
     else:
         click.echo(str(report))
-    if not report.ok:
+        if proof is not None:
+            click.echo(in_words(proof))
+    if not report.ok or proved is False:
         raise click.exceptions.Exit(1)

@@ -4,31 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from pipeproof.exec.batch import (
+    NO_KEYWORDS,
+    Batch,
     LossFn,
     LossScale,
     Value,
     check_pairs,
     check_scale,
     factors,
+    no_unit_takes,
     split,
+    split_keywords,
+    unmarked,
 )
 from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError, ModelError
-from pipeproof.exec.group import Ranks
+from pipeproof.exec.grid import Grid
+from pipeproof.exec.group import Along, Ranks
 from pipeproof.exec.ranked import Ranked
 from pipeproof.exec.replicas import Replica
 from pipeproof.exec.rng import step_seed
 from pipeproof.exec.runtime import Runtime
+from pipeproof.exec.sharded import check_wrapped
 from pipeproof.exec.stage import Stage, StageModule, check_sliced
 from pipeproof.exec.step import Step
-from pipeproof.exec.tensors import copied, flat
+from pipeproof.exec.tensors import flat, placed
 from pipeproof.sched import (
     BufferKind,
     ParameterError,
@@ -36,10 +43,12 @@ from pipeproof.sched import (
     Schedule,
     Trace,
     lower,
+    reduce_gradients,
 )
 from pipeproof.sched.causes import SHARED_PROCESSOR
 from pipeproof.sched.lower import Messages
-from pipeproof.sched.memory import Sizes
+from pipeproof.sched.trace import Timetable
+from pipeproof.sched.weights import Sizes
 
 
 class Pipeline:
@@ -53,7 +62,8 @@ class Pipeline:
         loss.backward()
 
     Stage s of the schedule is `stages[s]`. What a stage returns is what the next
-    one is called with: a tensor, or a tuple of tensors as one argument. A stage may
+    one is called with, as one argument: a tensor, a bool, an int, a float, a str or
+    None, or a tuple, list or dict of these, nested as it likes. A stage may
     be a sequence of units, the smallest pieces a partition may cut between (an
     `nn.Sequential` is one); dropout and other randomness depends on the unit,
     the micro-batch and the slice, not on the schedule or on where the cuts fall.
@@ -83,9 +93,17 @@ class Pipeline:
             ops as one, and the next op waits for both directions, as with torch's
             `batch_isend_irecv`. Within one process nothing waits for it.
         ranks: run one device of the schedule in this process, and the others in
-            those of a process group: a `Ranks`, a group, or True for all processes.
-            Rank r is device r. Each makes the same pipeline; a rank needs its own
-            stages only, and others may be None.
+            those of a process group: a `Ranks`, a group, a mesh of one dimension,
+            or True for all processes. Rank r is device r. Each makes the same
+            pipeline; a rank needs its own stages only, and others may be None.
+        data_parallel: replicas of the whole pipeline, each with rows of its own: the
+            group, or the mesh, of the ranks that run the same device in each, as in
+            `ranks=mesh["pp"], data_parallel=mesh["dp"]`; or how many there are, where
+            `ranks` are those of all, one replica after the other. Each stage then has
+            a REDUCE behind its last backward: its gradient is summed over the
+            replicas once a step, while the pipeline drains. Losses are scaled as if
+            the replicas' rows were one batch, so replicas may have different numbers
+            of them. Buffers (running statistics) are each replica's own.
 
     Raises:
         ScheduleError: `check` has findings.
@@ -94,8 +112,7 @@ class Pipeline:
             several devices hold one; with slices, a unit that mixes positions and
             takes no carry.
         ParameterError: another number of devices, or an unknown loss scale.
-        UnsupportedError: ops that are not lowered to a program yet; with ranks,
-            activations kept in another device's memory.
+        UnsupportedError: ops that are not lowered to a program yet.
         RankError: the ranks were given different things, or another one failed.
 
     Source:
@@ -111,18 +128,21 @@ class Pipeline:
         *,
         loss_scale: LossScale = "rows",
         messages: Messages = "single",
-        ranks: Ranks | ProcessGroup | bool = False,
+        ranks: Ranks | Along | bool = False,
+        data_parallel: Along | int = 1,
     ) -> None:
         self._trace: Trace | None = None
         self._ranked: Ranked | None = None
-        self.schedule = schedule
         self._loss_scale = loss_scale
-        joined = None if ranks is False else Ranks.of(ranks)
-        with nullcontext() if joined is None else joined.together("its beginning"):
+        grid = _grid_of(ranks, data_parallel)
+        if grid is not None and len(grid.rows) > 1:
+            schedule = reduce_gradients(schedule)
+        self.schedule = schedule
+        with nullcontext() if grid is None else grid.ranks.together("its beginning"):
             check_scale(loss_scale)
             if isinstance(devices, (str, torch.device)):
                 devices = [devices]
-            self._shared = len(devices) == 1 and joined is None
+            self._shared = len(devices) == 1 and grid is None
             # On one device nothing is under way: a boundary tensor is handed over
             # when its consumer is next, and lies nowhere meanwhile but in one place.
             self.program: Program = lower(
@@ -132,30 +152,34 @@ class Pipeline:
             )
             self._devices = _torch_devices(devices, schedule)
             _check_count(len(stages), schedule)
-            if joined is None:
+            if grid is None:
+                check_wrapped(list(stages), schedule, None)
                 homes = _place(list(stages), schedule, self._devices)
                 self._runtime = Runtime(self.program, homes, loss_fn, self._devices)
             else:
-                self._join(joined, list(stages), loss_fn)
+                self._join(grid, list(stages), loss_fn)
 
     def _join(
-        self, ranks: Ranks, stages: list[StageModule | None], loss_fn: LossFn
+        self, grid: Grid, stages: list[StageModule | None], loss_fn: LossFn
     ) -> None:
         """Run one device's part here; the others are other ranks'."""
-        ranked = Ranked(ranks, self.program, stages, self._devices, self._loss_scale)
+        ranked = Ranked(grid, self.program, stages, self._devices, self._loss_scale)
         self._ranked = ranked
         for stage in ranked.homes.values():
             if self.schedule.slices > 1:
                 check_sliced(stage.units)
-        _refuse_shared(self.schedule, ranked.homes)
+        _refuse_shared(self.schedule, ranked.homes, len(grid.rows))
+        links = ranked.links
         self._runtime = Runtime(
             self.program,
             ranked.homes,
             loss_fn,
             self._devices,
-            mine=[ranks.rank],
-            transport=ranked.transport,
-            reduce=ranked.reducer.reduce,
+            mine=[grid.device],
+            transport=links.messages,
+            reduction=links.reducer,
+            sharded=ranked.sharded,
+            lend=None if links.borrower is None else links.borrower.loan,
         )
 
     @property
@@ -170,7 +194,12 @@ class Pipeline:
         return self._trace
 
     def step(
-        self, inputs: Value | None, targets: Value | None, *, record: bool = False
+        self,
+        inputs: Value | None,
+        targets: Value | None,
+        *,
+        keywords: Mapping[str, Any] = NO_KEYWORDS,
+        record: bool = False,
     ) -> Tensor:
         """Forward and backward of one batch, micro-batch by micro-batch.
 
@@ -179,21 +208,28 @@ class Pipeline:
         there is no optimizer step.
 
         Args:
-            inputs: shape (rows, …), or a tuple of such; (rows, positions, …) where
-                the schedule has slices, cut likewise along positions.
+            inputs: shape (rows, …), or tuples, lists and dicts of such, with ints
+                and the like among them, which every micro-batch gets; (rows,
+                positions, …) where the schedule has slices, cut likewise along
+                positions. A tensor that is not to be cut is marked `Whole`.
             targets: likewise, of as many rows (and positions).
+            keywords: further inputs by name, for every unit of any stage whose
+                forward has a parameter of that name behind its first. A tensor must
+                have the batch's rows, and is cut as it is, or be marked `Whole`.
             record: measure a `trace`.
 
-        Of several ranks all call it. Those that run a first stage need the inputs
-        and those that run a last one the targets; elsewhere they are ignored. A
-        rank's failure ends the step on all.
+        Of several ranks all call it. Those that run a first stage need the inputs,
+        those that run a last one the targets, and those with a unit that takes a
+        keyword that keyword; elsewhere they are ignored. A rank's failure ends the
+        step on all.
 
         Returns:
             The batch's loss, a detached scalar; the same on every rank.
 
         Raises:
-            BatchError: fewer rows than micro-batches or positions than slices, or
-                targets of other ones.
+            BatchError: fewer rows than micro-batches or positions than slices,
+                targets of other ones, or keywords that no unit takes or that are
+                neither cut nor marked `Whole`.
             LossError: a loss that is not a scalar, or weights that are none.
             ModelError: a stage that changes its input in place, or returns what
                 cannot cross to the next.
@@ -207,46 +243,62 @@ class Pipeline:
                 "it outside"
             )
         if self._ranked is not None:
-            return self._step_of(self._ranked, inputs, targets, record)
+            return self._step_of(self._ranked, inputs, targets, keywords, record)
         if inputs is None or targets is None:
             raise BatchError("got no batch: only other ranks' parts may be None")
         schedule = self.schedule
-        check_pairs(inputs, targets, schedule.slices)
+        size = check_pairs(inputs, targets, schedule.slices)
         batch = split("inputs", inputs, schedule.micro_batches, schedule.slices)
         labels = split("targets", targets, schedule.micro_batches, schedule.slices)
-        scale = factors(batch, labels, self._loss_scale)
+        scale = factors(labels, self._loss_scale, *size)
         with torch.enable_grad(), step_seed(self._devices) as seed:
             step = Step(seed, self._sent(batch, 0), self._sent(labels, -1), scale)
+            step.keywords = self._keywords(keywords, size)
             if record:
                 self._trace = self._timed(step)
             else:
                 self._runtime.run(step)
-            _pass_on(inputs, step)
+            _pass_on(unmarked(inputs), step)
         return step.loss
+
+    def _keywords(
+        self, keywords: Mapping[str, Any], size: tuple[int, int]
+    ) -> dict[torch.device, list[list[dict[str, Any]]]]:
+        """On each device, those of each slice."""
+        if not keywords:
+            return {}
+        taken = self._runtime.takes_keywords
+        if unknown := sorted(keywords.keys() - taken):
+            raise BatchError(no_unit_takes(unknown, taken))
+        parts = self.schedule.micro_batches, self.schedule.slices
+        cut = split_keywords(keywords, *size, parts)
+        return {device: placed(cut, device) for device in set(self._devices)}
 
     def _step_of(
         self,
         ranked: Ranked,
         inputs: Value | None,
         targets: Value | None,
+        keywords: Mapping[str, Any],
         record: bool,
     ) -> Tensor:
         """This rank's part of a step."""
         with (
-            ranked.ranks.together("the step"),
+            ranked.grid.ranks.together("the step"),
             torch.enable_grad(),
             step_seed(list(set(self._devices))) as seed,
         ):
+            batch = Batch(inputs, targets, keywords)
             if record:
-                step, start, end = ranked.timed_step(
-                    self._runtime, seed, inputs, targets
-                )
+                step, start, end = ranked.timed_step(self._runtime, seed, batch)
                 shares = _shares(self.program)
-                self._trace = Trace(self.program, start, end, "measured", shares)
+                self._trace = Trace(
+                    self.program, Timetable(start, end), "measured", shares
+                )
             else:
-                step = ranked.step(self._runtime, seed, inputs, targets)
+                step = ranked.step(self._runtime, seed, batch)
             if inputs is not None:
-                _pass_on(inputs, step)
+                _pass_on(unmarked(inputs), step)
         return step.loss
 
     def _sent(self, batch: list[list[Value]], stage: int) -> list[list[Value]]:
@@ -254,15 +306,23 @@ class Pipeline:
         pipes = self.schedule.placement.pipes
         homes = [pipes[pipe][stage] for pipe in self.schedule.pipe_of.tolist()]
         return [
-            [_to(value, self._devices[home]) for value in slices]
+            [placed(value, self._devices[home]) for value in slices]
             for home, slices in zip(homes, batch)
         ]
 
     def _timed(self, step: Step) -> Trace:
         start, end = self._runtime.run_timed(step)
         notes = (SHARED_PROCESSOR,) if self._shared else ()
-        times = np.array(start), np.array(end)
-        return Trace(self.program, *times, "measured", _shares(self.program), notes)
+        times = Timetable(np.array(start), np.array(end))
+        return Trace(self.program, times, "measured", _shares(self.program), notes)
+
+
+def _grid_of(ranks: Ranks | Along | bool, data_parallel: Along | int) -> Grid | None:
+    if ranks is not False:
+        return Grid.of(ranks, data_parallel)
+    if data_parallel != 1:
+        raise ParameterError("data_parallel needs ranks: replicas are processes")
+    return None
 
 
 def _torch_devices(
@@ -317,7 +377,9 @@ def _place(
     return homes
 
 
-def _refuse_shared(schedule: Schedule, homes: Mapping[tuple[int, int], Stage]) -> None:
+def _refuse_shared(
+    schedule: Schedule, homes: Mapping[tuple[int, int], Stage], replicas: int = 1
+) -> None:
     """Refuse a parameter of two stages that could not have one gradient."""
     owner: dict[int, Stage] = {}
     for stage in homes.values():
@@ -332,18 +394,14 @@ def _refuse_shared(schedule: Schedule, homes: Mapping[tuple[int, int], Stage]) -
                     f"{both} across {first.device} and {stage.device}: put both on one "
                     "device, or untie them"
                 )
-            if any(len(holders(schedule, s.number)) > 1 for s in (first, stage)):
+            if replicas > 1 or any(
+                len(holders(schedule, s.number)) > 1 for s in (first, stage)
+            ):
                 raise ModelError(
                     f"{both}, and several devices hold replicas of a stage: its "
                     "gradient would be reduced twice; untie them, or use a schedule of "
-                    "one pipe"
+                    "one pipe, without data_parallel"
                 )
-
-
-def _to(value: Value, device: torch.device) -> Value:
-    if isinstance(value, tuple):
-        return tuple(copied(tensor, device) for tensor in value)
-    return copied(value, device)
 
 
 def _pass_on(inputs: Value, step: Step) -> None:
@@ -351,7 +409,7 @@ def _pass_on(inputs: Value, step: Step) -> None:
     if all(grad is None for slices in step.input_grads for grad in slices):
         return
     for place, tensor in enumerate(flat(inputs)):
-        if not tensor.requires_grad:
+        if not (isinstance(tensor, Tensor) and tensor.requires_grad):
             continue
         whole = [
             torch.cat([_grad(*pair, place).to(tensor.device) for pair in zip(*of)], 1)

@@ -7,7 +7,7 @@ needs. `bind.py` says what an operation does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,8 +20,10 @@ from pipeproof.exec.bind import Binder, Homes, holders
 from pipeproof.exec.clock import Clock
 from pipeproof.exec.errors import RankError, StepError
 from pipeproof.exec.replicas import Run, Sums, add_up
+from pipeproof.exec.sharded import Sharded
+from pipeproof.exec.stash import Copies, Place
 from pipeproof.exec.step import Step
-from pipeproof.sched import Action, Kind, Op, Program
+from pipeproof.sched import Action, Kind, Op, Program, Schedule
 from pipeproof.sched.errors import PipeproofError
 from pipeproof.sched.program import Instruction, Message
 
@@ -30,7 +32,7 @@ class Transport(Protocol):
     """Takes what a device hands to one in another process."""
 
     def send(self, message: Message, value: Any) -> None:
-        """Take a tensor, a tuple of them, or None for a gradient that is none."""
+        """Take a value, or a value's gradients."""
 
     def post(self, message: Message) -> None:
         """Get ready to receive: its slot is free."""
@@ -45,6 +47,21 @@ class Transport(Protocol):
         """Let go of everything of a step."""
 
 
+class Reduction(Protocol):
+    """Sums the gradients of stages over the processes that hold them."""
+
+    @property
+    def stages(self) -> frozenset[int]:
+        """Whose."""
+
+    def begin(self, index: int, stage: int, sums: Sums) -> None:
+        """Take over what is summed here; `.grad` has the total after the step."""
+
+
+Lend = Callable[[str], Place]
+"""Gives a place in another process's memory for what the text says."""
+
+
 class Runtime:
     """Runs the steps of a program.
 
@@ -57,11 +74,14 @@ class Runtime:
         mine: the schedule's devices that this process runs; default all.
         transport: between processes; None where all devices are in this one, and a
             send puts the tensor where the receive wants it.
-        reduce: (stage, its devices, the sums of the one here): REDUCE, where the
-            other devices are not in this process.
+        reduction: REDUCE, where others that hold the stage are in other processes.
+        sharded: by stage, those that torch shards.
+        lend: where OFFLOADs to another device's memory go, where that is not in
+            this process.
 
     Attributes:
         here: the instructions that this process runs.
+        takes_keywords: names of keyword inputs that any unit here takes.
         clock: of the last timed step.
     """
 
@@ -74,23 +94,31 @@ class Runtime:
         *,
         mine: Collection[int] | None = None,
         transport: Transport | None = None,
-        reduce: Callable[[int, list[int], Sums], None] | None = None,
+        reduction: Reduction | None = None,
+        lend: Lend | None = None,
+        sharded: Mapping[int, Sharded] | None = None,
     ) -> None:
         self._program = program
         self._devices = devices
         self._stages = list({id(stage): stage for stage in homes.values()}.values())
+        self.takes_keywords = frozenset[str]().union(
+            *(stage.takes_keywords for stage in self._stages)
+        )
         self._transport = transport
-        self._reduce = reduce
+        self._reduction, self._lend = reduction, lend
+        self._sharded = sharded or {}
+        self._last_backward = _last_backwards(program.schedule, self._sharded)
         self.clock: Clock
         schedule = program.schedule
         # Where several devices hold a stage, each sums its gradients for itself.
+        elsewhere = frozenset[int]() if reduction is None else reduction.stages
         self._sums = {
             (stage, device): Sums(home)
             for (stage, device), home in homes.items()
-            if len(holders(schedule, stage)) > 1
+            if len(holders(schedule, stage)) > 1 or stage in elsewhere
         }
         self._binder = Binder(program, homes, loss_fn)
-        self._reader = {} if transport is None else _readers(program)
+        self._reader = {} if transport is None else readers(program)
         reductions = np.flatnonzero(program.action == Action.REDUCE).tolist()
         self._last_reduce = {program[i].ops[0].stage: i for i in reductions}
         mine = range(schedule.devices) if mine is None else mine
@@ -146,6 +174,8 @@ class Runtime:
         )
         for stage in self._stages:
             stage.begin()
+        for sharded in self._sharded.values():
+            sharded.begin()
 
     def _end(self) -> None:
         """Let go of every tensor of the step, whether or not it came to its end."""
@@ -234,6 +264,8 @@ class Runtime:
 
     def _bind_op(self, op: Op, instruction: Instruction) -> Run:
         run = self._binder.bind(op, instruction)
+        if self._last_backward.get(op.stage) == op:
+            return self._sharded[op.stage].before_last(run)
         sums = self._sums.get((op.stage, instruction.stream.device))
         if sums is None or op.kind not in (Kind.B, Kind.I, Kind.W):
             return run
@@ -289,10 +321,15 @@ class Runtime:
         of, stashes = (op.stage, op.micro_batch, op.slice), self._binder.stashes
         hand_over = self._bind_handing_over(instruction)
         target = self._program.schedule.offload_to[device]
-        place = torch.device("cpu") if target is None else self._devices[target]
+        place: Callable[[], Place]
+        if target is not None and self._lend is not None:
+            place = partial(self._lend, instruction.label)
+        else:
+            away = torch.device("cpu") if target is None else self._devices[target]
+            place = partial(Copies, self._devices[device], away)
 
         def offload() -> None:
-            stashes[of].offload(place, self._binder.leaves(op, instruction))
+            stashes[of].offload(place(), self._binder.leaves(op, instruction))
             hand_over()
 
         def reload() -> None:
@@ -305,9 +342,10 @@ class Runtime:
         """The last REDUCE of a stage sums; one device alone has nothing to sum."""
         (op,) = instruction.ops
         held_by = holders(self._program.schedule, op.stage)
-        if self._reduce is not None and len(held_by) > 1:
+        reduction = self._reduction
+        if reduction is not None and op.stage in reduction.stages:
             sums = self._sums[op.stage, instruction.stream.device]
-            return partial(self._reduce, op.stage, held_by, sums)
+            return partial(reduction.begin, instruction.index, op.stage, sums)
         last = self._last_reduce[op.stage] == instruction.index
         if len(held_by) == 1 or not last:
             return _nothing
@@ -315,11 +353,20 @@ class Runtime:
         return partial(add_up, parts)
 
 
+def _last_backwards(schedule: Schedule, stages: Iterable[int]) -> dict[int, Op]:
+    """The last B of each of these stages, which one device holds."""
+    rows = [schedule.row(schedule.placement.pipes[0][stage]) for stage in stages]
+    return {
+        stage: [op for op in row if op.kind == Kind.B and op.stage == stage][-1]
+        for stage, row in zip(stages, rows)
+    }
+
+
 def _nothing() -> None:
     """Where an instruction has nothing left to do."""
 
 
-def _readers(program: Program) -> dict[int, list[int]]:
+def readers(program: Program) -> dict[int, list[int]]:
     """Of each instruction, the messages of which it is the first reader."""
     written = {
         program.writes[recv][0]: i for i, recv in enumerate(program.recv_of.tolist())

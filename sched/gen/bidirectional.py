@@ -18,15 +18,13 @@ from pipeproof.sched.exact import ratio
 from pipeproof.sched.ir import (
     B,
     F,
-    Kind,
-    Op,
     Ops,
     Schedule,
     alternate,
-    op,
 )
 from pipeproof.sched.placement import Placement
 from pipeproof.sched.row import Bounds, Case, Row
+from pipeproof.sched.transforms.reduce import reduced_behind
 
 
 def gems(devices: int, micro_batches: int) -> Schedule:
@@ -132,21 +130,10 @@ def summed(
 ) -> Schedule:
     """The schedule, with each stage's REDUCE behind its last backward on a device."""
     p = len(rows)
-    reduced = []
-    for d, row in enumerate(rows):
-        last = {}
-        for stage in {d, p - 1 - d} if 2 * d != p - 1 else ():
-            mine = (row.stage == stage) & (row.kind != Kind.F)
-            end = int(np.flatnonzero(mine).max(initial=-1)) + 1
-            while 0 < end < len(row) and row.joined[end]:
-                end += 1
-            last[stage] = end or len(row)
-        parts: list[Op | Ops] = []
-        begin = 0
-        for stage in sorted(last, key=lambda stage: last[stage]):
-            parts += [row[begin : last[stage]], op(Kind.REDUCE, stage)]
-            begin = last[stage]
-        reduced.append([*parts, row[begin:]])
+    reduced = [
+        reduced_behind(row, {d, p - 1 - d} if 2 * d != p - 1 else ())
+        for d, row in enumerate(rows)
+    ]
     return Schedule.of(
         reduced,
         name=name,

@@ -21,6 +21,7 @@ from pipeproof.sched import CATALOG, Program, Schedule, Trace, catalog, kernels,
 from pipeproof.sched.errors import ParameterError, UnsupportedError
 from pipeproof.sched.program import Lists
 from pipeproof.sched.row import Case
+from pipeproof.sched.trace import Timetable
 from pipeproof.sim import (
     Cluster,
     Cost,
@@ -262,7 +263,7 @@ def alone(
     if any(isinstance(number, float) for number in (*takes, *latencies)):
         takes, latencies = takes.astype(float), latencies.astype(float)
     start, end = play(program, Timing(takes, latencies, 1), cluster)
-    return Trace(program, start, end, "predicted", sizes)
+    return Trace(program, Timetable(start, end), "predicted", sizes)
 
 
 def test_many_by_hand() -> None:
