@@ -44,6 +44,18 @@ def test_every_schedule_of_the_catalogue_is_proved(row: Row, p: int, m: int) -> 
         prove(lower(row.generator(p, m), **policy)).raise_if_bad()
 
 
+@pytest.mark.slow
+@each_row
+@pytest.mark.parametrize("p", range(2, 17))
+def test_every_schedule_of_the_catalogue_is_proved_in_every_size(
+    row: Row, p: int
+) -> None:
+    for m in (p - 1, p, 2 * p, 3 * p + 1):
+        if row.allows(Case(p, m)):
+            for policy in POLICIES:
+                prove(lower(row.generator(p, m), **policy)).raise_if_bad()
+
+
 @settings(max_examples=40)
 @given(schedule=schedules() | whole_language(), policy=policies, dice=dice)
 def test_any_schedule_is_proved(
