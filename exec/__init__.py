@@ -15,4 +15,6 @@ from pipeproof.exec.launch import launch as launch
 from pipeproof.exec.measure import ActivationMeter as ActivationMeter
 from pipeproof.exec.partition import split_evenly as split_evenly
 from pipeproof.exec.pipeline import Pipeline as Pipeline
+from pipeproof.exec.profile import Profile as Profile
+from pipeproof.exec.profile import profile as profile
 from pipeproof.exec.reference import reference as reference
