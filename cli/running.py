@@ -16,10 +16,18 @@ from pipeproof.cli.model import load_example
 from pipeproof.cli.options import Wanted
 from pipeproof.cli.output import emit_json, full, shown, write_file
 from pipeproof.cli.predict import figures
+from pipeproof.cli.proving import as_proved, in_passing, in_words
 from pipeproof.cli.simulating import tell
 from pipeproof.cli.source import load
 from pipeproof.exec import Pipeline, Ranks, launch
-from pipeproof.sched import ParameterError, Schedule, Trace
+from pipeproof.sched import (
+    Certificate,
+    ParameterError,
+    Refutation,
+    Schedule,
+    ScheduleError,
+    Trace,
+)
 from pipeproof.sched.causes import SHARED_PROCESSOR
 from pipeproof.sched.interop.chrome import write_chrome
 from pipeproof.sim import Measured, cost_of, links_of, read_cost, simulate
@@ -42,11 +50,15 @@ class Training:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of it: of each step its loss and seconds, of the last a trace."""
+    """What came of it: of each step its loss and seconds, of the last a trace.
+
+    And whether the program that ran was proved, or why that was not tried.
+    """
 
     losses: list[float]
     seconds: list[float]
     trace: Trace
+    proof: Certificate | Refutation | str
 
 
 def train(
@@ -134,6 +146,9 @@ def _train(training: Training, ranks: Ranks | None = None) -> Trained:
     pipeline = Pipeline(
         example.stages, schedule, example.loss_fn, devices, ranks=ranks or False
     )
+    proof = in_passing(pipeline.program)
+    if isinstance(proof, Refutation):
+        raise ScheduleError(str(proof))
     parameters = [p for stage in example.stages for p in stage.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=training.lr)
     torch.manual_seed(training.seed)
@@ -150,7 +165,7 @@ def _train(training: Training, ranks: Ranks | None = None) -> Trained:
         if not quiet:
             took = f"{seconds[-1] * 1e3:,.1f} ms"
             click.echo(f"step {step + 1}/{steps}: loss {losses[-1]:.6f}, {took}")
-    return Trained(losses, seconds, pipeline.trace)
+    return Trained(losses, seconds, pipeline.trace, proof)
 
 
 def _report(
@@ -168,9 +183,11 @@ def _report(
                 "step_seconds": seconds,
                 "median_step_seconds": median(seconds),
                 "predicted_makespan": full(predicted.makespan),
+                "proved": as_proved(trained.proof),
             }
         )
         return
+    click.echo(in_words(trained.proof))
     click.echo(f"median step time: {median(seconds) * 1e3:,.1f} ms")
     click.echo("The last step, in seconds:")
     tell(trace)

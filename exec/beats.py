@@ -11,13 +11,14 @@ goes on as a whole.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from itertools import count
 
 from torch._C._distributed_c10d import Store
 
 from pipeproof.exec.failure import Failure, Record, silent
+from pipeproof.exec.wires import Wire
 
 LOST_S = 6.0
 LOOKS, LOOKS_A_BEAT = 12, 4
@@ -76,6 +77,8 @@ class Beats:
 
     Attributes:
         at: what its rank is doing.
+        moves: counts what it has waited for.
+        waits: for what it waits meanwhile, and on which wire if it does so there.
     """
 
     def __init__(
@@ -92,8 +95,8 @@ class Beats:
         others = [other for other in range(size) if other != rank]
         self._silence = Silence(store, others)
         self.at = BETWEEN_STEPS
-        self._moves = 0
-        self._waits = ""
+        self.moves = 0
+        self.waits: tuple[object, Wire | None] | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -114,24 +117,19 @@ class Beats:
         """Whether a rank said that it is leaving."""
         return LEFT in self._silence.said[peer].decode()
 
-    def moved(self) -> None:
-        """Something has been done."""
-        self._moves += 1
-
-    @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """Meanwhile, this rank waits for something."""
-        self._waits = what
-        try:
-            yield
-        finally:
-            self._waits = ""
-
     def _run(self) -> None:
         # The store goes away when the process that holds it ends; those that need
         # it in a step learn it there.
         with suppress(RuntimeError):
             self._look_and_beat()
+        while not self._over.is_set():
+            self._end_wait()
+            self._over.wait(self._lost_s / LOOKS)
+
+    def _end_wait(self) -> None:
+        """Who waits for a rank that may never speak again is told to look."""
+        if (waits := self.waits) is not None and waits[1] is not None:
+            waits[1].interrupt()
 
     def _look_and_beat(self) -> None:
         look_s = self._lost_s / LOOKS
@@ -148,12 +146,14 @@ class Beats:
             if still * look_s >= self._timeout_s:
                 reason = f"no rank has moved for {self._timeout_s:g} s:\n{now}"
                 self._record.write(Failure(-1, reason))
+            if self._record.read() is not None:
+                self._end_wait()
             if self._over.wait(look_s):
                 return
 
     def _now(self) -> str:
-        waits = f", waiting for {waits}" if (waits := self._waits) else ""
-        return f"{self._moves} {self.at}{waits}"
+        waits = "" if (waits := self.waits) is None else f", waiting for {waits[0]}"
+        return f"{self.moves} {self.at}{waits}"
 
     def _everyone(self) -> str:
         """Where all ranks are, a line each."""

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from pipeproof.exec.beats import BETWEEN_STEPS, LOST_S, Beats
 from pipeproof.exec.errors import RankError
 from pipeproof.exec.failure import Failure, Record, failure_of
 from pipeproof.exec.timetable import host_clock
-from pipeproof.exec.transport import Pending, TextWire, Wire
+from pipeproof.exec.wires import Pending, TextWire, Wire
 from pipeproof.sched.errors import ParameterError
 
 CONNECT_S = 30.0
@@ -83,6 +84,7 @@ class Ranks:
         self._wires: dict[tuple[int, int, str], Wire] = {}
         self._collectives: dict[tuple[tuple[int, ...], str], Backend] = {}
         self._made: list[Wire] = []
+        self._said: list[Pending] = []
         others = [other for other in range(size) if other != rank]
         all_of_us = self._communicator(list(range(size)), "gloo", "all")
         self._texts, self.headers, self.loans = (
@@ -172,22 +174,34 @@ class Ranks:
         return TextWire(out, into, self.wait_beside if tag == "loans" else self.wait)
 
     def exchange(self, value: Any, what: str) -> list[Any]:
-        """What each rank has to say, by rank, on all of them; by way of rank 0.
+        """What each rank has to say, by rank, on all of them.
+
+        In each round a rank tells all it knows to one further away: those of twice
+        as many ranks. It takes the logarithm of their number of rounds.
 
         Args:
             value: anything that JSON can hold.
             what: it is, for messages.
+
+        Source:
+            Bruck et al. 1997, IEEE TPDS 8(11), the concatenation.
         """
-        if self.rank:
-            self._texts[0].send(json.dumps(value))
-            found: list[Any] = json.loads(self._texts[0].receive(what))
-            return found
-        peers = sorted(self._texts)
-        said = [value] + [json.loads(self._texts[p].receive(what)) for p in peers]
-        text = json.dumps(said)
-        for peer in peers:
-            self._texts[peer].send(text)
-        return said
+        said = [(self.rank, value)]
+        sent: list[Pending] = []
+        distance = 1
+        while distance < self.size:
+            target = self._texts[(self.rank + distance) % self.size]
+            source = self._texts[(self.rank - distance) % self.size]
+            more = said[: self.size - len(said)]
+            sent += target.send(json.dumps(more), followed=False)
+            said += json.loads(source.receive(what))
+            source.expect()
+            distance *= 2
+        # All who say something now have had what was said the time before.
+        for pending in self._said:
+            pending.finish()
+        self._said = sent
+        return [value for _, value in sorted(said, key=itemgetter(0))]
 
     def clock_offset(self, rounds: int = 8) -> float:
         """What to add to this rank's `perf_counter` to have rank 0's.
@@ -216,44 +230,54 @@ class Ranks:
                     best, offset = took, theirs - asked - took / 2
         return offset
 
-    def wait(self, pending: Pending, what: str) -> None:
+    def wait(self, pending: Pending, what: object) -> None:
         """Return once it is done.
+
+        Args:
+            pending: what is under way.
+            what: it is, for messages.
 
         Raises:
             RankError: another rank failed or is lost, or none has moved for
                 `timeout_s`.
         """
-        if not pending.threaded and pending.work is not None:
+        beats = self._beats
+        beats.waits = what, pending.wire
+        if pending.followed is None:
             pending.finish()
-        elif not pending.done.is_set():
-            with self._beats.waiting(what):
-                while not pending.done.wait(POLL_S):
-                    self.check()
-        self._beats.moved()
+        else:
+            while not pending.followed.wait(POLL_S):
+                self.check()
+        beats.waits = None
+        beats.moves += 1
         if pending.error is not None:
-            self.broken(pending.error, what, pending.peer)
+            self.broken(pending.error, what, pending.wire.peer)
 
-    def wait_beside(self, pending: Pending, what: str) -> None:
+    def wait_beside(self, pending: Pending, what: object) -> None:
         """As `wait`, for a thread beside the step, which is no sign of life.
 
         Raises:
             RankError: as `wait`.
         """
-        if not pending.threaded and pending.error is None:
+        if not pending.wire.blocks:
             pending.finish()
-        while not pending.done.wait(POLL_S):
+        elif pending.followed is None and pending.error is None:
+            pending.wire.follow(pending)
+        while pending.followed is not None and not pending.followed.wait(POLL_S):
             self.check()
         if pending.error is not None:
-            self.broken(pending.error, what, pending.peer)
+            self.broken(pending.error, what, pending.wire.peer)
 
     def wait_for(self, done: threading.Event, what: str) -> None:
         """As `wait`, for what a thread does."""
-        with self._beats.waiting(what):
-            while not done.wait(POLL_S):
-                self.check()
-        self._beats.moved()
+        beats = self._beats
+        beats.waits = what, None
+        while not done.wait(POLL_S):
+            self.check()
+        beats.waits = None
+        beats.moves += 1
 
-    def broken(self, error: Exception, what: str, peer: int | None = None) -> None:
+    def broken(self, error: Exception, what: object, peer: int | None = None) -> None:
         """A link broke: because its other end did, if we wait a little to hear it.
 
         Args:
@@ -309,6 +333,8 @@ class Ranks:
         A process does so by itself when it ends.
         """
         self._beats.stop()
+        for pending in self._said:
+            pending.wire.follow(pending)
         # A thread that waits for a rank which waits for nobody ends with that rank.
         for wire in self._made:
             wire.close(LEAVING_S / len(self._made))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pipeproof.exec.errors import RankError
-from pipeproof.exec.transport import Pending, TextWire, Wait, Wire
+from pipeproof.exec.wires import Pending, TextWire, Wait, Wire
 
 LENDING = "memory"
 """Tells its communicators apart from those of messages."""

@@ -14,7 +14,8 @@ import torch
 from pipeproof.exec.grid import Grid
 from pipeproof.exec.lending import LENDING, Borrower, Lender
 from pipeproof.exec.reducing import Reducer
-from pipeproof.exec.transport import Across, Wire
+from pipeproof.exec.transport import Across
+from pipeproof.exec.wires import Wire
 from pipeproof.sched import Kind, Program, Schedule
 from pipeproof.sched.program import StreamKind
 
@@ -72,7 +73,7 @@ class Links:
             for device, rank in enumerate(row)
             if rank != ranks.rank
         }
-        return Across(out, into, headers, self._device, ranks.wait)
+        return Across(program, out, into, headers, self._device, ranks.wait)
 
     def _lend(self, schedule: Schedule) -> None:
         me, row, ranks = self._grid.device, self._grid.row, self._grid.ranks

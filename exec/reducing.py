@@ -33,7 +33,7 @@ from torch._C._distributed_c10d import Backend
 from pipeproof.exec.group import Ranks
 from pipeproof.exec.replicas import Sums, accumulate
 from pipeproof.exec.stage import Stage
-from pipeproof.exec.transport import NEVER
+from pipeproof.exec.wires import NEVER
 
 Gradients = list[Tensor | None]
 

@@ -32,7 +32,7 @@ class Transport(Protocol):
     """Takes what a device hands to one in another process."""
 
     def send(self, message: Message, value: Any) -> None:
-        """Take a tensor, a tuple of them, or None for a gradient that is none."""
+        """Take a value, or a value's gradients."""
 
     def post(self, message: Message) -> None:
         """Get ready to receive: its slot is free."""
@@ -81,6 +81,7 @@ class Runtime:
 
     Attributes:
         here: the instructions that this process runs.
+        takes_keywords: names of keyword inputs that any unit here takes.
         clock: of the last timed step.
     """
 
@@ -100,6 +101,9 @@ class Runtime:
         self._program = program
         self._devices = devices
         self._stages = list({id(stage): stage for stage in homes.values()}.values())
+        self.takes_keywords = frozenset[str]().union(
+            *(stage.takes_keywords for stage in self._stages)
+        )
         self._transport = transport
         self._reduction, self._lend = reduction, lend
         self._sharded = sharded or {}
@@ -114,7 +118,7 @@ class Runtime:
             if len(holders(schedule, stage)) > 1 or stage in elsewhere
         }
         self._binder = Binder(program, homes, loss_fn)
-        self._reader = {} if transport is None else _readers(program)
+        self._reader = {} if transport is None else readers(program)
         reductions = np.flatnonzero(program.action == Action.REDUCE).tolist()
         self._last_reduce = {program[i].ops[0].stage: i for i in reductions}
         mine = range(schedule.devices) if mine is None else mine
@@ -362,7 +366,7 @@ def _nothing() -> None:
     """Where an instruction has nothing left to do."""
 
 
-def _readers(program: Program) -> dict[int, list[int]]:
+def readers(program: Program) -> dict[int, list[int]]:
     """Of each instruction, the messages of which it is the first reader."""
     written = {
         program.writes[recv][0]: i for i, recv in enumerate(program.recv_of.tolist())

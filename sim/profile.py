@@ -20,6 +20,7 @@ from pipeproof.sched import Trace
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number
 from pipeproof.sched.program import StreamKind
+from pipeproof.sched.trace import Timetable
 from pipeproof.sim.cluster import Link
 from pipeproof.sim.cost import Cost
 from pipeproof.sim.fit import FIELDS, fit
@@ -70,7 +71,7 @@ def occupied(trace: Trace) -> Trace:
             continue
         for before, index in pairwise(members.tolist()):
             start[index] = max(trace.end[before], ready[index])
-    return replace(trace, start=np.minimum(start, trace.end))
+    return replace(trace, timetable=Timetable(np.minimum(start, trace.end), trace.end))
 
 
 def links_of(traces: Sequence[Trace]) -> Links:
