@@ -112,7 +112,8 @@ class Binder:
         """The leaves of the graph that a forward made; an OFFLOAD reads them."""
         read = _find(instruction.reads, INPUTS, op)
         carry = self._carried.get(_of(op), ())
-        return tensors.flat((self.values[read], carry))
+        leaves = tensors.flat((self.values[read], carry))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def _stage(self, op: Op, instruction: Instruction) -> Stage:
         return self.homes[op.stage, instruction.stream.device]
@@ -184,11 +185,17 @@ class Binder:
             carry = self._carried.get(of, first)
             leaves = values[read] if carry is None else (values[read], carry)
             before = tensors.versions(leaves)
+            step = self.step
             output, left = stage.run(
-                values[read], self.step.seed, micro_batch, part, carry
+                values[read],
+                step.seed,
+                micro_batch,
+                part,
+                carry,
+                step.keywords_at(stage.device, micro_batch, part),
             )
             if tensors.versions(leaves) != before:
-                found = tensors.versions(values[read])
+                found = tensors.versions((values[read],))
                 raise ModelError(_in_place(op, found, before))
             return finish(output), left
 
@@ -291,7 +298,7 @@ class Binder:
             roots, gradients = ends()
             value, carry = values[read], self._carried.get(of, ())
             found: list[Tensor | None] = []
-            leaves = [t for t in tensors.flat((value, carry)) if t.requires_grad]
+            leaves = tensors.learning((value, carry))
             if roots:
                 found, values[rest] = splitter.input_grads(roots, gradients, leaves)
             by_leaf = iter(found or [None] * len(leaves))
@@ -359,8 +366,8 @@ def holders(schedule: Schedule, stage: int) -> list[int]:
     return sorted({pipe[stage] for pipe in schedule.placement.pipes})
 
 
-def _in_place(op: Op, now: Any, before: Any) -> str:
-    if op.slice and now == before[0]:
+def _in_place(op: Op, now: list[int], before: list[int]) -> str:
+    if op.slice and now == before[: len(now)]:
         what = "carry in place, which is what an earlier slice left"
     else:
         source = f"stage {op.stage - 1}'s output" if op.stage else "the batch"

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeproof.exec.batch import (
+    NO_KEYWORDS,
+    Batch,
     LossFn,
     LossScale,
     Value,
     check_pairs,
     check_scale,
     factors,
+    no_unit_takes,
     split,
+    split_keywords,
+    unmarked,
 )
 from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError, ModelError
@@ -26,9 +32,10 @@ from pipeproof.exec.ranked import Ranked
 from pipeproof.exec.replicas import Replica
 from pipeproof.exec.rng import step_seed
 from pipeproof.exec.runtime import Runtime
+from pipeproof.exec.sharded import check_wrapped
 from pipeproof.exec.stage import Stage, StageModule, check_sliced
 from pipeproof.exec.step import Step
-from pipeproof.exec.tensors import copied, flat
+from pipeproof.exec.tensors import flat, placed
 from pipeproof.sched import (
     BufferKind,
     ParameterError,
@@ -40,7 +47,8 @@ from pipeproof.sched import (
 )
 from pipeproof.sched.causes import SHARED_PROCESSOR
 from pipeproof.sched.lower import Messages
-from pipeproof.sched.memory import Sizes
+from pipeproof.sched.trace import Timetable
+from pipeproof.sched.weights import Sizes
 
 
 class Pipeline:
@@ -54,7 +62,8 @@ class Pipeline:
         loss.backward()
 
     Stage s of the schedule is `stages[s]`. What a stage returns is what the next
-    one is called with: a tensor, or a tuple of tensors as one argument. A stage may
+    one is called with, as one argument: a tensor, a bool, an int, a float, a str or
+    None, or a tuple, list or dict of these, nested as it likes. A stage may
     be a sequence of units, the smallest pieces a partition may cut between (an
     `nn.Sequential` is one); dropout and other randomness depends on the unit,
     the micro-batch and the slice, not on the schedule or on where the cuts fall.
@@ -144,6 +153,7 @@ class Pipeline:
             self._devices = _torch_devices(devices, schedule)
             _check_count(len(stages), schedule)
             if grid is None:
+                check_wrapped(list(stages), schedule, None)
                 homes = _place(list(stages), schedule, self._devices)
                 self._runtime = Runtime(self.program, homes, loss_fn, self._devices)
             else:
@@ -168,6 +178,7 @@ class Pipeline:
             mine=[grid.device],
             transport=links.messages,
             reduction=links.reducer,
+            sharded=ranked.sharded,
             lend=None if links.borrower is None else links.borrower.loan,
         )
 
@@ -183,7 +194,12 @@ class Pipeline:
         return self._trace
 
     def step(
-        self, inputs: Value | None, targets: Value | None, *, record: bool = False
+        self,
+        inputs: Value | None,
+        targets: Value | None,
+        *,
+        keywords: Mapping[str, Any] = NO_KEYWORDS,
+        record: bool = False,
     ) -> Tensor:
         """Forward and backward of one batch, micro-batch by micro-batch.
 
@@ -192,21 +208,28 @@ class Pipeline:
         there is no optimizer step.
 
         Args:
-            inputs: shape (rows, …), or a tuple of such; (rows, positions, …) where
-                the schedule has slices, cut likewise along positions.
+            inputs: shape (rows, …), or tuples, lists and dicts of such, with ints
+                and the like among them, which every micro-batch gets; (rows,
+                positions, …) where the schedule has slices, cut likewise along
+                positions. A tensor that is not to be cut is marked `Whole`.
             targets: likewise, of as many rows (and positions).
+            keywords: further inputs by name, for every unit of any stage whose
+                forward has a parameter of that name behind its first. A tensor must
+                have the batch's rows, and is cut as it is, or be marked `Whole`.
             record: measure a `trace`.
 
-        Of several ranks all call it. Those that run a first stage need the inputs
-        and those that run a last one the targets; elsewhere they are ignored. A
-        rank's failure ends the step on all.
+        Of several ranks all call it. Those that run a first stage need the inputs,
+        those that run a last one the targets, and those with a unit that takes a
+        keyword that keyword; elsewhere they are ignored. A rank's failure ends the
+        step on all.
 
         Returns:
             The batch's loss, a detached scalar; the same on every rank.
 
         Raises:
-            BatchError: fewer rows than micro-batches or positions than slices, or
-                targets of other ones.
+            BatchError: fewer rows than micro-batches or positions than slices,
+                targets of other ones, or keywords that no unit takes or that are
+                neither cut nor marked `Whole`.
             LossError: a loss that is not a scalar, or weights that are none.
             ModelError: a stage that changes its input in place, or returns what
                 cannot cross to the next.
@@ -220,28 +243,43 @@ class Pipeline:
                 "it outside"
             )
         if self._ranked is not None:
-            return self._step_of(self._ranked, inputs, targets, record)
+            return self._step_of(self._ranked, inputs, targets, keywords, record)
         if inputs is None or targets is None:
             raise BatchError("got no batch: only other ranks' parts may be None")
         schedule = self.schedule
-        check_pairs(inputs, targets, schedule.slices)
+        size = check_pairs(inputs, targets, schedule.slices)
         batch = split("inputs", inputs, schedule.micro_batches, schedule.slices)
         labels = split("targets", targets, schedule.micro_batches, schedule.slices)
-        scale = factors(batch, labels, self._loss_scale)
+        scale = factors(labels, self._loss_scale, *size)
         with torch.enable_grad(), step_seed(self._devices) as seed:
             step = Step(seed, self._sent(batch, 0), self._sent(labels, -1), scale)
+            step.keywords = self._keywords(keywords, size)
             if record:
                 self._trace = self._timed(step)
             else:
                 self._runtime.run(step)
-            _pass_on(inputs, step)
+            _pass_on(unmarked(inputs), step)
         return step.loss
+
+    def _keywords(
+        self, keywords: Mapping[str, Any], size: tuple[int, int]
+    ) -> dict[torch.device, list[list[dict[str, Any]]]]:
+        """On each device, those of each slice."""
+        if not keywords:
+            return {}
+        taken = self._runtime.takes_keywords
+        if unknown := sorted(keywords.keys() - taken):
+            raise BatchError(no_unit_takes(unknown, taken))
+        parts = self.schedule.micro_batches, self.schedule.slices
+        cut = split_keywords(keywords, *size, parts)
+        return {device: placed(cut, device) for device in set(self._devices)}
 
     def _step_of(
         self,
         ranked: Ranked,
         inputs: Value | None,
         targets: Value | None,
+        keywords: Mapping[str, Any],
         record: bool,
     ) -> Tensor:
         """This rank's part of a step."""
@@ -250,16 +288,17 @@ class Pipeline:
             torch.enable_grad(),
             step_seed(list(set(self._devices))) as seed,
         ):
+            batch = Batch(inputs, targets, keywords)
             if record:
-                step, start, end = ranked.timed_step(
-                    self._runtime, seed, inputs, targets
-                )
+                step, start, end = ranked.timed_step(self._runtime, seed, batch)
                 shares = _shares(self.program)
-                self._trace = Trace(self.program, start, end, "measured", shares)
+                self._trace = Trace(
+                    self.program, Timetable(start, end), "measured", shares
+                )
             else:
-                step = ranked.step(self._runtime, seed, inputs, targets)
+                step = ranked.step(self._runtime, seed, batch)
             if inputs is not None:
-                _pass_on(inputs, step)
+                _pass_on(unmarked(inputs), step)
         return step.loss
 
     def _sent(self, batch: list[list[Value]], stage: int) -> list[list[Value]]:
@@ -267,15 +306,15 @@ class Pipeline:
         pipes = self.schedule.placement.pipes
         homes = [pipes[pipe][stage] for pipe in self.schedule.pipe_of.tolist()]
         return [
-            [_to(value, self._devices[home]) for value in slices]
+            [placed(value, self._devices[home]) for value in slices]
             for home, slices in zip(homes, batch)
         ]
 
     def _timed(self, step: Step) -> Trace:
         start, end = self._runtime.run_timed(step)
         notes = (SHARED_PROCESSOR,) if self._shared else ()
-        times = np.array(start), np.array(end)
-        return Trace(self.program, *times, "measured", _shares(self.program), notes)
+        times = Timetable(np.array(start), np.array(end))
+        return Trace(self.program, times, "measured", _shares(self.program), notes)
 
 
 def _grid_of(ranks: Ranks | Along | bool, data_parallel: Along | int) -> Grid | None:
@@ -365,18 +404,12 @@ def _refuse_shared(
                 )
 
 
-def _to(value: Value, device: torch.device) -> Value:
-    if isinstance(value, tuple):
-        return tuple(copied(tensor, device) for tensor in value)
-    return copied(value, device)
-
-
 def _pass_on(inputs: Value, step: Step) -> None:
     """The gradient of the inputs, where they want one, as one backward."""
     if all(grad is None for slices in step.input_grads for grad in slices):
         return
     for place, tensor in enumerate(flat(inputs)):
-        if not tensor.requires_grad:
+        if not (isinstance(tensor, Tensor) and tensor.requires_grad):
             continue
         whole = [
             torch.cat([_grad(*pair, place).to(tensor.device) for pair in zip(*of)], 1)

@@ -11,21 +11,26 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeproof.exec.agreement import agree, check_given
 from pipeproof.exec.batch import (
+    Batch,
     LossScale,
     Value,
     Weights,
+    no_unit_takes,
     positions_of,
     rows_of,
     shares,
     split,
+    split_keywords,
     total_of,
+    unmarked,
     weights,
 )
 from pipeproof.exec.bind import holders
@@ -35,9 +40,10 @@ from pipeproof.exec.grid import Grid
 from pipeproof.exec.links import Links
 from pipeproof.exec.rng import of_replica
 from pipeproof.exec.runtime import Runtime
+from pipeproof.exec.sharded import Sharded, check_wrapped, is_sharded
 from pipeproof.exec.stage import Stage, StageModule
 from pipeproof.exec.step import Step
-from pipeproof.exec.tensors import copied, flat
+from pipeproof.exec.tensors import flat, placed
 from pipeproof.exec.timetable import Array, merged
 from pipeproof.sched import ParameterError, Program
 
@@ -55,6 +61,7 @@ class Ranked:
     Attributes:
         grid: as given.
         homes: the stages that this rank runs, as for `Runtime`.
+        sharded: those of them that torch shards.
         links: to the other ranks.
 
     Raises:
@@ -87,6 +94,7 @@ class Ranked:
             if grid.device in holders(schedule, number)
         ]
         check_given(stages, mine, self._ranks.rank)
+        check_wrapped(stages, schedule, grid.peers)
         kind = device.type
         first_unit = agree(grid, schedule, stages, mine, kind, loss_scale)
         self.homes: dict[tuple[int, int], Stage] = {}
@@ -96,43 +104,34 @@ class Ranked:
             stage = Stage(number, module, first_unit[number], device)
             self.homes[number, grid.device] = stage
         self._first, self._last = (n in mine for n in (0, schedule.stages - 1))
+        self.sharded = {n: Sharded(stages[n]) for n in mine if is_sharded(stages[n])}
         self._signatures: list[str] = []
         self._decides: tuple[list[Any], str] = [], ""
-        self.links = Links(grid, program, device)
+        self.links = Links(grid, program, device, apart=self.sharded)
 
-    def step(
-        self,
-        runtime: Runtime,
-        seed: int,
-        inputs: Value | None,
-        targets: Value | None,
-    ) -> Step:
+    def step(self, runtime: Runtime, seed: int, batch: Batch) -> Step:
         """One step of all ranks.
 
         Args:
             runtime: of this one.
             seed: as drawn here; that of rank 0 counts.
-            inputs: the batch, where a first stage is; ignored elsewhere.
-            targets: likewise, with a last stage.
+            batch: inputs where a first stage is, targets with a last stage, keywords
+                with a unit that takes them; ignored elsewhere.
 
         Returns:
             The step, with the losses of all ranks.
         """
-        step = self._begun(seed, inputs, targets)
+        step = self._opened(runtime, seed, batch)
         runtime.run(step)
         self.links.reducer.finish()
         self._close(step)
         return step
 
     def timed_step(
-        self,
-        runtime: Runtime,
-        seed: int,
-        inputs: Value | None,
-        targets: Value | None,
+        self, runtime: Runtime, seed: int, batch: Batch
     ) -> tuple[Step, Array, Array]:
         """As `step`; and when this pipeline's instructions started and ended."""
-        step = self._begun(seed, inputs, targets)
+        step = self._opened(runtime, seed, batch)
         offset = self._ranks.clock_offset()
         messages, reducer = self.links.messages, self.links.reducer
         messages.recorded = True
@@ -152,25 +151,68 @@ class Ranked:
         said = self._ranks.exchange(list(times.values()), "the other ranks' times")
         return step, *merged(self._program, [said[rank] for rank in self.grid.row])
 
-    def _begun(self, seed: int, inputs: Value | None, targets: Value | None) -> Step:
+    def _opened(self, runtime: Runtime, seed: int, batch: Batch) -> Step:
         """The step, when all ranks have agreed on it."""
         sizes = self._schedule.micro_batches, self._schedule.slices
-        batch: list[list[Value]] = []
+        inputs: list[list[Value]] = []
         labels: list[list[Value]] = []
         found: Weights | None = None
+        own: dict[str, list[int]] = {}
         if self._first:
-            batch = split("inputs", self._there(inputs, "inputs"), *sizes)
+            value = self._there(batch.inputs, "inputs")
+            inputs = split("inputs", value, *sizes)
+            own["inputs"] = self._size("inputs", value)
         if self._last:
-            labels = split("targets", self._there(targets, "targets"), *sizes)
+            value = self._there(batch.targets, "targets")
+            labels = split("targets", value, *sizes)
+            own["targets"] = self._size("targets", value)
             # Rows and positions are those of the inputs; that is made sure of.
-            found = weights(labels, labels, self._loss_scale)
+            found = weights(labels, self._loss_scale, *own["targets"])
         factors: list[list[float | None]]
         factors = [[None] * sizes[1] for _ in range(sizes[0])]
-        step = Step(seed, self._moved(batch), self._moved(labels), factors)
-        total = self._open(step, found, inputs, targets)
+        step = Step(
+            seed, placed(inputs, self._device), placed(labels, self._device), factors
+        )
+        signature = self._signature(step, found, batch.keywords)
+        names = sorted(batch.keywords), sorted(runtime.takes_keywords)
+        said = self._ranks.exchange(
+            [step.seed, own, signature, total_of(found), *names],
+            "the other ranks' next step",
+        )
+        size = self._agreed(said)
+        _check_keywords([of_rank[4:] for of_rank in said])
+        step.seed = of_replica(said[0][0], self.grid.replica)
+        signatures = [said[rank][2] for rank in self.grid.row]
+        self.links.messages.begin(announced=signatures == self._signatures)
+        self._signatures = signatures
+        for lender in self.links.lenders:
+            lender.begin()
         if found is not None:
-            step.factors = shares(found, total)
+            (last,) = holders(self._schedule, self._schedule.stages - 1)[:1]
+            step.factors = shares(
+                found, math.fsum(said[row[last]][3] for row in self.grid.rows)
+            )
+        mine = {n: v for n, v in batch.keywords.items() if n in runtime.takes_keywords}
+        if mine:
+            further = split_keywords(mine, size[0], size[1], sizes)
+            step.keywords = {self._device: placed(further, self._device)}
         return step
+
+    def _agreed(self, said: Sequence[Any]) -> list[int]:
+        """Rows and positions of this replica's batch."""
+        first = holders(self._schedule, 0)[0]
+        for row in self.grid.rows:
+            wanted = said[row[first]][1]["inputs"]
+            for rank in row:
+                for name, found in said[rank][1].items():
+                    if found != wanted:
+                        raise BatchError(
+                            f"the {name} of rank {rank} have {self._words(found)}, and "
+                            f"the inputs {self._words(wanted)}: all ranks' parts must "
+                            "be of one batch"
+                        )
+        size: list[int] = said[self.grid.row[first]][1]["inputs"]
+        return size
 
     def _there(self, value: Value | None, name: str) -> Value:
         if value is None:
@@ -180,71 +222,25 @@ class Ranked:
             )
         return value
 
-    def _moved(self, parts: list[list[Value]]) -> list[list[Value]]:
-        device = self._device
-        return [
-            [
-                tuple(copied(tensor, device) for tensor in value)
-                if isinstance(value, tuple)
-                else copied(value, device)
-                for value in slices
-            ]
-            for slices in parts
-        ]
+    def _size(self, name: str, value: Value) -> list[int]:
+        """Rows and positions."""
+        sliced = self._schedule.slices > 1
+        return [rows_of(name, value), positions_of(name, value) if sliced else 1]
 
-    def _open(
-        self,
-        step: Step,
-        counts: Weights | None,
-        inputs: Value | None,
-        targets: Value | None,
-    ) -> float:
-        """Agree on the seed, on the batch's rows, and on whether shapes are new.
+    def _words(self, size: list[int]) -> str:
+        sliced = self._schedule.slices > 1
+        return f"{size[0]} rows" + (f" of {size[1]} positions" if sliced else "")
 
-        Returns:
-            What all micro-batches of all replicas weigh.
-        """
-        sizes = {}
-        if self._first:
-            sizes["inputs"] = self._size("inputs", self._there(inputs, "inputs"))
-        if self._last:
-            sizes["targets"] = self._size("targets", self._there(targets, "targets"))
-        said = self._ranks.exchange(
-            [step.seed, sizes, self._signature(step, counts), total_of(counts)],
-            "the other ranks' next step",
-        )
-        first, last = (
-            holders(self._schedule, n)[0] for n in (0, self._schedule.stages - 1)
-        )
-        for row in self.grid.rows:
-            wanted = said[row[first]][1]["inputs"]
-            for rank in row:
-                for name, found in said[rank][1].items():
-                    if found != wanted:
-                        raise BatchError(
-                            f"the {name} of rank {rank} have {found}, and the inputs "
-                            f"{wanted}: all ranks' parts must be of one batch"
-                        )
-        step.seed = of_replica(said[0][0], self.grid.replica)
-        signatures = [said[rank][2] for rank in self.grid.row]
-        self.links.messages.begin(announced=signatures == self._signatures)
-        self._signatures = signatures
-        for lender in self.links.lenders:
-            lender.begin()
-        return math.fsum(said[row[last]][3] for row in self.grid.rows)
-
-    def _size(self, name: str, value: Value) -> str:
-        rows = f"{rows_of(name, value)} rows"
-        if self._schedule.slices == 1:
-            return rows
-        return f"{rows} of {positions_of(name, value)} positions"
-
-    def _signature(self, step: Step, counts: Weights | None) -> str:
+    def _signature(
+        self, step: Step, counts: Weights | None, keywords: Mapping[str, Any]
+    ) -> str:
         """All on this rank that may decide what tensors cross to other ranks."""
+        given = [value for slices in step.inputs for value in slices]
         parts: list[Any] = [
-            [(t.shape, t.dtype, t.requires_grad) for t in flat(value)]
-            for slices in step.inputs
-            for value in slices
+            (leaf.shape, leaf.dtype, leaf.requires_grad)
+            if isinstance(leaf, Tensor)
+            else leaf
+            for leaf in flat((given, unmarked(dict(keywords))))
         ]
         parts.append([weight == 0 for slices in counts or [] for weight in slices])
         for stage in self.homes.values():
@@ -277,3 +273,22 @@ class Ranked:
             for _, _, value, dtype in in_order
         ]
         self.links.messages.end()
+
+
+def _check_keywords(said: Sequence[Sequence[Sequence[str]]]) -> None:
+    """Refuse keywords that no unit takes, or that a rank should have got.
+
+    Args:
+        said: of each rank, the names that it got and those that its units take.
+    """
+    given = sorted({name for got, _ in said for name in got})
+    taken = {name for _, takes in said for name in takes}
+    if unknown := [name for name in given if name not in taken]:
+        raise BatchError(no_unit_takes(unknown, taken))
+    for name in given:
+        for rank, (got, takes) in enumerate(said):
+            if name in takes and name not in got:
+                raise BatchError(
+                    f"rank {rank} got no keyword input {name!r}, which a unit of its "
+                    "stages takes, and another rank did: give it to both"
+                )

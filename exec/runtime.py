@@ -7,7 +7,7 @@ needs. `bind.py` says what an operation does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,9 +20,10 @@ from pipeproof.exec.bind import Binder, Homes, holders
 from pipeproof.exec.clock import Clock
 from pipeproof.exec.errors import RankError, StepError
 from pipeproof.exec.replicas import Run, Sums, add_up
+from pipeproof.exec.sharded import Sharded
 from pipeproof.exec.stash import Copies, Place
 from pipeproof.exec.step import Step
-from pipeproof.sched import Action, Kind, Op, Program
+from pipeproof.sched import Action, Kind, Op, Program, Schedule
 from pipeproof.sched.errors import PipeproofError
 from pipeproof.sched.program import Instruction, Message
 
@@ -31,7 +32,7 @@ class Transport(Protocol):
     """Takes what a device hands to one in another process."""
 
     def send(self, message: Message, value: Any) -> None:
-        """Take a tensor, a tuple of them, or None for a gradient that is none."""
+        """Take a value, or a value's gradients."""
 
     def post(self, message: Message) -> None:
         """Get ready to receive: its slot is free."""
@@ -74,11 +75,13 @@ class Runtime:
         transport: between processes; None where all devices are in this one, and a
             send puts the tensor where the receive wants it.
         reduction: REDUCE, where others that hold the stage are in other processes.
+        sharded: by stage, those that torch shards.
         lend: where OFFLOADs to another device's memory go, where that is not in
             this process.
 
     Attributes:
         here: the instructions that this process runs.
+        takes_keywords: names of keyword inputs that any unit here takes.
         clock: of the last timed step.
     """
 
@@ -93,12 +96,18 @@ class Runtime:
         transport: Transport | None = None,
         reduction: Reduction | None = None,
         lend: Lend | None = None,
+        sharded: Mapping[int, Sharded] | None = None,
     ) -> None:
         self._program = program
         self._devices = devices
         self._stages = list({id(stage): stage for stage in homes.values()}.values())
+        self.takes_keywords = frozenset[str]().union(
+            *(stage.takes_keywords for stage in self._stages)
+        )
         self._transport = transport
         self._reduction, self._lend = reduction, lend
+        self._sharded = sharded or {}
+        self._last_backward = _last_backwards(program.schedule, self._sharded)
         self.clock: Clock
         schedule = program.schedule
         # Where several devices hold a stage, each sums its gradients for itself.
@@ -165,6 +174,8 @@ class Runtime:
         )
         for stage in self._stages:
             stage.begin()
+        for sharded in self._sharded.values():
+            sharded.begin()
 
     def _end(self) -> None:
         """Let go of every tensor of the step, whether or not it came to its end."""
@@ -253,6 +264,8 @@ class Runtime:
 
     def _bind_op(self, op: Op, instruction: Instruction) -> Run:
         run = self._binder.bind(op, instruction)
+        if self._last_backward.get(op.stage) == op:
+            return self._sharded[op.stage].before_last(run)
         sums = self._sums.get((op.stage, instruction.stream.device))
         if sums is None or op.kind not in (Kind.B, Kind.I, Kind.W):
             return run
@@ -338,6 +351,15 @@ class Runtime:
             return _nothing
         parts = [self._sums[op.stage, device] for device in held_by]
         return partial(add_up, parts)
+
+
+def _last_backwards(schedule: Schedule, stages: Iterable[int]) -> dict[int, Op]:
+    """The last B of each of these stages, which one device holds."""
+    rows = [schedule.row(schedule.placement.pipes[0][stage]) for stage in stages]
+    return {
+        stage: [op for op in row if op.kind == Kind.B and op.stage == stage][-1]
+        for stage, row in zip(stages, rows)
+    }
 
 
 def _nothing() -> None:

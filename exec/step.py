@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeproof.exec.batch import Value, check_loss
+from pipeproof.exec.batch import NO_KEYWORDS, Value, check_loss
 
 
 @dataclass
@@ -20,6 +22,7 @@ class Step:
         seed: of all its randomness.
         inputs, targets: on the first and the last device of their pipe.
         factors: of the losses; None for not at all.
+        keywords: by device, of each micro-batch and slice, the keyword inputs.
         losses: with their factors, once they are known.
         of_all: where ranks run the step, the losses of all of them, in order.
         input_grads: where the inputs want a gradient.
@@ -29,6 +32,9 @@ class Step:
     inputs: list[list[Value]]
     targets: list[list[Value]]
     factors: list[list[float | None]]
+    keywords: dict[torch.device, list[list[dict[str, Any]]]] = field(
+        default_factory=dict
+    )
     losses: list[list[Tensor | None]] = field(init=False)
     of_all: list[Tensor] = field(init=False, default_factory=list)
     input_grads: list[list[Value | None]] = field(init=False)
@@ -36,6 +42,14 @@ class Step:
     def __post_init__(self) -> None:
         self.losses = [[None] * len(parts) for parts in self.factors]
         self.input_grads = [[None] * len(parts) for parts in self.factors]
+
+    def keywords_at(
+        self, device: torch.device, micro_batch: int, part: int
+    ) -> Mapping[str, Any]:
+        """The keyword inputs of a slice, on a device."""
+        if not self.keywords:
+            return NO_KEYWORDS
+        return self.keywords[device][micro_batch][part]
 
     def scaled(self, found: object, micro_batch: int, part: int) -> Tensor:
         """The loss as it counts in the batch's; it is kept when it comes first.

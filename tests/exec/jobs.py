@@ -17,14 +17,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from models import Attention
+from models import Attention, Masked, Nested, keywords
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.nn import functional
 
 from pipeproof.exec import Pipeline, group
 from pipeproof.exec.bind import holders
-from pipeproof.exec.errors import RankError
+from pipeproof.exec.errors import BatchError, RankError
 from pipeproof.exec.group import Ranks
 from pipeproof.exec.launch import launch
 from pipeproof.sched import Schedule, Trace, catalog, recompute
@@ -75,6 +75,10 @@ def mixed(number: int) -> nn.Module:
     return Mixed()
 
 
+def nested(number: int) -> nn.Module:
+    return Nested()
+
+
 def frozen_start(number: int) -> nn.Module:
     """What enters stage 1 wants no gradient, so none comes back."""
     layer = nn.Linear(WIDTH, WIDTH)
@@ -102,6 +106,7 @@ class Job:
         own_only: ranks are given None for the stages of others.
         weighted: micro-batches count as `weight_of` says.
         dtype: of everything.
+        loss: of the last stage's output.
         messages: how they are posted.
     """
 
@@ -110,10 +115,11 @@ class Job:
     micro_batches: int
     policy: str = "never"
     stage: Callable[[int], nn.Module] = attentive
-    shapes: tuple[tuple[int, int], ...] = ((11, 6),)
+    shapes: tuple[tuple[int, ...], ...] = ((11, 6),)
     own_only: bool = False
     weighted: bool = False
     dtype: torch.dtype = torch.float64
+    loss: Callable[[Any, Tensor], Tensor] = same_values
     messages: Messages = "single"
 
     @property
@@ -182,7 +188,7 @@ def alone(job: Job) -> Result:
     """In one process."""
     stages = job.stages()
     pipeline = Pipeline(
-        stages, job.schedule, same_values, messages=job.messages, **job.options
+        stages, job.schedule, job.loss, messages=job.messages, **job.options
     )
     return run(job, pipeline.step, stages, range(len(stages)))
 
@@ -224,7 +230,7 @@ def part(ranks: Ranks, job: Job) -> Result:
     pipeline = Pipeline(
         given,
         schedule,
-        same_values,
+        job.loss,
         ranks=ranks,
         messages=job.messages,
         **job.options,
@@ -236,6 +242,46 @@ def part(ranks: Ranks, job: Job) -> Result:
 
     # Rank 0's seed counts; the others' own draws are not used.
     return run(job, step, stages, mine, seed=5 + ranks.rank)
+
+
+@dataclass(frozen=True)
+class Keyed:
+    """A step with keyword inputs.
+
+    Attributes:
+        missing: a rank that is not given one of them.
+        unknown: whether there is one that no unit takes.
+    """
+
+    missing: int = -1
+    unknown: bool = False
+
+
+def keyed(ranks: Ranks | bool, job: Keyed) -> Any:
+    """The gradients of the stages here, or what is refused."""
+    schedule = catalog.make("1f1b", devices=2, micro_batches=3)
+    torch.manual_seed(0)
+    stages = [Masked(), Masked()]
+    x, y = torch.randn(2, 7, WIDTH, dtype=torch.float64)
+    given = keywords(7)
+    mine = range(2)
+    if isinstance(ranks, Ranks):
+        mine = range(ranks.rank, ranks.rank + 1)
+        store = PrefixStore(f"{job}", ranks.store)
+        ranks = Ranks(store, ranks.rank, ranks.size, timeout_s=5)
+        if ranks.rank == job.missing:
+            del given["mask"]
+    if job.unknown:
+        given["musk"] = 1
+    try:
+        pipeline = Pipeline(stages, schedule, functional.mse_loss, ranks=ranks)
+        pipeline.step(x, y, keywords=given)
+        return [digest(*(p.grad for p in stages[n].parameters())) for n in mine]
+    except (BatchError, RankError) as error:
+        return str(error)
+    finally:
+        if isinstance(ranks, Ranks):
+            ranks.leave()
 
 
 def serve(
