@@ -26,6 +26,7 @@ class Step:
         losses: with their factors, once they are known.
         of_all: where ranks run the step, the losses of all of them, in order.
         input_grads: where the inputs want a gradient.
+        outputs: of the last stage, where there are only forwards.
     """
 
     seed: int
@@ -38,10 +39,12 @@ class Step:
     losses: list[list[Tensor | None]] = field(init=False)
     of_all: list[Tensor] = field(init=False, default_factory=list)
     input_grads: list[list[Value | None]] = field(init=False)
+    outputs: list[list[Value]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.losses = [[None] * len(parts) for parts in self.factors]
         self.input_grads = [[None] * len(parts) for parts in self.factors]
+        self.outputs = [[None] * len(parts) for parts in self.factors]
 
     def keywords_at(
         self, device: torch.device, micro_batch: int, part: int
@@ -69,11 +72,16 @@ class Step:
         return loss
 
     @property
-    def loss(self) -> Tensor:
-        """The batch's loss, summed by micro-batch and slice."""
-        first, *others = self.of_all or [
+    def parts(self) -> list[Tensor]:
+        """What each micro-batch and slice adds to the batch's loss, in order."""
+        return self.of_all or [
             loss for parts in self.losses for loss in parts if loss is not None
         ]
+
+    @property
+    def loss(self) -> Tensor:
+        """The batch's loss, summed by micro-batch and slice."""
+        first, *others = self.parts
         total = first.clone()
         for loss in others:
             total += loss.to(total.device)
