@@ -53,6 +53,8 @@ experiments: $(VENV)/ready
 	$(BIN)/python experiments/simulation_speed.py
 	$(BIN)/python experiments/replay_speed.py
 	$(BIN)/python experiments/lowering_speed.py
+	$(BIN)/python experiments/torch_under_proof.py
+	$(BIN)/python experiments/mutants.py
 	$(BIN)/python experiments/executor_overhead.py
 	$(BIN)/python experiments/executor/split_backward.py
 	$(BIN)/python experiments/executor/against_torch.py

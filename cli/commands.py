@@ -117,11 +117,13 @@ def prove(*, wanted: Wanted, policies: dict[str, str], as_json: bool) -> None:
 
     Its program is run on terms in place of tensors, so the proof holds for every
     model that the certificate's assumptions hold for. Prints the certificate, or
-    what refutes the program, and then exits with 1.
+    what refutes the program, and then exits with 1. A torch CSV with communication
+    is judged as it stands: its own order of sends and receives, matched in order.
 
     \b
     Example:
       pipeproof prove zb-h1 -p 4 -m 8
+      pipeproof prove lowered-by-torch.csv
       pipeproof prove mine.txt --receives late
     """
     from pipeproof.cli.proving import certify

@@ -16,10 +16,18 @@ from pipeproof.cli.model import load_example
 from pipeproof.cli.options import Wanted
 from pipeproof.cli.output import emit_json, write_file
 from pipeproof.cli.predict import figures
+from pipeproof.cli.proving import as_proved, in_passing, in_words
 from pipeproof.cli.simulating import tell
 from pipeproof.cli.source import load
 from pipeproof.exec import Pipeline, Ranks, launch
-from pipeproof.sched import ParameterError, Schedule, Trace
+from pipeproof.sched import (
+    Certificate,
+    ParameterError,
+    Refutation,
+    Schedule,
+    ScheduleError,
+    Trace,
+)
 from pipeproof.sched.interop.chrome import write_chrome
 
 
@@ -40,11 +48,15 @@ class Training:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of it: of each step its loss and seconds, of the last a trace."""
+    """What came of it: of each step its loss and seconds, of the last a trace.
+
+    And whether the program that ran was proved, or why that was not tried.
+    """
 
     losses: list[float]
     seconds: list[float]
     trace: Trace
+    proof: Certificate | Refutation | str
 
 
 def train(
@@ -109,6 +121,9 @@ def _train(training: Training, ranks: Ranks | None = None) -> Trained:
     pipeline = Pipeline(
         example.stages, schedule, example.loss_fn, devices, ranks=ranks or False
     )
+    proof = in_passing(pipeline.program)
+    if isinstance(proof, Refutation):
+        raise ScheduleError(str(proof))
     parameters = [p for stage in example.stages for p in stage.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=training.lr)
     torch.manual_seed(training.seed)
@@ -125,7 +140,7 @@ def _train(training: Training, ranks: Ranks | None = None) -> Trained:
         if not quiet:
             took = f"{seconds[-1] * 1e3:,.1f} ms"
             click.echo(f"step {step + 1}/{steps}: loss {losses[-1]:.6f}, {took}")
-    return Trained(losses, seconds, pipeline.trace)
+    return Trained(losses, seconds, pipeline.trace, proof)
 
 
 def _report(trained: Trained, trace_path: str | None, *, as_json: bool) -> None:
@@ -139,9 +154,11 @@ def _report(trained: Trained, trace_path: str | None, *, as_json: bool) -> None:
                 "losses": [x if math.isfinite(x) else None for x in trained.losses],
                 "step_seconds": seconds,
                 "median_step_seconds": median(seconds),
+                "proved": as_proved(trained.proof),
             }
         )
         return
+    click.echo(in_words(trained.proof))
     click.echo(f"median step time: {median(seconds) * 1e3:,.1f} ms")
     click.echo("The last step, in seconds:")
     tell(trace)

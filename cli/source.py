@@ -7,10 +7,11 @@ import sys
 from typing import BinaryIO
 
 from pipeproof.cli.options import Features, Wanted
-from pipeproof.sched import CATALOG, Schedule, catalog, recompute
+from pipeproof.sched import CATALOG, Program, Schedule, catalog, recompute
 from pipeproof.sched.errors import ParameterError, ParseError
 from pipeproof.sched.interop.json_form import parse_json
-from pipeproof.sched.interop.torch_csv import parse_torch_csv
+from pipeproof.sched.interop.torch_csv import TorchCsv, read_torch_csv
+from pipeproof.sched.interop.torch_program import torch_program
 from pipeproof.sched.text import MAX_TEXT_BYTES
 
 MAX_CELLS = 10**8
@@ -27,21 +28,38 @@ def load(wanted: Wanted) -> Schedule:
     """
     if wanted.source in CATALOG:
         return _generate(wanted)
-    if wanted.source != "-" and not os.path.exists(wanted.source):
+    if not _exists(wanted.source):
         raise ParameterError(
             f"{wanted.source!r} is neither a schedule of the catalogue "
             f"({', '.join(CATALOG)}) nor a file"
         )
-    given = {"-p": wanted.devices, "-m": wanted.micro_batches}
-    options = wanted.features.of_generator()
-    options["backward-order"] = options.pop("backward")
-    given |= {f"--{name}": value for name, value in options.items()}
-    if surplus := [flag for flag, value in given.items() if value is not None]:
-        raise ParameterError(
-            f"a file has its own sizes: leave out {', '.join(surplus)}, or name a "
-            f"schedule of the catalogue"
-        )
-    return _rematerialised(_read(wanted.source), wanted.features)
+    _own_sizes(wanted)
+    read = _read(wanted.source, agreeing=True)
+    schedule = read.schedule if isinstance(read, TorchCsv) else read
+    return _rematerialised(schedule, wanted.features)
+
+
+def load_to_prove(wanted: Wanted) -> Schedule | Program:
+    """The same, but of a CSV with communication the program that it says.
+
+    Raises:
+        ParameterError: as `load`; or R for a file that has its communication already.
+        ParseError: as `load`, but that transfers need not pair up.
+    """
+    if wanted.source not in CATALOG and _exists(wanted.source):
+        _own_sizes(wanted)
+        read = _read(wanted.source, agreeing=False)
+        if not isinstance(read, TorchCsv):
+            return _rematerialised(read, wanted.features)
+        if not read.has_communication or not read.schedule.report.ok:
+            return _rematerialised(read.schedule, wanted.features)
+        if wanted.features.remat is not None:
+            raise ParameterError(
+                "--remat changes what is computed, and the file has its communication "
+                "already: give the CSV without"
+            )
+        return torch_program(read)
+    return load(wanted)
 
 
 def make(name: str, devices: int, micro_batches: int, features: Features) -> Schedule:
@@ -78,13 +96,30 @@ def _generate(wanted: Wanted) -> Schedule:
     return make(wanted.source, wanted.devices, wanted.micro_batches, wanted.features)
 
 
+def _exists(source: str) -> bool:
+    return source == "-" or os.path.exists(source)
+
+
+def _own_sizes(wanted: Wanted) -> None:
+    """Refuse sizes and options of generators for a file."""
+    given = {"-p": wanted.devices, "-m": wanted.micro_batches}
+    options = wanted.features.of_generator()
+    options["backward-order"] = options.pop("backward")
+    given |= {f"--{name}": value for name, value in options.items()}
+    if surplus := [flag for flag, value in given.items() if value is not None]:
+        raise ParameterError(
+            f"a file has its own sizes: leave out {', '.join(surplus)}, or name a "
+            f"schedule of the catalogue"
+        )
+
+
 def _rematerialised(schedule: Schedule, features: Features) -> Schedule:
     if features.remat is None:
         return schedule
     return recompute(schedule, features.remat)  # type: ignore[arg-type]
 
 
-def _read(source: str) -> Schedule:
+def _read(source: str, *, agreeing: bool) -> Schedule | TorchCsv:
     where = "standard input" if source == "-" else source
     if source == "-":
         data = _bounded(sys.stdin.buffer, where)
@@ -96,7 +131,8 @@ def _read(source: str) -> Schedule:
             data = _bounded(file, where)
     try:
         text = data.decode()
-        return _parse(text, is_csv=source.lower().endswith(".csv"))
+        is_csv = source.lower().endswith(".csv")
+        return _parse(text, is_csv=is_csv, agreeing=agreeing)
     except UnicodeDecodeError as error:
         raise ParseError(
             f"{where}: expected text in UTF-8, found byte "
@@ -106,11 +142,11 @@ def _read(source: str) -> Schedule:
         raise ParseError(f"{where}: {error}") from None
 
 
-def _parse(text: str, *, is_csv: bool) -> Schedule:
+def _parse(text: str, *, is_csv: bool, agreeing: bool) -> Schedule | TorchCsv:
     """Read whichever form it is: none opens as another does."""
     opening = text.lstrip()[:1]
     if is_csv or (opening and opening in "0123456789(,"):
-        return parse_torch_csv(text)
+        return read_torch_csv(text, agreeing=agreeing)
     return parse_json(text) if opening == "{" else Schedule.parse(text)
 
 

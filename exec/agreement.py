@@ -20,6 +20,7 @@ from torch import nn
 from pipeproof.exec.batch import LossScale
 from pipeproof.exec.errors import ModelError, RankError
 from pipeproof.exec.grid import Grid
+from pipeproof.exec.sharded import is_sharded
 from pipeproof.exec.stage import StageModule, units_of
 from pipeproof.sched import Schedule
 
@@ -97,7 +98,7 @@ def agree(
     values = {
         str(number): _checksum(stages[number])
         for number in mine
-        if len(grid.holders(schedule, number)) > 1
+        if len(grid.holders(schedule, number)) > 1 and not is_sharded(stages[number])
     }
     said = grid.ranks.exchange(
         [same, shapes, values], "what the other ranks are to run"

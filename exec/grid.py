@@ -31,12 +31,15 @@ class Grid:
         ranks: the company.
         rows: of each replica, the rank of each device.
         replica, device: of this rank.
+        peers: the processes of torch.distributed that run the same device in each
+            replica; None where replicas are only numbered.
     """
 
     ranks: Ranks
     rows: tuple[tuple[int, ...], ...]
     replica: int
     device: int
+    peers: tuple[int, ...] | None = None
 
     @property
     def row(self) -> tuple[int, ...]:
@@ -111,7 +114,7 @@ def _crossing(row: list[int], column: list[int]) -> Grid:
     company = Ranks.among(everyone)
     number = {process: rank for rank, process in enumerate(everyone)}
     numbered = tuple(tuple(number[process] for process in of) for of in rows)
-    return Grid(company, numbered, column.index(me), device)
+    return Grid(company, numbered, column.index(me), device, tuple(column))
 
 
 def _said(row: list[int], column: list[int]) -> list[list[int]]:

@@ -35,6 +35,7 @@ from pipeproof.exec.ranked import Ranked
 from pipeproof.exec.replicas import Replica
 from pipeproof.exec.rng import step_seed
 from pipeproof.exec.runtime import Runtime
+from pipeproof.exec.sharded import check_wrapped
 from pipeproof.exec.stage import Stage, StageModule, check_sliced
 from pipeproof.exec.step import Step
 from pipeproof.exec.tensors import flat, placed
@@ -49,7 +50,8 @@ from pipeproof.sched import (
 )
 from pipeproof.sched.causes import SHARED_PROCESSOR
 from pipeproof.sched.lower import Messages
-from pipeproof.sched.memory import Sizes
+from pipeproof.sched.trace import Timetable
+from pipeproof.sched.weights import Sizes
 
 
 class Pipeline:
@@ -155,6 +157,7 @@ class Pipeline:
             self._devices = _torch_devices(devices, schedule)
             _check_count(len(stages), schedule)
             if grid is None:
+                check_wrapped(list(stages), schedule, None)
                 homes = _place(list(stages), schedule, self._devices)
                 self._runtime = Runtime(self.program, homes, loss_fn, self._devices)
             else:
@@ -179,6 +182,7 @@ class Pipeline:
             mine=[grid.device],
             transport=links.messages,
             reduction=links.reducer,
+            sharded=ranked.sharded,
             lend=None if links.borrower is None else links.borrower.loan,
         )
 
@@ -416,7 +420,9 @@ class Pipeline:
             if record:
                 step, start, end = ranked.timed_step(self._runtime, seed, batch)
                 shares = _shares(self.program)
-                self._trace = Trace(self.program, start, end, "measured", shares)
+                self._trace = Trace(
+                    self.program, Timetable(start, end), "measured", shares
+                )
             else:
                 step = ranked.step(self._runtime, seed, batch)
             if inputs is not None:
@@ -436,8 +442,8 @@ class Pipeline:
     def _timed(self, step: Step) -> Trace:
         start, end = self._runtime.run_timed(step)
         notes = (SHARED_PROCESSOR,) if self._shared else ()
-        times = np.array(start), np.array(end)
-        return Trace(self.program, *times, "measured", _shares(self.program), notes)
+        times = Timetable(np.array(start), np.array(end))
+        return Trace(self.program, times, "measured", _shares(self.program), notes)
 
 
 def _grid_of(ranks: Ranks | Along | bool, data_parallel: Along | int) -> Grid | None:

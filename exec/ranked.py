@@ -40,6 +40,7 @@ from pipeproof.exec.grid import Grid
 from pipeproof.exec.links import Links
 from pipeproof.exec.rng import of_replica
 from pipeproof.exec.runtime import Runtime
+from pipeproof.exec.sharded import Sharded, check_wrapped, is_sharded
 from pipeproof.exec.stage import Stage, StageModule
 from pipeproof.exec.step import Step
 from pipeproof.exec.tensors import flat, placed
@@ -60,6 +61,7 @@ class Ranked:
     Attributes:
         grid: as given.
         homes: the stages that this rank runs, as for `Runtime`.
+        sharded: those of them that torch shards.
         links: to the other ranks.
 
     Raises:
@@ -92,6 +94,7 @@ class Ranked:
             if grid.device in holders(schedule, number)
         ]
         check_given(stages, mine, self._ranks.rank)
+        check_wrapped(stages, schedule, grid.peers)
         kind = device.type
         first_unit = agree(grid, schedule, stages, mine, kind, loss_scale)
         self.homes: dict[tuple[int, int], Stage] = {}
@@ -101,9 +104,10 @@ class Ranked:
             stage = Stage(number, module, first_unit[number], device)
             self.homes[number, grid.device] = stage
         self._first, self._last = (n in mine for n in (0, schedule.stages - 1))
+        self.sharded = {n: Sharded(stages[n]) for n in mine if is_sharded(stages[n])}
         self._signatures: list[str] = []
         self._decides: tuple[list[Any], str] = [], ""
-        self.links = Links(grid, program, device)
+        self.links = Links(grid, program, device, apart=self.sharded)
 
     def step(self, runtime: Runtime, seed: int, batch: Batch) -> Step:
         """One step of all ranks.

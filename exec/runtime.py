@@ -7,7 +7,7 @@ needs. `bind.py` says what an operation does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,9 +20,10 @@ from pipeproof.exec.bind import Binder, Homes, holders
 from pipeproof.exec.clock import Clock
 from pipeproof.exec.errors import RankError, StepError
 from pipeproof.exec.replicas import Run, Sums, add_up
+from pipeproof.exec.sharded import Sharded
 from pipeproof.exec.stash import Copies, Place
 from pipeproof.exec.step import Step
-from pipeproof.sched import Action, BufferKind, Kind, Op, Program
+from pipeproof.sched import Action, BufferKind, Kind, Op, Program, Schedule
 from pipeproof.sched.errors import PipeproofError
 from pipeproof.sched.program import Instruction, Message, MessageKind
 
@@ -79,6 +80,7 @@ class Runtime:
         transport: between processes; None where all devices are in this one, and a
             send puts the tensor where the receive wants it.
         reduction: REDUCE, where others that hold the stage are in other processes.
+        sharded: by stage, those that torch shards.
         lend: where OFFLOADs to another device's memory go, where that is not in
             this process.
 
@@ -101,6 +103,7 @@ class Runtime:
         transport: Transport | None = None,
         reduction: Reduction | None = None,
         lend: Lend | None = None,
+        sharded: Mapping[int, Sharded] | None = None,
     ) -> None:
         self._program = program
         self._devices = devices
@@ -113,6 +116,8 @@ class Runtime:
         )
         self._transport = transport
         self._reduction, self._lend = reduction, lend
+        self._sharded = sharded or {}
+        self._last_backward = _last_backwards(program.schedule, self._sharded)
         self.clock: Clock
         schedule = program.schedule
         # Where several devices hold a stage, each sums its gradients for itself.
@@ -182,6 +187,8 @@ class Runtime:
         )
         for stage in self.stages:
             stage.begin()
+        for sharded in self._sharded.values():
+            sharded.begin()
 
     def _complete(self) -> None:
         for stage in self.stages:
@@ -355,6 +362,8 @@ class Runtime:
 
     def _bind_op(self, op: Op, instruction: Instruction) -> Run:
         run = self._binder.bind(op, instruction)
+        if self._last_backward.get(op.stage) == op:
+            return self._sharded[op.stage].before_last(run)
         sums = self._sums.get((op.stage, instruction.stream.device))
         if sums is None or op.kind not in (Kind.B, Kind.I, Kind.W):
             return run
@@ -440,6 +449,15 @@ class Runtime:
             return _nothing
         parts = [self._sums[op.stage, device] for device in held_by]
         return partial(add_up, parts)
+
+
+def _last_backwards(schedule: Schedule, stages: Iterable[int]) -> dict[int, Op]:
+    """The last B of each of these stages, which one device holds."""
+    rows = [schedule.row(schedule.placement.pipes[0][stage]) for stage in stages]
+    return {
+        stage: [op for op in row if op.kind == Kind.B and op.stage == stage][-1]
+        for stage, row in zip(stages, rows)
+    }
 
 
 def _nothing() -> None:

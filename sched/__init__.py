@@ -5,6 +5,8 @@ Knows neither torch nor simpy.
 
 from pipeproof.sched import catalog as catalog
 from pipeproof.sched.catalog import CATALOG as CATALOG
+from pipeproof.sched.certificate import Certificate as Certificate
+from pipeproof.sched.certificate import Refutation as Refutation
 from pipeproof.sched.check import check as check
 from pipeproof.sched.errors import ParameterError as ParameterError
 from pipeproof.sched.errors import ParseError as ParseError
@@ -34,8 +36,6 @@ from pipeproof.sched.placement import Placement as Placement
 from pipeproof.sched.program import Action as Action
 from pipeproof.sched.program import BufferKind as BufferKind
 from pipeproof.sched.program import Program as Program
-from pipeproof.sched.prove import Certificate as Certificate
-from pipeproof.sched.prove import Refutation as Refutation
 from pipeproof.sched.prove import prove as prove
 from pipeproof.sched.trace import Trace as Trace
 from pipeproof.sched.transforms import POLICIES as POLICIES

@@ -15,6 +15,7 @@ The copies of a block are those elsewhere, then what comes back from there.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from itertools import pairwise
 from typing import Any
 
@@ -22,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.deps import Index, OpTable
+from pipeproof.sched.hops import Hops
 from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.kernels import run
-from pipeproof.sched.layout import Hops
 from pipeproof.sched.program import BufferKind, Column
 from pipeproof.sched.program import table as new_table
 
@@ -32,7 +33,36 @@ _F = int(Kind.F)
 _OUTPUT, _INPUT_GRAD = int(BufferKind.OUTPUT), int(BufferKind.INPUT_GRAD)
 _OUTPUT_GRAD = int(BufferKind.OUTPUT_GRAD)
 
-AGAIN, SPLIT, MOVED = 1, 2, 4
+AGAIN, SPLIT, MOVED, HOWS = 1, 2, 4, 8
+
+
+class Block(IntEnum):
+    """The blocks, in their order."""
+
+    KEPT = 0
+    KEPT_AWAY = 1
+    KEPT_BACK = 2
+    STASH = 3
+    STASH_AWAY = 4
+    STASH_BACK = 5
+    INPUT = 6
+    INPUT_AWAY = 7
+    INPUT_BACK = 8
+    HANDED = 9
+    OUTPUT_GRAD = 10
+    GRADIENT = 11
+
+
+_ARRIVED, _HANDED, _TO_COME = map(int, (Block.INPUT, Block.HANDED, Block.OUTPUT_GRAD))
+
+
+def how_of(table: OpTable) -> NDArray[np.int8]:
+    """For each place which of AGAIN, SPLIT and MOVED it is."""
+    how = np.zeros(int(np.prod(table.shape)), dtype=np.int8)
+    for flag, kind in ((AGAIN, Kind.R), (SPLIT, Kind.W), (MOVED, Kind.OFFLOAD)):
+        if kind in table.by_kind:
+            how += table.has(kind).ravel() * np.int8(flag)
+    return how
 
 
 @dataclass(frozen=True)
@@ -42,31 +72,32 @@ class Blocks:
     A place is a (micro-batch, slice, stage), as in `OpTable.place`.
 
     Attributes:
-        starts: where each block begins, in the order above, and the end.
+        starts: where each `Block` begins, and the end.
         rows: `Program.buffers`.
-        how: int8 for each place, which of AGAIN, SPLIT and MOVED it is: recomputed,
-            its backward split, its activations offloaded.
         moved, split, moved_split: its number among those; -1 for others.
         arrives: for each hop the buffer that it fills.
-        slot: for each hop, which sort of slot that buffer takes, of how many.
-        accumulated: for pipe × stages + stage, its number among the accumulated
+        accumulated: for each pipe and stage, its number among the accumulated
             gradients; -1 where there is none.
     """
 
     starts: NDArray[np.int64]
     rows: Column
-    how: NDArray[np.int8]
     moved: Index
     split: Index
     moved_split: Index
     arrives: Index
-    slot: Index
-    slots: int
     accumulated: Index
 
     @classmethod
-    def of(cls, schedule: Schedule, table: OpTable, hops: Hops) -> Blocks:
-        """Number the buffers, and say of each what it belongs to."""
+    def of(cls, schedule: Schedule, table: OpTable, hops: Hops, took: Index) -> Blocks:
+        """Number the buffers, and say of each what it belongs to.
+
+        Args:
+            schedule: what is lowered.
+            table: where its ops stand.
+            hops: its tensors under way.
+            took: for each hop the one whose slot it takes over, or -1.
+        """
         away = table.get(Kind.OFFLOAD).ravel() >= 0
         split = table.get(Kind.W).ravel() >= 0
         places, moves = len(away), int(away.sum())
@@ -77,25 +108,30 @@ class Blocks:
         starts = np.cumsum([0, *sizes])
         rows = new_table(int(starts[-1]), 6)
         blocks = [rows[a:b] for a, b in pairwise(starts.tolist())]
-        activations, stashes, inputs, gradients = (blocks[n] for n in (0, 3, 6, 11))
+        activations, stashes = blocks[Block.KEPT], blocks[Block.STASH]
+        inputs, gradients = blocks[Block.INPUT], blocks[Block.GRADIENT]
         again = table.get(Kind.R).ravel() >= 0
-        how = again * np.int8(AGAIN) + split * np.int8(SPLIT) + away * np.int8(MOVED)
         _of_places(schedule, table, activations, BufferKind.ACTIVATION)
         _of_places(schedule, table, inputs, BufferKind.INPUT)
         inputs[again, 0] = BufferKind.STORED_INPUT
         stashes[:] = activations[split]
         stashes[:, 0] = BufferKind.WEIGHT_STASH
         if moves:
-            for block, which in ((0, away), (3, away[split]), (6, away)):
+            for block, which in (
+                (Block.KEPT, away),
+                (Block.STASH, away[split]),
+                (Block.INPUT, away),
+            ):
                 _copies(schedule, blocks[block][which], *blocks[block + 1 : block + 3])
         for column, values in zip(
             gradients.T, (BufferKind.GRADIENT, devices, stages, -1, 0, -1)
         ):
             column[:] = values
-        arrives, slot = _of_hops(schedule, table, hops, starts, rows, accumulated)
+        arrives = _of_hops(schedule, table, hops, starts, rows)
+        taken = np.flatnonzero(took >= 0)
+        rows[arrives[taken], 5] = arrives[took[taken]]
         numbers = _numbers(away), _numbers(split), _numbers(away & split)
-        slots = 2 * len(stages)
-        return cls(starts, rows, how, *numbers, arrives, slot, slots, accumulated)
+        return cls(starts, rows, *numbers, arrives, accumulated)
 
 
 def _numbers(chosen: NDArray[np.bool_]) -> Index:
@@ -119,8 +155,7 @@ def _accumulated(schedule: Schedule) -> tuple[Index, Index, Index]:
     pairs = np.unique(np.concatenate([used, reduced + ops.stage[reduces]]))
     number = np.searchsorted(pairs, keys).clip(max=len(pairs) - 1)
     there = pairs[number] == keys
-    slot = np.where(there, number, -1).astype(np.int32).ravel()
-    return pairs // stages, pairs % stages, slot
+    return pairs // stages, pairs % stages, np.where(there, number, -1).astype(np.int32)
 
 
 def _of_places(schedule: Schedule, table: OpTable, rows: Column, kind: Any) -> None:
@@ -156,13 +191,12 @@ def _of_hops(
     hops: Hops,
     starts: NDArray[np.int64],
     rows: Column,
-    accumulated: Index,
-) -> list[Index]:
+) -> Index:
     """What each hop hands on, and the gradients of outputs that arrive.
 
     Returns:
         For each hop the buffer that it fills, the consumer's input or the gradient
-        of its output; and the sort of its slot.
+        of its output.
     """
     ops = schedule.ops
     columns = [
@@ -174,15 +208,11 @@ def _of_hops(
         ops.slice,
         table.place,
         schedule.device_of_op,
-        schedule.pipe_of,
-        accumulated,
-        np.array([schedule.stages]),
         starts,
         *rows.T,
-        *(np.empty(len(hops.source), dtype=np.int32) for _ in range(2)),
+        np.empty(len(hops.source), dtype=np.int32),
     ]
-    results = [*range(12, 20)]
-    return run(_fill, columns, results=results, size=len(hops.source))[-2:]
+    return run(_fill, columns, results=[*range(9, 16)], size=len(hops.source))[-1]
 
 
 def _fill(
@@ -194,9 +224,6 @@ def _fill(
     op_slice: Any,
     place: Any,
     op_device: Any,
-    pipe_of: Any,
-    accumulated: Any,
-    sizes: Any,
     starts: Any,
     kind: Any,
     device: Any,
@@ -205,15 +232,12 @@ def _fill(
     part: Any,
     takes_over: Any,
     arrives: Any,
-    slot: Any,
 ) -> None:
-    inputs = starts[6]
-    handed = starts[9]
-    gradient = starts[10]
+    gradient = starts[_TO_COME]
     for hop in range(len(source)):
         down = op_kind[source[hop]] == _F
         for side in range(1 if down else 2):
-            row = gradient if side else handed + hop
+            row = gradient if side else starts[_HANDED] + hop
             op = target[hop] if side else source[hop]
             kind[row] = _OUTPUT_GRAD if side else _OUTPUT if down else _INPUT_GRAD
             device[row] = op_device[op]
@@ -221,11 +245,8 @@ def _fill(
             micro_batch[row] = op_micro_batch[op]
             part[row] = op_slice[op]
             takes_over[row] = -1
-        op = target[hop]
-        pipe = pipe_of[op_micro_batch[op]]
-        slot[hop] = 2 * accumulated[pipe * sizes[0] + op_stage[op]] + down
         if down:
-            arrives[hop] = inputs + place[target[hop]]
+            arrives[hop] = starts[_ARRIVED] + place[target[hop]]
         else:
             arrives[hop] = gradient
             gradient += 1

@@ -6,6 +6,7 @@ nothing, so closed forms can be compared with `==`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -54,3 +55,12 @@ def column(numbers: Sequence[Any]) -> NDArray[Any]:
     if whole and max(map(abs, numbers), default=0) < 2**62:
         return np.array(numbers, dtype=np.int64)
     return np.array(numbers, dtype=object)
+
+
+def whole(numbers: NDArray[Any]) -> tuple[NDArray[Any], int]:
+    """Fractions as multiples of 1 / n, and n; 1 for what holds none."""
+    if numbers.dtype != object:
+        return numbers, 1
+    given = numbers.tolist()
+    parts = math.lcm(*{number.denominator for number in given})
+    return column([n.numerator * (parts // n.denominator) for n in given]), parts

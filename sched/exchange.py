@@ -30,7 +30,9 @@ from __future__ import annotations
 import numpy as np
 
 from pipeproof.sched.deps import Index
-from pipeproof.sched.layout import Hops, Layout, Nodes
+from pipeproof.sched.hops import Hops
+from pipeproof.sched.layout import Layout
+from pipeproof.sched.nodes import Nodes
 from pipeproof.sched.program import Lists
 
 
@@ -70,13 +72,6 @@ def _nth(code: Index, count: int) -> Index:
     nth = np.empty(len(code), dtype=np.int64)
     nth[order] = every - np.maximum.accumulate(np.where(first, every, 0))
     return np.asarray(code * max(1, count) + nth)
-
-
-def in_exchanges(together: Index) -> Index:
-    """All hops in the order of production, the two of an exchange side by side."""
-    every = np.arange(len(together), dtype=np.int32)
-    first = np.where(together >= 0, np.minimum(every, together), every)
-    return np.argsort(first, kind="stable").astype(np.int32)
 
 
 def groups_of(together: Index, layout: Layout) -> Lists:

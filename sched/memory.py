@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched import kernels
-from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, plain
+from pipeproof.sched.peaks import peaks_by_buffer, peaks_by_op
 from pipeproof.sched.program import Action, BufferKind, Program
+from pipeproof.sched.weights import Weights
 
 if TYPE_CHECKING:
     from pipeproof.sched.trace import Trace
@@ -64,42 +64,6 @@ _CLASS = {
 _CLASS_OF_KIND = np.array(
     [PASSING.index(_CLASS[kind]) for kind in BufferKind], dtype=np.int8
 )
-
-
-_GRADIENT, _ON_HOST = int(BufferKind.GRADIENT), int(BufferKind.HOST)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What each buffer of a program weighs.
-
-    Attributes:
-        activations: per buffer, in micro-batches of its device's share.
-        bytes: per buffer, or None where bytes are not known.
-        resident: bytes that each device holds all the time, by class.
-        workspace: per instruction, bytes that are there only while it runs.
-        arriving: per buffer, the bytes of it until a forward takes it up, where a
-            forward that will be recomputed adds to what has arrived.
-    """
-
-    activations: NDArray[Any]
-    bytes: NDArray[Any] | None = None
-    resident: Mapping[str, list[Number]] | None = None
-    workspace: NDArray[Any] | None = None
-    arriving: NDArray[Any] | None = None
-
-    def known_bytes(self) -> NDArray[Any]:
-        """The bytes.
-
-        Raises:
-            ParameterError: there are none.
-        """
-        if self.bytes is None:
-            raise ParameterError(
-                "no bytes are known: give the Cost activation_bytes, boundary_bytes, "
-                "weight_bytes, …"
-            )
-        return self.bytes
 
 
 @dataclass(frozen=True)
@@ -298,15 +262,21 @@ class Ledger:
     def __init__(
         self,
         trace: Trace,
-        weight: NDArray[Any],
+        weight: NDArray[Any] | Weights,
         resident: Mapping[str, list[Number]] | None = None,
         workspace: NDArray[Any] | None = None,
         arriving: NDArray[Any] | None = None,
     ) -> None:
         self._trace = trace
-        self._weight, self._workspace, self._arriving = weight, workspace, arriving
+        self._given, self._workspace, self._arriving = weight, workspace, arriving
         self._resident = resident or {}
         self._devices = trace.program.schedule.devices
+
+    @cached_property
+    def _weight(self) -> NDArray[Any]:
+        if isinstance(self._given, Weights):
+            return self._given.column(self._trace.program)
+        return self._given
 
     @cached_property
     def _items(self) -> _Items:
@@ -340,53 +310,34 @@ class Ledger:
             steps = np.where(events.of_class == number, events.change, 0)
             lines[name] = np.cumsum(np.concatenate([zero, steps]))
         start = np.zeros(1, dtype=events.time.dtype)
-        return Curve(np.concatenate([start, events.time]), lines)
+        times = np.concatenate([start, events.time])
+        return Curve(self._trace.timetable.in_units(times), lines)
 
     def peaks(self) -> list[Number]:
         """The most alive at once on each device, without what lies on the host."""
         result: list[Number] = []
-        swept = self._sweep()
+        swept = self._swept()
         for device in range(self._devices):
-            if swept is not None and swept[device] >= 0:
-                base = sum(held[device] for held in self._resident.values())
-                result.append(plain(base + swept[device]))
+            base = sum(held[device] for held in self._resident.values())
+            if swept is not None and (most := swept[device]) is not None:
+                result.append(plain(base + most))
                 continue
             items = self._on(device)
             items = items.take(np.flatnonzero(items.later != PASSING.index(HOST)))
             change = self._events(items).change
-            base = sum(held[device] for held in self._resident.values())
             result.append(plain(base + max(np.cumsum(change).max(initial=0), 0)))
         return result
 
-    def _sweep(self) -> list[int] | None:
-        """The peaks of buffers in one pass in the program's order, without sorting.
-
-        Right for a device whose births and deaths are in that order in order of time
-        too, as those of ops are; -1 for another. None where sums depend on their
-        order, as those of floats do, or where more than buffers counts.
-        """
-        trace, program = self._trace, self._trace.program
-        more = self._workspace is not None or self._arriving is not None
-        numbers = self._weight, trace.start, trace.end
-        if more or self._weight.dtype != np.int64 or trace.end.dtype == object:
+    def _swept(self) -> list[Number | None] | None:
+        """The peaks without sorting events, where buffers alone count."""
+        if self._workspace is not None or self._arriving is not None:
             return None
-        peak = np.zeros(self._devices, dtype=np.int64)
-        columns = [
-            program.writes.offsets,
-            program.writes.values,
-            program.frees.offsets,
-            program.frees.values,
-            program.buffers[:, 0],
-            program.buffers[:, 1],
-            *numbers,
-            np.zeros(len(program.buffers), dtype=np.int8),
-            np.zeros(self._devices, dtype=np.int64),
-            np.zeros(self._devices, dtype=trace.start.dtype),
-            peak,
-        ]
-        kernels.run(_sweep, columns, results=[12], size=len(program))
-        result: list[int] = peak.tolist()
-        return result
+        program, times = self._trace.program, self._trace.timetable
+        if isinstance(self._given, Weights):
+            peaks = peaks_by_op(program, self._given, times.start, times.end)
+            if peaks is not None:
+                return peaks
+        return peaks_by_buffer(program, self._weight, times.start, times.end)
 
     def peak(self, device: int) -> Peak:
         """The most alive at once on one device, and what it is."""
@@ -454,51 +405,11 @@ class Ledger:
 
     def _time(self, moment: Index) -> NDArray[Any]:
         instruction, is_end = moment >> 1, (moment & 1).astype(np.bool_)
-        starts, ends = self._trace.start[instruction], self._trace.end[instruction]
-        time: NDArray[Any] = np.where(is_end, ends, starts)
+        times = self._trace.timetable
+        time: NDArray[Any] = np.where(
+            is_end, times.end[instruction], times.start[instruction]
+        )
         return time
-
-
-def _sweep(
-    writes_at: Any,
-    writes: Any,
-    frees_at: Any,
-    frees: Any,
-    kind: Any,
-    device: Any,
-    weight: Any,
-    start: Any,
-    end: Any,
-    born: Any,
-    live: Any,
-    last: Any,
-    peak: Any,
-) -> None:
-    """Births at the start of each instruction, deaths at its end."""
-    for i in range(len(start)):
-        for place in range(writes_at[i], writes_at[i + 1]):
-            buffer = writes[place]
-            if weight[buffer] == 0 or born[buffer]:
-                continue
-            if kind[buffer] == _GRADIENT or kind[buffer] == _ON_HOST:
-                continue
-            born[buffer] = 1
-            on = device[buffer]
-            live[on] += weight[buffer]
-            if start[i] < last[on]:
-                peak[on] = -1
-            last[on] = start[i]
-            if peak[on] >= 0 and live[on] > peak[on]:
-                peak[on] = live[on]
-        for place in range(frees_at[i], frees_at[i + 1]):
-            buffer = frees[place]
-            if born[buffer] == 0:
-                continue
-            on = device[buffer]
-            live[on] -= weight[buffer]
-            if end[i] < last[on]:
-                peak[on] = -1
-            last[on] = end[i]
 
 
 def _sortable(time: NDArray[Any]) -> NDArray[Any]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -235,6 +235,59 @@ class Lists:
         return np.repeat(every, np.diff(self.offsets))
 
 
+class Storage(Protocol):
+    """A program's messages and buffers, and who touches which.
+
+    Much of a program, and nothing that decides in which order it runs: `lower` works
+    it out when it is asked for.
+    """
+
+    by_op: ClassVar[bool]
+    """Whether ops touch what `pipeproof.sched.touches` says of their kind, and so as
+    `lower` has it."""
+
+    @property
+    def message_count(self) -> int:
+        """How many messages there are."""
+
+    @property
+    def messages(self) -> Column:
+        """int32 of shape (messages, 10), columns as in `Message`."""
+
+    @property
+    def buffers(self) -> Column:
+        """int32 of shape (buffers, 6), columns as in `Buffer`."""
+
+    @property
+    def reads(self) -> Lists:
+        """The buffers that each instruction reads."""
+
+    @property
+    def writes(self) -> Lists:
+        """Those that it writes."""
+
+    @property
+    def frees(self) -> Lists:
+        """Those that it frees."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A `Storage` that is there, of a program made by hand."""
+
+    messages: Column
+    buffers: Column
+    reads: Lists
+    writes: Lists
+    frees: Lists
+    by_op: ClassVar[bool] = False
+
+    @property
+    def message_count(self) -> int:
+        """How many messages there are."""
+        return len(self.messages)
+
+
 @dataclass(frozen=True, slots=True)
 class Instruction:
     """One instruction with everything it touches spelled out."""
@@ -266,13 +319,11 @@ class Program:
         schedule: what it was lowered from.
         streams: in the order in which every rank creates them.
         stream, action: int32, int8 per instruction.
-        first_op, op_count: int32, the instruction's ops in `schedule.ops`; 0 of them
-            for instructions about messages.
+        first_op, op_count: int32 and, where that suffices, int8: the instruction's ops
+            in `schedule.ops`; 0 of them for instructions about messages.
         message: int32 per instruction, -1 for none.
         waits_for: instructions on other streams that must be done before.
-        reads, writes, frees: buffers.
-        messages: int32 of shape (messages, 10), columns as in `Message`.
-        buffers: int32 of shape (buffers, 6), columns as in `Buffer`.
+        storage: its messages and buffers.
         groups: the SENDs and RECVs of one device that are posted as one: they start
             together, once each of them could, and what waits for one waits for all.
     """
@@ -282,14 +333,10 @@ class Program:
     stream: Column
     action: NDArray[np.int8]
     first_op: Column
-    op_count: Column
+    op_count: NDArray[np.signedinteger[Any]]
     message: Column
     waits_for: Lists
-    reads: Lists
-    writes: Lists
-    frees: Lists
-    messages: Column
-    buffers: Column
+    storage: Storage
     groups: Lists = field(default_factory=lambda: Lists.of([]))
 
     def __len__(self) -> int:
@@ -326,6 +373,36 @@ class Program:
         """One buffer, spelled out."""
         kind, *rest = self.buffers[index].tolist()
         return Buffer(index, BufferKind(kind), *rest)
+
+    @property
+    def message_count(self) -> int:
+        """How many messages there are."""
+        return self.storage.message_count
+
+    @property
+    def messages(self) -> Column:
+        """int32 of shape (messages, 10), columns as in `Message`."""
+        return self.storage.messages
+
+    @property
+    def buffers(self) -> Column:
+        """int32 of shape (buffers, 6), columns as in `Buffer`."""
+        return self.storage.buffers
+
+    @property
+    def reads(self) -> Lists:
+        """The buffers that each instruction reads."""
+        return self.storage.reads
+
+    @property
+    def writes(self) -> Lists:
+        """Those that it writes."""
+        return self.storage.writes
+
+    @property
+    def frees(self) -> Lists:
+        """Those that it frees."""
+        return self.storage.frees
 
     @property
     def send_of(self) -> Column:

@@ -12,170 +12,32 @@ Siegel, Singerman 1998), with the model as uninterpreted functions.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched.deadlock import Waiting, deadlocks, named
+from pipeproof.sched.certificate import (
+    ASSUMPTIONS,
+    OF_SLICES,
+    SHOWN,
+    Certificate,
+    Chain,
+    Refutation,
+)
+from pipeproof.sched.deadlock import Waiting, deadlocks
 from pipeproof.sched.errors import ParameterError
-from pipeproof.sched.findings import Finding, Report
+from pipeproof.sched.findings import Finding
+from pipeproof.sched.history import told
 from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.kernels import levels
+from pipeproof.sched.legal import illegal, slots
 from pipeproof.sched.lower import lower
 from pipeproof.sched.matching import meetings, misgrouped, mismatches
 from pipeproof.sched.program import Action, BufferKind, Program
-from pipeproof.sched.races import elsewhere, races, rings, slots
-from pipeproof.sched.walk import Difference, Past, Walk
-
-ASSUMPTIONS = (
-    "rows of a batch are independent: a stage's output for a row depends on no other",
-    "the loss is a sum, or a weighted mean, over micro-batches",
-    "micro-batches share no state but the weights, which do not change in a step",
-    "a stage is a deterministic function of weights, input, and random numbers keyed "
-    "by micro-batch and slice",
-)
-OF_SLICES = (
-    "keys and values of a micro-batch's slices, and their gradients, stay on the "
-    "device from its first slice to its last backward",
-)
-
-SHOWN = 8
-"""Micro-batches or moves of a tensor that a message spells out."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """In what order one device adds up a stage's gradient.
-
-    Attributes:
-        device: which.
-        terms: (micro-batch, slice) of each term, the first one first.
-    """
-
-    device: int
-    terms: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """That a program computes the gradient of unpipelined training, and how.
-
-    Attributes:
-        schedule: what was lowered.
-        program: sha256 of all columns of the program that was proved.
-        assumptions: about the model and the loss, under which it holds.
-        trees: for each stage the chains that add up its gradient; where there are
-            several devices, their sum is taken in this order.
-        peak_buffers: for each device the most tensors alive at once when every
-            instruction runs as early as it can and takes one tick; without
-            accumulated gradients and what lies on the host.
-    """
-
-    schedule: Schedule
-    program: str
-    assumptions: tuple[str, ...]
-    trees: tuple[tuple[Chain, ...], ...]
-    peak_buffers: tuple[int, ...]
-
-    @property
-    def ok(self) -> bool:
-        """True, as of a report without findings."""
-        return True
-
-    @property
-    def findings(self) -> tuple[Finding, ...]:
-        """None, as of a report without findings."""
-        return ()
-
-    def raise_if_bad(self) -> None:
-        """Nothing: it is proved."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, in types that JSON has."""
-        return {
-            "ok": True,
-            "schedule": self.schedule.name,
-            "digest": self.schedule.digest,
-            "program": self.program,
-            "assumptions": list(self.assumptions),
-            "reduction": [
-                [
-                    {"device": chain.device, "terms": list(map(list, chain.terms))}
-                    for chain in tree
-                ]
-                for tree in self.trees
-            ],
-            "peak_buffers": list(self.peak_buffers),
-        }
-
-    def to_json(self) -> str:
-        """`to_dict` as a JSON object."""
-        return json.dumps(self.to_dict())
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.schedule.summary}: proved: the gradient is that of unpipelined "
-            "training",
-            f"  schedule {self.schedule.digest[:16]}, program {self.program[:16]}",
-            "  without deadlock under any buffering (streams 'dir'), without races",
-            "assuming",
-            *(f"  {assumption}" for assumption in self.assumptions),
-            "adding up micro-batches, per parameter and in this order",
-            *(f"  {line}" for line in self._trees()),
-            "tensors alive at once, at most",
-            f"  {_counted(self.peak_buffers)}",
-        ]
-        return "\n".join(lines)
-
-    def _trees(self) -> Iterator[str]:
-        words = [
-            " + ".join(self._chain(chain, len(tree) > 1) for chain in tree)
-            for tree in self.trees
-        ]
-        low = 0
-        while low < len(words):
-            high = low
-            while high + 1 < len(words) and words[high + 1] == words[low]:
-                high += 1
-            what = f"stage {low}" if low == high else f"stages {low}–{high}"
-            yield f"{what}: {words[low]}"
-            low = high + 1
-
-    def _chain(self, chain: Chain, several: bool) -> str:
-        sliced = self.schedule.slices > 1
-        if sliced:
-            words = [f"{m}.{q}" for m, q in chain.terms]
-        else:
-            words = _runs([m for m, _ in chain.terms])
-        if len(words) > SHOWN:
-            words = [*words[: SHOWN - 1], "…", words[-1]]
-        text = f"Σ({' '.join(words)})"
-        return f"{text} of device {chain.device}" if several else text
-
-
-@dataclass(frozen=True)
-class Refutation(Report):
-    """Why a program does not compute the gradient of unpipelined training."""
-
-    verdict: str = "refuted"
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, in types that JSON has."""
-        return {
-            "ok": False,
-            "schedule": self.schedule.name,
-            "digest": self.schedule.digest,
-            "findings": [finding.to_dict() for finding in self.findings],
-        }
-
-    def to_json(self) -> str:
-        """`to_dict` as a JSON object."""
-        return json.dumps(self.to_dict())
+from pipeproof.sched.races import races
+from pipeproof.sched.walk import Walk
 
 
 def prove(program: Program | Schedule) -> Certificate | Refutation:
@@ -203,7 +65,7 @@ def prove(program: Program | Schedule) -> Certificate | Refutation:
             f"{type(program).__name__}"
         )
     schedule = program.schedule
-    if found := misgrouped(program) or (*rings(program), *elsewhere(program)):
+    if found := misgrouped(program) or illegal(program):
         return Refutation(schedule, found)
     if found := mismatches(program) or deadlocks(program):
         return Refutation(schedule, found)
@@ -218,7 +80,7 @@ def prove(program: Program | Schedule) -> Certificate | Refutation:
     trees, findings = _gradients(program, walk)
     if findings:
         first = walk.difference
-        found = () if first is None else (_told(program, walk, first),)
+        found = () if first is None else (told(program, walk, first),)
         return Refutation(schedule, (*found, *findings))
     return Certificate(
         schedule,
@@ -341,92 +203,11 @@ def _not_reduced(stage: int, devices: Sequence[int]) -> Finding:
     )
 
 
-def _told(program: Program, walk: Walk, first: Difference) -> Finding:
-    """The first operand that differs: what it holds, and how it came there."""
-    names = walk.reference.names()
-    device = int(program.device[first.instruction])
-    if first.buffer < 0:
-        kinds = " or ".join(kind.name.lower() for kind in first.kinds)
-        found = f"{first.op} finds no {kinds} among the buffers it reads"
-    else:
-        buffer = program.buffer_at(first.buffer)
-        holds = _holds(program, walk, first.found, names)
-        found = f"{first.op} reads {buffer}, which {holds}"
-        # What lies there now says nothing about a read that did not find it.
-        if walk.terms.keys[first.found][0] not in ("freed", "overwritten", "unwritten"):
-            found += _history(program, first.past)
-    return Finding(
-        "operand",
-        device,
-        _step(program, first.instruction),
-        first.op,
-        expected=names[first.expected],
-        found=found,
-        remedy=f"Look at instruction {first.instruction} and at what it reads; all "
-        "before it is as in unpipelined training",
-    )
-
-
-def _holds(program: Program, walk: Walk, term: int, names: dict[int, str]) -> str:
-    if term in names:
-        return f"holds {names[term]}"
-    match walk.terms.keys[term]:
-        case ("unwritten", int(_)):
-            return "nothing has written yet"
-        case ("overwritten", int(_), int(other)):
-            return f"{program.buffer_at(other)} has overwritten"
-        case ("freed", int(_), int(by)):
-            return f"{named(program, by)} has freed"
-        case (("unwritten" | "overwritten" | "freed"), *_):
-            raise AssertionError("a term that is matched above")
-        case _:
-            return "holds what unpipelined training never computes"
-
-
-def _history(program: Program, past: Past | None) -> str:
-    steps: list[str] = []
-    while past is not None:
-        index, past = past
-        steps.append(named(program, index))
-    if len(steps) > SHOWN:
-        steps = [*steps[: SHOWN - 1], "…", steps[-1]]
-    return f", from {' → '.join(reversed(steps))}" if steps else ""
-
-
-def _step(program: Program, instruction: int) -> int | None:
-    device, step = program.schedule.locate(int(program.first_op[instruction]))
-    return step if device == int(program.device[instruction]) else None
-
-
 def _rows(schedule: Schedule, rows: list[tuple[int, int]]) -> str:
     words = [f"{m}.{q}" if schedule.slices > 1 else str(m) for m, q in rows]
     if len(words) > SHOWN:
         words = [*words[:SHOWN], f"… ({len(words):,} in all)"]
     return ", ".join(words)
-
-
-def _runs(numbers: list[int]) -> list[str]:
-    """Numbers in words, neighbours that rise or fall by 1 as one: 0…7, 7…0."""
-    words: list[str] = []
-    low = 0
-    while low < len(numbers):
-        high = low + 1
-        step = numbers[high] - numbers[low] if high < len(numbers) else 0
-        while abs(step) == 1 and numbers[high : high + 1] == [numbers[high - 1] + step]:
-            high += 1
-        if high - low > 2:
-            words.append(f"{numbers[low]}…{numbers[high - 1]}")
-        else:
-            high = low + 1
-            words.append(str(numbers[low]))
-        low = high
-    return words
-
-
-def _counted(peaks: Sequence[int]) -> str:
-    if len(peaks) > 2 * SHOWN:
-        return f"{max(peaks)} (device {peaks.index(max(peaks))})"
-    return " ".join(map(str, peaks))
 
 
 def _digest(program: Program) -> str:

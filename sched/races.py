@@ -1,9 +1,10 @@
 """Whether the streams of a device can get in each other's way over a buffer.
 
-A buffer is in use from the start of an instruction that touches it to its end. Two
-uses of one slot, of which one writes or frees it, must come one after the other
-in every order that streams, waits and messages allow; otherwise which content is
-read depends on luck, and no walk in one order says what the others compute.
+A buffer is in use from the start of an instruction that touches it to its end; one
+that only frees it does so at its end. Two uses of one slot, of which one writes or
+frees it, must come one after the other in every order that streams, waits and
+messages allow; otherwise which content is read depends on luck, and no walk in one
+order says what the others compute.
 
 For each slot its uses stand in the order of one walk. If each write is ordered
 with the uses next to it, up to the writes on both sides, then all are ordered: so
@@ -21,64 +22,13 @@ from pipeproof.sched.deadlock import Waiting, named
 from pipeproof.sched.findings import Finding
 from pipeproof.sched.groups import needs
 from pipeproof.sched.kernels import csr, run
-from pipeproof.sched.program import BufferKind, Program
+from pipeproof.sched.legal import slots
+from pipeproof.sched.program import Program
 
 Index = NDArray[np.int64]
 
 BITS = 62
 """Searches done in one pass over the graph, one bit of an int64 each."""
-
-
-def slots(program: Program) -> Index:
-    """For each buffer the first one of those that share its slot."""
-    before = program.buffers[:, 5].astype(np.int64)
-    root = np.where(before < 0, np.arange(len(before)), before)
-    for _ in range(max(1, len(root).bit_length())):  # each doubles the steps taken
-        root = root[root]
-    return root
-
-
-def rings(program: Program) -> tuple[Finding, ...]:
-    """Buffers that take over each other's slot in a ring, which has no first."""
-    before = program.buffers[:, 5]
-    astray = np.flatnonzero(before[slots(program)] >= 0).tolist()
-    return tuple(
-        Finding(
-            "slot",
-            int(program.buffers[number, 1]),
-            None,
-            None,
-            expected="slots that one buffer is the first in",
-            found=f"{program.buffer_at(number)} takes over from itself",
-            remedy="Let takes_over name a buffer that was there before",
-        )
-        for number in astray
-    )
-
-
-def elsewhere(program: Program) -> tuple[Finding, ...]:
-    """Buffers used from another device than theirs, but for what is offloaded there."""
-    found: list[Finding] = []
-    for touched in (program.reads, program.writes, program.frees):
-        rows = program.buffers[touched.values]
-        wrong = rows[:, 1] != program.device[touched.owner]
-        wrong &= rows[:, 0] != BufferKind.OFFLOADED
-        for use in np.flatnonzero(wrong).tolist():
-            index = int(touched.owner[use])
-            buffer = program.buffer_at(int(touched.values[use]))
-            found.append(
-                Finding(
-                    "place",
-                    int(program.device[index]),
-                    None,
-                    None,
-                    expected="buffers of the device that uses them",
-                    found=f"{named(program, index)} uses {buffer} of device "
-                    f"{buffer.device}",
-                    remedy="Send the tensor over, or name a buffer of this device",
-                )
-            )
-    return tuple(found)
 
 
 def races(
@@ -103,13 +53,33 @@ def races(
     by_level = np.argsort(level, kind="stable")
     for low in range(0, len(first), BITS):
         part = slice(low, low + BITS)
-        start, goal = waiting.done[first[part]], second[part]
+        start, goal = (
+            waiting.done[first[part]],
+            _from(program, waiting, second[part], slot[part]),
+        )
         reached = _reached(by_level, sources, targets, start)[goal]
         wrong = (reached >> np.arange(len(goal))) & 1 == 0
         if wrong.any():
             pairs = zip(first[part][wrong], second[part][wrong], slot[part][wrong])
             return tuple(_race(program, *map(int, pair)) for pair in pairs)
     return ()
+
+
+def _from(program: Program, waiting: Waiting, users: Index, slot: Index) -> Index:
+    """The node from which on each uses a slot: its start, or its end if it frees."""
+    slot_of = slots(program)
+    uses = zip(users.tolist(), slot.tolist())
+    only_frees = np.array(
+        [
+            not any(
+                slot_of[buffer] == where
+                for buffer in (*program.reads[user], *program.writes[user])
+            )
+            for user, where in uses
+        ],
+        dtype=np.bool_,
+    )
+    return np.where(only_frees, waiting.done[users], users)
 
 
 def _neighbours(program: Program, order: Index) -> tuple[Index, Index, Index]:

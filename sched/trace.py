@@ -11,23 +11,51 @@ predicted from; measured ones are in seconds.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal
 
-from numpy.typing import NDArray
+import numpy as np
 
 from pipeproof.sched import metrics
 from pipeproof.sched.causes import Causes
 from pipeproof.sched.errors import ParameterError
-from pipeproof.sched.exact import Number, mean, ratio
+from pipeproof.sched.exact import Number, column, mean, plain, ratio
 from pipeproof.sched.gaps import Gaps
 from pipeproof.sched.grid import draw
-from pipeproof.sched.memory import Curve, Ledger, Peak, Sizes
-from pipeproof.sched.parts import Parts
+from pipeproof.sched.memory import Curve, Ledger, Peak
+from pipeproof.sched.parts import Parts, Times, unscaled
 from pipeproof.sched.program import Program
+from pipeproof.sched.weights import Sizes
 
-Times = NDArray[Any]
-"""int64 or float64; objects where there are Fractions."""
+
+@dataclass(frozen=True, eq=False)
+class Timetable:
+    """When each instruction started and ended.
+
+    Attributes:
+        start, end: per instruction, in parts of the trace's unit of time: Fractions
+            of it so are whole numbers, which numpy compares and adds. No sum of
+            durations overflows their type.
+        parts: how many make a unit.
+    """
+
+    start: Times
+    end: Times
+    parts: int = 1
+
+    def in_units(self, times: Times) -> Times:
+        """Sums of such times in the unit itself."""
+        if times.dtype == np.int32:
+            times = times.astype(np.int64)  # sums of these may be larger
+        if self.parts == 1:
+            return times if times.dtype != object else column(times.tolist())
+        return unscaled(times, self.parts)
+
+    def unit(self, time: Any) -> Number:
+        """One of them."""
+        time = plain(time)
+        return time if self.parts == 1 else plain(Fraction(time) / self.parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,18 +64,27 @@ class Trace:
 
     Attributes:
         program: what ran.
-        start, end: per instruction, in the trace's unit of time.
+        timetable: when; `start` and `end` say it in the unit of time.
         source: predicted or measured.
         sizes: what each buffer weighs.
         notes: what a reader must know, such as a processor shared by devices.
     """
 
     program: Program
-    start: Times
-    end: Times
+    timetable: Timetable
     source: Literal["predicted", "measured"]
     sizes: Sizes
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def start(self) -> Times:
+        """Of each instruction, in the trace's unit of time."""
+        return self.timetable.in_units(self.timetable.start)
+
+    @cached_property
+    def end(self) -> Times:
+        """Of each instruction, in the trace's unit of time."""
+        return self.timetable.in_units(self.timetable.end)
 
     @cached_property
     def makespan(self) -> Number:

@@ -46,6 +46,7 @@ from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, is_number, plain, ratio
 from pipeproof.sched.ir import BACKWARD_KINDS
 from pipeproof.sched.memory import lifetimes
+from pipeproof.sched.weights import Weights
 from pipeproof.sim.cluster import Cluster
 from pipeproof.sim.cost import Cost
 from pipeproof.sim.heads import Graph
@@ -140,7 +141,10 @@ def bounds(
     memory: list[Any] = []
     if max_activations is not None:
         caps = _caps("max_activations", max_activations, program)
-        memory.append(_by_memory(graph, sizes.activations, caps, "activations"))
+        weight = sizes.activations
+        if isinstance(weight, Weights):
+            weight = weight.column(program)
+        memory.append(_by_memory(graph, weight, caps, "activations"))
     if max_bytes is not None:
         caps = _caps("max_bytes", max_bytes, program)
         for held in (sizes.resident or {}).values():

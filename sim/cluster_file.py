@@ -18,14 +18,11 @@ the file. Two nodes of four devices, one of them slow, with one card a node::
     source = 0
     target = 1
     bandwidth = 16e9
-
-Nothing in a file is executed, and its size is bounded before it is read.
 """
 
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from os import PathLike, fspath
 from typing import Any
@@ -33,8 +30,7 @@ from typing import Any
 from pipeproof.sched.errors import ParameterError, ParseError
 from pipeproof.sched.exact import is_number
 from pipeproof.sim.cluster import Cluster, Link
-
-MAX_BYTES = 1 << 20
+from pipeproof.sim.toml import parsed, read
 
 
 def load(path: str | PathLike[str]) -> Cluster:
@@ -44,23 +40,11 @@ def load(path: str | PathLike[str]) -> Cluster:
         ParseError: naming the file, the key, what was expected and found.
         OSError: the file cannot be read.
     """
-    where = fspath(path)
-    with open(path, "rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ParseError(
-            f"{where}: expected at most {MAX_BYTES:,} bytes, found more: is this a "
-            "file that describes a cluster?"
-        )
+    found = read(path, "a cluster")
     try:
-        return parse(data.decode())
-    except UnicodeDecodeError as error:
-        raise ParseError(
-            f"{where}: expected text in UTF-8, found byte "
-            f"0x{data[error.start]:02x} at {error.start:,}"
-        ) from None
+        return _cluster(found)
     except ParseError as error:
-        raise ParseError(f"{where}: {error}") from None
+        raise ParseError(f"{fspath(path)}: {error}") from None
 
 
 def parse(text: str) -> Cluster:
@@ -69,12 +53,10 @@ def parse(text: str) -> Cluster:
     Raises:
         ParseError: naming the key, what was expected and found.
     """
-    try:
-        found = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ParseError(f"expected TOML: {error}") from None
-    except (RecursionError, ValueError):  # nested too deeply, or a number too long
-        raise ParseError("expected TOML with numbers and few brackets") from None
+    return _cluster(parsed(text))
+
+
+def _cluster(found: Mapping[str, Any]) -> Cluster:
     _known("", found, READERS)
     given = {key: READERS[key](key, value) for key, value in found.items()}
     try:
@@ -93,7 +75,8 @@ def _known(where: str, found: Mapping[str, Any], known: Mapping[str, object]) ->
 
 
 def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
+    plain = isinstance(value, str) and value.isprintable() and value
+    text = value if plain else repr(value)
     return text if len(text) <= 40 else f"{text[:40]}…"
 
 

@@ -19,7 +19,8 @@ from pipeproof.sched import BufferKind, Kind, Program, Schedule, Trace
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, column, is_number, plain
 from pipeproof.sched.ir import BACKWARD_KINDS
-from pipeproof.sched.memory import RESIDENT, Sizes
+from pipeproof.sched.memory import RESIDENT
+from pipeproof.sched.weights import Sizes, Weights
 
 PerStage = Number | Sequence[Number]
 Table = list[list[Number]]
@@ -237,23 +238,14 @@ class Cost:
                 activations that include it.
         """
         schedule = program.schedule
-        kind, stage = program.buffers[:, 0], program.buffers[:, 2]
-        # A weight is a look-up, for Fractions are slow: by pipe and stage, and by
-        # what there is beside an activation. Beside a stash for W it is the part
-        # that I frees; beside a stored input, what an R has rebuilt.
+        # A weight is a look-up, for Fractions are slow. Where the backward is split it
+        # is the part that I frees; where activations are recomputed, what R rebuilds.
         parts = self._per_stage(
             "weight_grad_memory", self.weight_grad_memory, schedule, per_share=False
         )
         keep = [number for row in parts for number in row]
-        place = stage.copy()
-        if len(schedule.placement.pipes) > 1:
-            pipe = schedule.pipe_of[np.maximum(program.buffers[:, 3], 0)]
-            place += pipe * np.int32(schedule.stages)
-        for times, beside in (1, BufferKind.STORED_INPUT), (2, BufferKind.WEIGHT_STASH):
-            if schedule.has(_MAKES[beside]):
-                place += _beside(beside, program) * np.int32(times * len(keep))
 
-        def weigh(whole: Table, again: Table) -> dict[int, NDArray[Any]]:
+        def weigh(whole: Table, again: Table) -> dict[BufferKind, NDArray[Any]]:
             """What is kept, or rebuilt."""
             both = [n for row in [*whole, *again] for n in row]
             stash = [plain(n * part) for n, part in zip(both, keep * 2)]
@@ -270,8 +262,7 @@ class Cost:
 
         shares = self._per_stage("activations", 1, schedule, per_share=True)
         full = _over(shares, schedule.slices)
-        activations = _choose(kind, place, weigh(full, full))
-        _weigh_copies(program, activations)
+        activations = Weights(weigh(full, full))
         if not self.knows_bytes:
             return Sizes(activations)
         held = self._held(schedule)
@@ -284,15 +275,13 @@ class Cost:
             BufferKind.OUTPUT_GRAD: output,
             BufferKind.INPUT_GRAD: spread(before),
         }
-        weights = _choose(kind, place, by_kind)
-        _weigh_copies(program, weights)
         arriving = None
         if self.stored_bytes is not None:
-            stored = kind == BufferKind.STORED_INPUT
-            arriving = np.where(stored, of_input[place], weights)
+            arrived = by_kind | {BufferKind.STORED_INPUT: of_input}
+            arriving = Weights(arrived).column(program)
         return Sizes(
             activations,
-            weights,
+            Weights(by_kind).column(program),
             self._resident(schedule),
             self._workspace(program),
             arriving,
@@ -408,43 +397,3 @@ def _over(table: Table, by: int) -> Table:
 def _flat(table: Table) -> NDArray[Any]:
     """A table (pipe × stages) as one column."""
     return column([plain(number) for row in table for number in row])
-
-
-_MAKES = {BufferKind.STORED_INPUT: Kind.R, BufferKind.WEIGHT_STASH: Kind.W}
-"""Kinds of op without which there are no such buffers."""
-
-
-def _choose(
-    kind: NDArray[Any], place: NDArray[Any], by_kind: dict[int, NDArray[Any]]
-) -> NDArray[Any]:
-    """Of each buffer what the table of its kind says; 0 for other kinds."""
-    dtype = np.result_type(*by_kind.values())
-    result = np.zeros(len(kind), dtype=dtype)
-    for member, table in by_kind.items():
-        where = np.flatnonzero(kind == member)
-        result[where] = table[place[where]]
-    return result
-
-
-def _weigh_copies(program: Program, weights: NDArray[Any]) -> None:
-    """Give what is offloaded the weight that it had before."""
-    if not program.schedule.has(Kind.OFFLOAD):
-        return
-    # An OFFLOAD frees buffers and writes their copies elsewhere, in one order.
-    copying = np.flatnonzero(program.op_kind == Kind.OFFLOAD)
-    copies = program.writes.values[np.isin(program.writes.owner, copying)]
-    freed = program.frees.values[np.isin(program.frees.owner, copying)]
-    weights[copies] = weights[freed]
-
-
-def _beside(kind: BufferKind, program: Program) -> NDArray[np.bool_]:
-    """Activations whose stage and micro-batch also has a buffer of this kind."""
-    there: NDArray[np.bool_] = program.buffers[:, 0] == kind
-    key = program.buffers[:, 2:5].astype(np.int64) @ _strides(program.schedule)
-    return np.isin(key, key[there])
-
-
-def _strides(schedule: Schedule) -> NDArray[np.int64]:
-    """Weights that number (stage, micro-batch, slice) uniquely."""
-    stages, slices = schedule.stages, schedule.slices
-    return np.array([1, stages * slices, stages], dtype=np.int64)

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from pipeproof.sched import Action, Program, Schedule, Trace, lower
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import is_number
-from pipeproof.sched.memory import Sizes
+from pipeproof.sched.trace import Timetable
+from pipeproof.sched.weights import Sizes
 from pipeproof.sim.cluster import Cluster
 from pipeproof.sim.cost import Cost
 from pipeproof.sim.replay import all_waits, not_in_order, refuse_contention, replay
@@ -168,7 +169,7 @@ def _one_by_one(
     for row in durations:
         fixed[program.computes] = row
         start, end = replay(program, Timing(fixed, latencies, 1), cluster)
-        trace = Trace(program, start, end, "predicted", sizes)
+        trace = Trace(program, Timetable(start, end), "predicted", sizes)
         result.append(
             [
                 np.array([number], dtype=fixed.dtype)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pipeproof.sched import Program, Schedule, Trace, lower
 from pipeproof.sched.causes import SHARED_PROCESSOR
 from pipeproof.sched.errors import ParameterError, UnsupportedError
+from pipeproof.sched.trace import Timetable
 from pipeproof.sim.cluster import Cluster
 from pipeproof.sim.cost import Cost
 from pipeproof.sim.engine import Progress, play
@@ -62,8 +63,7 @@ def simulate(
     notes = (SHARED_PROCESSOR,) if cluster.shared_processor else ()
     return Trace(
         program,
-        timing.unscaled(start),
-        timing.unscaled(end),
+        Timetable(start, end, timing.scale or 1),
         "predicted",
         sizes,
         notes,
@@ -79,11 +79,12 @@ def _times(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     if engine == "events":
         return play(program, timing, cluster, progress)
-    tell = progress or (lambda done, total: None)
     try:
-        tell(0, timing.events)
+        if progress is not None:
+            progress(0, timing.events)
         times = replay(program, timing, cluster)
-        tell(timing.events, timing.events)
+        if progress is not None:
+            progress(timing.events, timing.events)
     except UnsupportedError:
         if engine == "replay":
             raise

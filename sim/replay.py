@@ -46,7 +46,7 @@ from pipeproof.sim.waits import (
     turns,
 )
 
-_RECV = int(Action.RECV)
+_SEND, _RECV = int(Action.SEND), int(Action.RECV)
 
 
 def replay(
@@ -70,14 +70,14 @@ def replay(
         turn,
         program.action,
         program.message,
-        np.ascontiguousarray(program.send_of),
         waits.offsets,
         waits.values,
         timing.durations,
         timing.latencies,
         np.zeros(int(turn.max(initial=-1)) + 1, dtype=dtype),
-        np.zeros(len(program), dtype=dtype),
-        np.zeros(len(program), dtype=dtype),
+        np.full(len(timing.latencies), -1, dtype=dtype),
+        np.empty(len(program), dtype=dtype),
+        np.empty(len(program), dtype=dtype),
         np.full(1, -1),
     ]
     start, end, stuck = kernels.run(
@@ -92,12 +92,12 @@ def _pass(
     turn: Any,
     action: Any,
     message: Any,
-    send_of: Any,
     offsets: Any,
     waits: Any,
     durations: Any,
     latencies: Any,
     free: Any,
+    arrival: Any,
     start: Any,
     end: Any,
     stuck: Any,
@@ -114,15 +114,16 @@ def _pass(
                 ready = end[before]
         start[i] = ready
         if action[i] == _RECV:
-            send = send_of[message[i]]
-            if send >= i:
+            over = arrival[message[i]]
+            if over < 0:  # it is not sent yet
                 stuck[0] = i
                 return
-            over = end[send] + latencies[message[i]]
             if ready > over:
                 over = ready
         else:
             over = ready + durations[i]
+            if action[i] == _SEND:
+                arrival[message[i]] = over + latencies[message[i]]
         end[i] = over
         free[stream] = over
 

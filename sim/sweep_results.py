@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
 
 from pipeproof.sched import Trace
 from pipeproof.sched.errors import ParameterError
-from pipeproof.sched.exact import Number, column, ratio
+from pipeproof.sched.exact import Number
 from pipeproof.sim.sweep_points import Point
 
 Status = Literal["simulated", "refused", "broken"]
@@ -58,25 +55,19 @@ class Figures:
             ParameterError: one is beyond the range of a float.
         """
         schedule = trace.program.schedule
-        # numpy is fast with whole numbers, and slow with Fractions.
-        activations, parts = _whole(trace.sizes.activations)
-        times, ticks = _whole(np.concatenate([trace.start, trace.end]))
-        start, end = np.split(times, 2)
-        sizes = replace(trace.sizes, activations=activations)
-        trace = replace(trace, start=start, end=end, sizes=sizes)
         peak_bytes = trace.peak_bytes
         return cls(
             stages=schedule.stages,
             chunks=max(map(max, schedule.placement.shares())),
             slices=schedule.slices,
             ops=len(schedule),
-            makespan=_rounded(trace.makespan, ticks),
-            span=_rounded(trace.span, ticks),
-            ideal=_rounded(trace.ideal, ticks),
+            makespan=_rounded(trace.makespan),
+            span=_rounded(trace.span),
+            ideal=_rounded(trace.ideal),
             bubble_fraction=_rounded(trace.bubble_fraction),
             bubble_ratio=_rounded(trace.bubble_ratio),
             span_bubble=_rounded(trace.span_bubble),
-            peak_activations=tuple(_rounded(n, parts) for n in trace.peak_activations),
+            peak_activations=tuple(map(_rounded, trace.peak_activations)),
             peak_bytes=None if peak_bytes is None else tuple(map(_rounded, peak_bytes)),
         )
 
@@ -117,19 +108,10 @@ def columns(results: Iterable[Result]) -> dict[str, list[Any]]:
     return {name: [r[name] for r in records] for name in records[0]} if records else {}
 
 
-def _whole(numbers: NDArray[Any]) -> tuple[NDArray[Any], int]:
-    """Fractions as multiples of 1 / n, and n; 1 for what holds none."""
-    if numbers.dtype != object:
-        return numbers, 1
-    given = numbers.tolist()
-    parts = math.lcm(*{number.denominator for number in given})
-    return column([n.numerator * (parts // n.denominator) for n in given]), parts
-
-
-def _rounded(number: Number, parts: int = 1) -> float:
-    """Number / parts, rounded once."""
+def _rounded(number: Number) -> float:
+    """The nearest float."""
     try:
-        result = float(ratio(number, parts))
+        result = float(number)
     except OverflowError:
         result = math.inf
     if not math.isfinite(result):

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,18 +22,19 @@ from numpy.typing import NDArray
 
 from pipeproof.sched import Action, Program
 from pipeproof.sched.errors import ParameterError
-from pipeproof.sched.exact import Number, column, plain, ratio
-from pipeproof.sched.memory import Sizes
+from pipeproof.sched.exact import Number, plain, ratio
 from pipeproof.sched.program import StreamKind
+from pipeproof.sched.trace import Timetable
+from pipeproof.sched.weights import Sizes
 from pipeproof.sim.cluster import Cluster, Link
 from pipeproof.sim.cost import Cost
 
-Index = NDArray[np.int64]
+Index = NDArray[np.signedinteger[Any]]
 
 BETWEEN_DEVICES = (StreamKind.TO_DEVICE, StreamKind.FROM_DEVICE)
 
-LONGEST = 2**62
-"""Where durations and latencies add up to less, no time overflows an int64."""
+SHORT, LONGEST = 2**31, 2**62
+"""Where durations and latencies add up to less, no time overflows an int32 or int64."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Prices:
     numbers: list[Number]
     which: Index
 
+    @cached_property
     def counts(self) -> list[int]:
         """How often each number is used."""
         used: list[int] = np.bincount(self.which, minlength=len(self.numbers)).tolist()
@@ -63,8 +66,8 @@ class Timing:
         durations: per instruction; for a SEND, how long it occupies its link.
         latencies: per message, from the end of its SEND to its arrival.
         scale: exact times are whole multiples of 1 / scale, and kept as these: in
-            int64 if no sum of them can overflow, else as Python's ints. None
-            for float64.
+            int32 or int64 if no sum of them can overflow, else as Python's ints.
+            None for float64.
     """
 
     durations: NDArray[Any]
@@ -91,7 +94,7 @@ class Timing:
         used = [
             (number, count)
             for prices in (*spent, under_way)
-            for number, count in zip(prices.numbers, prices.counts())
+            for number, count in zip(prices.numbers, prices.counts)
             if count
         ]
         scale = _whole([number for number, _ in used])
@@ -99,14 +102,15 @@ class Timing:
             dtype: Any = np.float64
         else:
             total = sum(number * scale * count for number, count in used)
-            dtype = np.int64 if total < LONGEST else object
+            short = np.int32 if total < SHORT else np.int64
+            dtype = short if total < LONGEST else object
 
         def scaled(number: Any) -> Number:
             return float(number) if scale is None else int(number * scale)
 
         return cls(
             _spread(len(program), spent, scaled, dtype),
-            _spread(len(program.messages), [under_way], scaled, dtype),
+            _spread(program.message_count, [under_way], scaled, dtype),
             scale,
         )
 
@@ -123,13 +127,7 @@ class Timing:
         Args:
             times: sums of durations and latencies.
         """
-        if self.scale is None:
-            return times
-        if self.scale == 1:
-            return times if times.dtype != object else column(times.tolist())
-        distinct, which = np.unique(times, return_inverse=True)
-        exact = [Fraction(time, self.scale) for time in distinct.tolist()]
-        return np.array(exact, dtype=object)[which]
+        return Timetable(times, times, self.scale or 1).in_units(times)
 
 
 def _whole(numbers: list[Any]) -> int | None:
@@ -144,7 +142,7 @@ def _spread(
 ) -> NDArray[Any]:
     result = np.zeros(size, dtype=dtype)
     for some in prices:
-        used = np.array(some.counts(), dtype=np.bool_)
+        used = np.array(some.counts, dtype=np.bool_)
         table = np.zeros(len(some.numbers), dtype=dtype)
         for place in np.flatnonzero(used).tolist():
             table[place] = scaled(some.numbers[place])
@@ -235,8 +233,8 @@ def _latencies(program: Program, cluster: Cluster) -> Prices:
     ]
     if all(type(number) is int and number == 0 for number in numbers):
         return Prices(np.zeros(0, dtype=np.int64), [], np.zeros(0, dtype=np.int64))
-    sends = program.stream[program.send_of].astype(np.int64)
-    return Prices(np.arange(len(program.messages)), numbers, sends)
+    sends = np.flatnonzero(program.action == Action.SEND)
+    return Prices(program.message[sends], numbers, program.stream[sends])
 
 
 def _links(program: Program, cluster: Cluster) -> dict[int, Link]:

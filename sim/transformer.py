@@ -38,22 +38,22 @@ appendix's text; its equation 8 has 12s²bh instead.
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from os import PathLike
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pipeproof.sched.errors import ParameterError, ParseError, at_least_one
-from pipeproof.sched.exact import Number, is_number, plain
-from pipeproof.sched.ir import Kind, Schedule
-from pipeproof.sim.cost import Cost
+from pipeproof.sched.exact import Number, plain
+from pipeproof.sched.ir import Schedule
+from pipeproof.sim.toml import read
+
+if TYPE_CHECKING:
+    from pipeproof.sim.cost import Cost
 
 Recompute = Literal["none", "selective", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
-
-MAX_TOML_BYTES = 1 << 16
 
 
 class Precision(NamedTuple):
@@ -174,38 +174,32 @@ class Transformer:
         words = self.vocabulary * h * (1 if self.tied else 2)
         return self.layers * layer + words + self.sequence * h + 2 * h
 
-    def _layer_parameters(self) -> Number:
-        """Layer norms, and biases of layers that are cut by columns, are whole."""
+    @property
+    def layer_parameters(self) -> Number:
+        """Of a layer on one device.
+
+        Layer norms, and biases of layers that are cut by rows, are whole.
+        """
         h, f, t = self.hidden, self.width, self.tensor_parallel
         shared = 4 * h * h + 2 * h * f + 3 * h + f
         return plain(Fraction(shared, t) + 6 * h)
-
-    def _stage_parameters(
-        self, stage: int, split: Sequence[int], *, copy: bool
-    ) -> Number:
-        """On one device; with a copy of the tied embedding in the last stage."""
-        words = self.vocabulary * self.hidden // self.tensor_parallel
-        result: Any = split[stage] * self._layer_parameters()
-        if stage == 0:
-            result += words + self.sequence * self.hidden
-        if stage == len(split) - 1:
-            result += 2 * self.hidden + (words if copy or not self.tied else 0)
-        return plain(result)
 
     # FLOPs
 
     @property
     def forward_flops(self) -> int:
         """Of a micro-batch through the whole model: L(24sbh² + 4s²bh) + 2sbhv."""
-        return self.layers * (self._linear + self._attention) + self._head
+        return (
+            self.layers * (self.linear_flops + self.attention_flops) + self.head_flops
+        )
 
     @property
     def backward_flops(self) -> int:
         """Likewise; twice as many, and what `recompute` computes again."""
         again = {
             "none": 0,
-            "selective": self._attention,
-            "full": self._linear + self._attention,
+            "selective": self.attention_flops,
+            "full": self.linear_flops + self.attention_flops,
         }
         return 2 * self.forward_flops + self.layers * again[self.recompute]
 
@@ -214,16 +208,19 @@ class Transformer:
         return self.sequence * self.micro_batch
 
     @property
-    def _linear(self) -> int:
+    def linear_flops(self) -> int:
+        """Of a layer's products with weights, forward."""
         h = self.hidden
         return 2 * self._tokens * (4 * h * h + 2 * h * self.width)
 
     @property
-    def _attention(self) -> int:
+    def attention_flops(self) -> int:
+        """Of a layer's products without weights, forward."""
         return 4 * self._tokens * self.sequence * self.hidden
 
     @property
-    def _head(self) -> int:
+    def head_flops(self) -> int:
+        """Of the output layer, forward."""
         return 2 * self._tokens * self.hidden * self.vocabulary
 
     # Bytes of activations, of one micro-batch on one device
@@ -233,7 +230,7 @@ class Transformer:
         """What a layer keeps for its backward, as `recompute` has it."""
         if self.recompute == "full":
             return self._between(self._numbers(self.hidden))
-        return self._all_of_layer(self.recompute == "none")
+        return self.whole_layer_bytes(core=self.recompute == "none")
 
     @property
     def embedding_bytes(self) -> Number:
@@ -268,13 +265,15 @@ class Transformer:
             return size
         return plain(Fraction(size, self.tensor_parallel))
 
-    def _all_of_layer(self, core: bool) -> Number:
+    def whole_layer_bytes(self, *, core: bool) -> Number:
+        """What a layer keeps that nothing is recomputed of, but for its core."""
         h = self.hidden
         outside = self._between(self._numbers(4 * h) + 2 * MASK * self._tokens * h)
         inside = Fraction(self._numbers(4 * h + 2 * self.width), self.tensor_parallel)
         return plain(outside + inside + (self.core_bytes if core else 0))
 
-    def _layer_for_weights(self) -> Number:
+    @property
+    def weight_grad_bytes(self) -> Number:
         """What W needs of a layer: each linear layer's input and its output's gradient.
 
         32sbh in all (2401.10241, table 1), of which 8sbh lie outside the blocks.
@@ -283,7 +282,7 @@ class Transformer:
         inside = Fraction(self._numbers(4 * h + 2 * self.width), self.tensor_parallel)
         return plain(self._between(self._numbers(4 * h)) + inside)
 
-    # Costs
+    # A schedule's stages
 
     def split(self, stages: int) -> list[int]:
         """Layers of each stage: as even as can be, the first ones taking one more.
@@ -291,13 +290,9 @@ class Transformer:
         Raises:
             ParameterError: fewer layers than stages.
         """
-        if stages > self.layers:
-            raise ParameterError(
-                f"{self.layers} layers do not fill {stages} stages: take fewer "
-                "devices or chunks, or a deeper model"
-            )
-        least, more = divmod(self.layers, stages)
-        return [least + (stage < more) for stage in range(stages)]
+        from pipeproof.sim.shares import even
+
+        return even(self.layers, stages)
 
     def cost(
         self,
@@ -325,175 +320,33 @@ class Transformer:
             ParameterError: a rate or split that cannot be, or a schedule whose R
                 contradict `recompute`.
         """
-        split = self._checked(split, schedule)
-        self._agree(schedule, split)
-        rate = _rate(flops_per_s, efficiency)
-        last = schedule.stages - 1
-        copy = any(pipe[0] != pipe[last] for pipe in schedule.placement.pipes)
-        stages = range(schedule.stages)
-        work = [self._work(stage, split) for stage in stages]
-        kept = [self._kept(stage, split) for stage in stages]
-        held = [self._stage_parameters(stage, split, copy=copy) for stage in stages]
-        size = PRECISIONS[self.precision]
-        full = self.recompute == "full"
+        from pipeproof.sim.shares import cost_of
 
-        def times(flops: Iterable[int]) -> list[Number]:
-            t = self.tensor_parallel
-            return [plain(Fraction(number, t) / rate) for number in flops]
-
-        return Cost(
-            forward=times(row.forward for row in work),
-            input_grad=times(row.input_grad for row in work),
-            weight_grad=times(row.weight_grad for row in work),
-            recompute=times(row.recompute for row in work) if full else None,
-            weight_grad_memory=[row.weight_grad_memory for row in kept],
-            weight_bytes=[plain(n * size.weight) for n in held],
-            gradient_bytes=[plain(n * size.gradient) for n in held],
-            optimizer_bytes=[plain(n * size.optimizer) for n in held],
-            activation_bytes=[row.activations for row in kept],
-            boundary_bytes=[self.boundary_bytes] * last + [0],
-            stored_bytes=[row.stored for row in kept] if full else None,
-            rebuilt_bytes=[row.rebuilt for row in kept] if full else None,
-            workspace_bytes=self.core_bytes if self.recompute == "selective" else None,
-        )
-
-    def _work(self, stage: int, split: Sequence[int]) -> _Work:
-        linear = split[stage] * self._linear
-        attention = split[stage] * self._attention
-        again = attention if self.recompute == "selective" else 0
-        head = self._head if stage == len(split) - 1 else 0
-        return _Work(
-            forward=linear + attention + head,
-            input_grad=linear + 2 * attention + again + head,
-            weight_grad=linear + head,
-            recompute=linear + attention,
-        )
-
-    def _kept(self, stage: int, split: Sequence[int]) -> _Kept:
-        layers, one_input = split[stage], self.boundary_bytes
-        together = min(layers, self.recompute_layers)
-        beside: Any = self.embedding_bytes if stage == 0 else 0
-        head: Any = self.head_bytes if stage == len(split) - 1 else 0
-        activations = layers * self._all_of_layer(self.recompute != "selective")
-        activations += beside + head
-        rebuilt = together * self._all_of_layer(core=True) - one_input
-        # Until W is done a stage's input stays, though W has no use for it: it
-        # takes the place of so much of what W needs. The head's W needs the output
-        # layer's input, and the logits' gradient, which takes the logits' place.
-        if self.recompute == "full":
-            needed: Any = together * self._layer_for_weights() - one_input
-            part = Fraction(needed) / rebuilt
-        else:
-            entry = one_input if stage else 0
-            needed = layers * self._layer_for_weights() - entry
-            needed += head - one_input if head else 0
-            part = Fraction(needed) / (activations - entry)
-        return _Kept(
-            activations=plain(activations),
-            stored=plain(-(-layers // together) * one_input + beside + head),
-            rebuilt=plain(rebuilt),
-            weight_grad_memory=plain(part),
-        )
-
-    def _checked(self, split: Sequence[int] | None, schedule: Schedule) -> list[int]:
-        if split is None:
-            return self.split(schedule.stages)
-        given = list(split)
-        for number in given:
-            at_least_one(split=number)
-        if len(given) != schedule.stages or sum(given) != self.layers:
-            raise ParameterError(
-                f"split must give {schedule.stages} stages {self.layers} layers in "
-                f"all, got {len(given)} stages and {sum(given)} layers"
-            )
-        return given
-
-    def _agree(self, schedule: Schedule, split: Sequence[int]) -> None:
-        kinds = set(schedule.ops.kind.tolist()) & {Kind.R, Kind.W}
-        if self.recompute == "full" and Kind.R not in kinds:
-            raise ParameterError(
-                f"recompute='full' rebuilds layers in ops R, and {schedule.summary} "
-                "has none: give it some with recompute(schedule, 'always'), or take "
-                "'selective' or 'none'"
-            )
-        if self.recompute != "full" and Kind.R in kinds:
-            raise ParameterError(
-                f"{schedule.summary} rebuilds layers in ops R, but the model has "
-                f"recompute={self.recompute!r}: take recompute='full', or take the R "
-                "out with recompute(schedule, 'never')"
-            )
-        if len(kinds) == 2 and self.recompute_layers < max(split):
-            raise ParameterError(
-                f"W needs what R rebuilt of all {max(split)} layers of a stage, but "
-                f"recompute_layers={self.recompute_layers} are there at a time: raise "
-                "it to that, or take a schedule with whole backwards"
-            )
-
-    # Files
+        return cost_of(self, schedule, flops_per_s, efficiency, split)
 
     @classmethod
-    def load(cls, path: str | Path) -> Transformer:
+    def load(cls, path: str | PathLike[str]) -> Transformer:
         """From a TOML file whose keys are the attributes.
 
         Raises:
-            ParseError: not TOML, too large, or with a key that is none of them.
-            ParameterError: as the constructor.
+            ParseError: naming the file, and what in it is no TOML, no key, or no
+                value that the constructor takes.
+            OSError: the file cannot be read.
         """
-        with open(path, "rb") as file:
-            data = file.read(MAX_TOML_BYTES + 1)
-        if len(data) > MAX_TOML_BYTES:
-            raise ParseError(f"{path}: expected at most {MAX_TOML_BYTES:,} bytes")
-        try:
-            given = tomllib.loads(data.decode())
-        except ValueError as error:
-            raise ParseError(f"{path}: expected TOML: {error}") from None
+        given = read(path, "a model")
         names = [spec.name for spec in fields(cls)]
-        for key in given.keys() - set(names):
-            raise ParseError(
-                f"{path}: expected keys among {', '.join(names)}; found {key!r}"
-            )
+        for key in given:
+            if key not in names:
+                raise ParseError(
+                    f"{path}: expected keys among {', '.join(names)}; found {key!r}"
+                )
         for name in ("layers", "hidden", "heads"):
             if name not in given:
                 raise ParseError(f"{path}: {name} is missing: add {name} = …")
-        return cls(**given)
-
-
-class _Work(NamedTuple):
-    """FLOPs of a stage's ops, of the t devices together."""
-
-    forward: int
-    input_grad: int
-    weight_grad: int
-    recompute: int
-
-
-class _Kept(NamedTuple):
-    """What a stage keeps of a micro-batch on one device, as in `Cost`."""
-
-    activations: Number
-    stored: Number
-    rebuilt: Number
-    weight_grad_memory: Number
-
-
-def _rate(flops_per_s: Number | None, efficiency: Number) -> Any:
-    for name, number in (("flops_per_s", flops_per_s), ("efficiency", efficiency)):
-        if number is None:
-            continue
-        if not is_number(number) or not 0 < number < float("inf"):
-            raise ParameterError(f"{name} must be a number above 0, got {number!r}")
-    if efficiency > 1:
-        raise ParameterError(
-            f"efficiency is the part of flops_per_s that is achieved, at most 1, got "
-            f"{efficiency}"
-        )
-    if flops_per_s is None:
-        if efficiency != 1:
-            raise ParameterError(
-                f"efficiency={efficiency} is a part of flops_per_s: give that too"
-            )
-        return 1
-    return flops_per_s * efficiency
+        try:
+            return cls(**given)
+        except ParameterError as error:
+            raise ParseError(f"{path}: {error}") from None
 
 
 def _gpt(layers: int, hidden: int, heads: int, micro_batch: int = 1) -> Transformer:

@@ -15,7 +15,7 @@ from hashlib import md5
 import numpy as np
 
 from pipeproof.sched import Action, BufferKind, Kind, Op, Program, Schedule
-from pipeproof.sched.program import Lists, StreamKind
+from pipeproof.sched.program import Lists, Stored, StreamKind
 
 
 @dataclass
@@ -90,11 +90,13 @@ def assembled(
         op_count=column("op_count"),
         message=column("message"),
         waits_for=Lists.of(waits),
-        reads=Lists.of([part.reads for part in parts]),
-        writes=Lists.of([part.writes for part in parts]),
-        frees=Lists.of([part.frees for part in parts]),
-        messages=messages,
-        buffers=buffers,
+        storage=Stored(
+            messages,
+            buffers,
+            Lists.of([part.reads for part in parts]),
+            Lists.of([part.writes for part in parts]),
+            Lists.of([part.frees for part in parts]),
+        ),
         groups=Lists.of(
             [
                 [i for i, part in enumerate(parts) if part.group == number]
@@ -203,12 +205,18 @@ ROLES = {
     "grad": (BufferKind.GRADIENT,),
 }
 
+ADDED_TO = (BufferKind.GRADIENT, BufferKind.WEIGHT_STASH)
+"""What an op changes where it lies, when it ends."""
+
 Content = str | tuple[object, ...] | None
 """A term; of an accumulator, a tuple of terms; None for nothing there."""
 
 
 class Play:
-    """One run in one random order; `contents` is what is left."""
+    """One run in one random order; `contents` is what is left.
+
+    `spoiled`: a buffer was touched while a send read it or another wrote it.
+    """
 
     def __init__(self, program: Program, dice: random.Random) -> None:
         self.program, self.dice = program, dice
@@ -224,6 +232,7 @@ class Play:
         self.holder: dict[int, int] = {}
         self.contents: dict[int, Content] = {}
         self.carried: dict[tuple[object, ...], str] = {}
+        self.spoiled = False
         self.started: set[int] = set()
         self.done: set[int] = set()
         self.operands: dict[int, list[Content]] = {}
@@ -317,9 +326,10 @@ class Play:
         self.started.add(i)
         it = self.instructions[i]
         self.operands[i] = [self.read(b.index) for b in it.reads]
-        if it.action in (Action.RECV, Action.LOCAL, Action.COPY):
+        if it.action in (Action.RECV, Action.LOCAL, Action.COPY, Action.COMPUTE):
             for buffer in it.writes:
-                self.write(buffer.index, term("half", i))
+                if buffer.kind not in ADDED_TO:
+                    self.write(buffer.index, term("half", i))
 
     def end(self, i: int) -> None:
         """Read again: what has changed meanwhile is worth nothing. Write, free."""
@@ -329,6 +339,11 @@ class Play:
         again = [self.read(b.index) for b in it.reads]
         if it.action != Action.REDUCE and first != again:
             self.operands[i] = [term("torn", i, n) for n in range(len(again))]
+            # What a send reads is the link's until the send ends.
+            self.spoiled |= it.action == Action.SEND
+        for buffer in it.writes:  # nobody else has been there since it started
+            if buffer.kind not in ADDED_TO:
+                self.spoiled |= self.read(buffer.index) != term("half", i)
         values = self.operands[i]
         match it.action:
             case Action.COMPUTE:
@@ -418,7 +433,7 @@ class Play:
 def computes_the_gradient(program: Program, dice: random.Random) -> bool:
     """Whether one random run ends, with each stage's gradient as in the reference."""
     run = Play(program, dice)
-    if not run.run():
+    if not run.run() or run.spoiled:
         return False
     schedule = program.schedule
     reduced = set(schedule.ops.stage[schedule.ops.kind == Kind.REDUCE].tolist())

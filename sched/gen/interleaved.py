@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from pipeproof.sched.errors import ParameterError, at_least_one
 from pipeproof.sched.exact import Number, ratio
 from pipeproof.sched.ir import B, F, Placement, Schedule, alternate
-from pipeproof.sched.row import Case, Row
+from pipeproof.sched.row import Bounds, Case, Row
 
 
 def interleaved(
@@ -26,7 +26,9 @@ def interleaved(
 
     Placement: stage k on device k mod p.
     Bubble: (p-1)/(vm+p-1) of step time, where n >= p, and the last group has p or
-        more; equal stages, free links. No other case idles less.
+        more; one group of m < p idles (v-1)(p-m)(F+B)/v more. Equal stages, free
+        links. No other case idles less than (p-1)(F+B)/v; a last group of r < p idles
+        at most (v-1)(p-r)p(F+B)/2v more.
     Peak memory: min((v-1)n+2(p-1-d)+1, vm) chunks of a micro-batch's activations
         on device d, there.
 
@@ -114,7 +116,21 @@ def group_of(case: Case) -> int:
 
 
 def _interleaved_idle(case: Case) -> Number:
-    return ratio(case.fill_drain, chunks_of(case))
+    v, turns = chunks_of(case), 0
+    if case.m <= group_of(case):
+        turns = (v - 1) * max(case.p - case.m, 0)
+    return ratio((case.p - 1 + turns) * (case.forward + case.backward), v)
+
+
+def _interleaved_bounds(case: Case) -> Bounds:
+    """A small last group delays the way round, more so where F and B differ."""
+    v = chunks_of(case)
+    low = ratio(case.fill_drain, v)
+    if group_of(case) < case.p:
+        return low, (case.p - 1) * case.ideal
+    missing = case.p - _last(case.m, group_of(case))
+    waits = (v - 1) * missing * case.p * (case.forward + case.backward)
+    return low, low + ratio(waits, 2 * v)
 
 
 INTERLEAVED = Row(
@@ -133,7 +149,9 @@ INTERLEAVED = Row(
         ),
         chunks_of(case),
     ),
-    holds=lambda case: _last(case.m, group_of(case)) >= case.p,
-    bounds=lambda case: (_interleaved_idle(case), (case.p - 1) * case.ideal),
+    holds=lambda case: (
+        case.m <= group_of(case) or _last(case.m, group_of(case)) >= case.p
+    ),
+    bounds=_interleaved_bounds,
     allows=lambda case: gets_through(case.p, case.m, chunks_of(case), group_of(case)),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeproof.sched.errors import ParseError
@@ -50,6 +51,39 @@ Transfer = tuple[str, int, int]
 """F or B, the stage that sends, the micro-batch."""
 
 
+def belong(rows: list[list[Cell]], home: list[int]) -> None:
+    """Refuse actions on another rank's stages, and those on weights out of turn.
+
+    Args:
+        rows: every rank's cells, in order.
+        home: the rank of each stage.
+
+    Raises:
+        ParseError: at the first cell at fault.
+    """
+    reduced = {c.stage for row in rows for c in row if c.action == "REDUCE_GRAD"}
+    for rank, row in enumerate(rows):
+        sharding = _Sharding(row)
+        last: dict[int, Cell] = {}  # backward of each stage
+        for cell in row:
+            sharding.step(cell)
+            last |= {op.stage: cell for op in cell.ops if op.kind != Kind.F}
+            if not cell.ops and home[cell.stage] != rank:
+                raise cell.place.wrong(
+                    f"an action on a stage of rank {rank}; stage {cell.stage} is on "
+                    f"rank {home[cell.stage]}",
+                    cell.word,
+                )
+        sharding.end()
+        for stage, cell in last.items():
+            if reduced and stage not in reduced:
+                raise cell.place.wrong(
+                    f"{stage}REDUCE_GRAD behind it, as other stages have: torch scales "
+                    "gradients there",
+                    cell.word,
+                )
+
+
 def agree(rows: list[list[Cell]], home: list[int]) -> None:
     """Refuse transfers that are missing, needless, misplaced or mispaired.
 
@@ -62,23 +96,14 @@ def agree(rows: list[list[Cell]], home: list[int]) -> None:
     """
     sent: dict[Transfer, Cell] = {}
     received: dict[Transfer, Cell] = {}
-    for rank, row in enumerate(rows):
+    for row in rows:
         done: set[tuple[str, int, int]] = set()
-        sharding = _Sharding(row)
         for cell in row:
-            sharding.step(cell)
             if cell.ops:
                 _needs_arrived(cell, received, home)
                 done |= {(_way(op), op.stage, op.micro_batch) for op in cell.ops}
-                continue
-            if home[cell.stage] != rank:
-                raise cell.place.wrong(
-                    f"an action on a stage of rank {rank}; stage {cell.stage} is on "
-                    f"rank {home[cell.stage]}",
-                    cell.word,
-                )
-            if cell.micro_batch >= 0:
-                key = _transfer(cell, home)
+            elif cell.micro_batch >= 0:
+                key = transfer(cell, home)
                 if cell.action.startswith("SEND"):
                     if (key[0], cell.stage, cell.micro_batch) not in done:
                         raise cell.place.wrong(
@@ -92,7 +117,6 @@ def agree(rows: list[list[Cell]], home: list[int]) -> None:
                             "a receive ahead of the op that needs it", cell.word
                         )
                     received[key] = cell
-        sharding.end()
     _all_sent(rows, sent, home)
     _paired(sent, received, home)
 
@@ -103,8 +127,12 @@ def _way(op: Op) -> str:
     return "B" if op.kind in BACKWARD_KINDS else "W"
 
 
-def _transfer(cell: Cell, home: list[int]) -> Transfer:
-    """Which tensor a SEND or a RECV is about."""
+def transfer(cell: Cell, home: Sequence[int]) -> Transfer:
+    """Which tensor a SEND or a RECV is about.
+
+    Raises:
+        ParseError: there is no transfer between these stages.
+    """
     verb, way = cell.action.split("_")
     down = way == "F"
     if verb == "SEND":

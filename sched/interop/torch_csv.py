@@ -53,7 +53,7 @@ import numpy as np
 
 from pipeproof.sched.deps import OpTable, order
 from pipeproof.sched.errors import ParameterError, ParseError, UnsupportedError
-from pipeproof.sched.interop.torch_comms import Cell, Place, agree
+from pipeproof.sched.interop.torch_comms import Cell, Place, agree, belong
 from pipeproof.sched.ir import STAGE_KINDS, Kind, Op, Ops, Schedule, check_name
 from pipeproof.sched.lower import lower
 from pipeproof.sched.placement import Placement
@@ -95,6 +95,10 @@ class TorchCsv:
     def _plain_cells(self) -> Iterator[str]:
         return (cell for row in self.rows for cell in row if not cell.startswith("("))
 
+    def cells(self) -> list[list[Cell]]:
+        """For each rank its actions, each with its place; none for idle cells."""
+        return _cells(self.rows)
+
     def format(self) -> str:
         """The file again: the same cells, a newline behind each row."""
         return _joined(self.rows)
@@ -114,12 +118,16 @@ def parse_torch_csv(text: str, *, name: str = "torch-csv") -> Schedule:
     return read_torch_csv(text, name=name).schedule
 
 
-def read_torch_csv(text: str, *, name: str = "torch-csv") -> TorchCsv:
+def read_torch_csv(
+    text: str, *, name: str = "torch-csv", agreeing: bool = True
+) -> TorchCsv:
     """The schedule, and all else that the file says.
 
     Args:
         text: the whole file.
         name: a label for the schedule.
+        agreeing: refuse transfers that are not what the ops imply, or do not pair
+            up; otherwise they are left for `torch_program` and `prove` to judge.
 
     Raises:
         ParseError: as `parse_torch_csv`.
@@ -131,14 +139,7 @@ def read_torch_csv(text: str, *, name: str = "torch-csv") -> TorchCsv:
             "so long a schedule instead of reading it"
         )
     rows = _rows(text)
-    parsed = [
-        [
-            _cell(Place(r, c), word)
-            for c, word in enumerate(row, start=1)
-            if word  # an empty cell is idle
-        ]
-        for r, row in enumerate(rows, start=1)
-    ]
+    parsed = _cells(rows)
     for number, cells in enumerate(parsed, start=1):
         if not any(cell.ops for cell in cells):
             raise ParseError(
@@ -150,7 +151,9 @@ def read_torch_csv(text: str, *, name: str = "torch-csv") -> TorchCsv:
     micro_batches = _count(parsed)
     if any(not cell.ops for cells in parsed for cell in cells):
         _no_idle(rows)
-        agree(parsed, home)
+        belong(parsed, home)
+        if agreeing:
+            agree(parsed, home)
     schedule = Schedule.of(
         [_ops_of(cells) for cells in parsed],
         name=name,
@@ -206,6 +209,17 @@ def _rows(text: str) -> tuple[tuple[str, ...], ...]:
         tuple(cell.strip(" ") for cell in line.removesuffix("\r").split(","))
         for line in lines
     )
+
+
+def _cells(rows: tuple[tuple[str, ...], ...]) -> list[list[Cell]]:
+    return [
+        [
+            _cell(Place(r, c), word)
+            for c, word in enumerate(row, start=1)
+            if word  # an empty cell is idle
+        ]
+        for r, row in enumerate(rows, start=1)
+    ]
 
 
 def _cell(place: Place, word: str) -> Cell:

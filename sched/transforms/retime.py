@@ -36,7 +36,7 @@ import numpy as np
 from pipeproof.sched.deps import OpTable, csr, order
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, is_number, plain
-from pipeproof.sched.ir import STAGE_KINDS, Kind, Schedule
+from pipeproof.sched.ir import BESIDE_KINDS, STAGE_KINDS, Kind, Schedule
 from pipeproof.sched.lower import lower
 from pipeproof.sched.program import LOWERED, Action
 
@@ -58,26 +58,34 @@ def retime(
     keeps itself. Deterministic. A heuristic: a faster order may exist.
 
     Args:
-        schedule: of one step, without OFFLOAD. Overlap groups stay together.
+        schedule: of one step. Overlap groups stay together.
         times: for each kind, the time of one op, or one per stage. Unlike in
             `Cost`, a number is that of a stage, not of a device's whole share,
-            and of a slice. B defaults to I + W, R to F, REDUCE to 0.
+            and of a slice. B defaults to I + W, R to F; REDUCE, OFFLOAD and RELOAD
+            to 0.
         overlap: joint time of a group F&B (or F&I&W), by F's stage; default, and of
             any other group, the sum of its ops' times.
         activations: at most so many live activations on each device at any time,
             in micro-batches of its share; counted as `peak_activations` does,
-            from the start of F (or R) to the end of B, or of W.
+            from the start of F (or R) to the end of B, or of W. What is offloaded
+            does not count while it is away; it counts as if it stayed where copies
+            take time.
         link_latency: from the end of an op to its tensor on another device.
 
     Raises:
-        ParameterError: a time that is missing, negative or not finite, or a cap
-            that no order found here keeps.
+        ParameterError: a time that is missing, negative or not finite, a cap that
+            no order found here keeps, or one where devices OFFLOAD to each other.
         ScheduleError: `check` has findings.
         UnsupportedError: ops that are not lowered yet.
     """
     _number("link_latency", link_latency)
     if activations is not None:
         _number("activations", activations)
+        if schedule.offloads_to_devices:
+            raise ParameterError(
+                f"{schedule.summary}: a cap on activations is for what a device keeps "
+                "of its own or OFFLOADs to the host, but here devices keep each other's"
+            )
     lower(schedule)  # refuses what cannot be timed
     durations = _durations(schedule, times, overlap)
     graph = _Graph.of(schedule, durations, link_latency)
@@ -126,7 +134,8 @@ def _durations(
         by_stage.setdefault(Kind.B, [plain(i + w) for i, w in both])
     if Kind.F in by_stage:
         by_stage.setdefault(Kind.R, by_stage[Kind.F])
-    by_stage.setdefault(Kind.REDUCE, [0] * schedule.stages)
+    for kind in BESIDE_KINDS:
+        by_stage.setdefault(kind, [0] * schedule.stages)
     for kind in sorted(LOWERED - by_stage.keys()):
         if schedule.has(kind):
             raise ParameterError(f"times lacks {kind.name}, of which there are ops")
@@ -206,6 +215,7 @@ class _Graph:
         level: tick in the order that is given.
         tail: least time from a node's start to the end of all.
         holds, frees: activations that a node brings, and lets go of.
+        copies: whether a node is an OFFLOAD or a RELOAD.
         turn: the place of a node's micro-batch in the one order of admission.
         per_turn: (device, turn) → all that this micro-batch brings there.
     """
@@ -220,6 +230,7 @@ class _Graph:
     tail: list[Any]
     holds: list[Fraction]
     frees: list[Fraction]
+    copies: list[bool]
     turn: list[int]
     per_turn: dict[tuple[int, int], Fraction]
 
@@ -231,6 +242,10 @@ class _Graph:
         size = len(first) - 1
         device = schedule.device_of_op[base.first_op].tolist()
         time = [sum(durations[a:b]) for a, b in pairwise(first)]
+        copies = np.isin(schedule.ops.kind[base.first_op], COPIES).tolist()
+        # A copy keeps no op from running: what needs it waits, its device does not.
+        behind = [t if copy else 0 for t, copy in zip(time, copies)]
+        time = [0 if copy else t for t, copy in zip(time, copies)]
         node = schedule.node_of_op
         before, after = (node[ends] for ends in table.dependencies)
         apart = before != after
@@ -238,7 +253,10 @@ class _Graph:
         offsets, values = csr(size, before, after)
         grouped = np.split(values, offsets[1:-1]) if size else []
         following = [
-            [(n, 0 if device[n] == device[i] else latency) for n in row.tolist()]
+            [
+                (n, behind[i] + (0 if device[n] == device[i] else latency))
+                for n in row.tolist()
+            ]
             for i, row in enumerate(grouped)
         ]
         tail: list[Any] = list(time)
@@ -257,14 +275,16 @@ class _Graph:
             tail,
             [Fraction(0)] * size,
             [Fraction(0)] * size,
+            copies,
             [0] * size,
             {},
         )
-        result._weigh(table)
+        result._weigh(table, free_copies=not any(behind))
         return result
 
-    def _weigh(self, table: OpTable) -> None:
+    def _weigh(self, table: OpTable, *, free_copies: bool) -> None:
         schedule, ops = self.schedule, self.schedule.ops
+        freeing = {Kind.B, Kind.W} | ({Kind.OFFLOAD} if free_copies else set())
         shares = schedule.placement.shares()
         again = table.get(Kind.R)
         turns = _turns(schedule)
@@ -282,8 +302,10 @@ class _Graph:
                     self.holds[node] += part
                     key = self.device[node], turn
                     self.per_turn[key] = self.per_turn.get(key, Fraction(0)) + part
-                elif op.kind in (Kind.B, Kind.W):
+                elif op.kind in freeing:
                     self.frees[node] += part
+                elif op.kind == Kind.RELOAD and free_copies:
+                    self.holds[node] += part
 
     def span(self, node: int) -> slice:
         return slice(self.first_op[node], self.first_op[node + 1])
@@ -319,7 +341,8 @@ def _turns(schedule: Schedule) -> list[int]:
 Urgency = Callable[[int], tuple[Any, ...]]
 """Of a node; the least is the most urgent."""
 
-_CLASS = {Kind.B: 0, Kind.I: 0, Kind.R: 1, Kind.F: 2}
+COPIES = (Kind.OFFLOAD, Kind.RELOAD)
+_CLASS = {Kind.OFFLOAD: 0, Kind.B: 0, Kind.I: 0, Kind.R: 1, Kind.RELOAD: 1, Kind.F: 2}
 
 
 def _orders(graph: _Graph, cap: Number | None) -> Iterator[list[list[int]]]:
@@ -477,4 +500,5 @@ class _Run:
     def _end(self, node: int) -> None:
         device = self._graph.device[node]
         self._busy[device] = False
-        self._held[device] -= self._graph.frees[node]
+        if not (self._admission and self._graph.copies[node]):  # its room stays its own
+            self._held[device] -= self._graph.frees[node]

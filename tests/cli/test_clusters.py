@@ -88,8 +88,8 @@ def test_links_are_said_once(tmp_path: Path) -> None:
         "--host-bandwidth, or the cluster\n"
     )
     assert unknown == (
-        "Error: 'dgx' is neither a cluster (dgx-a100, dgx-h100, aws-g5-48xlarge) nor a "
-        "file\n"
+        "Error: 'dgx' is neither a cluster (dgx-a100, dgx-h100, aws-p4d-24xlarge) nor "
+        "a file\n"
     )
     assert refusal(f"{RUN} --cluster {path}").startswith(
         f"Error: {path}: link_latencies: expected a key of link_latency, "
@@ -126,8 +126,9 @@ def test_list_of_clusters() -> None:
     assert [one["name"] for one in found] == list(PRESETS)
     assert found[0]["devices_per_node"] == 8
     assert found[0]["within_node.bandwidth"] == 300 * 10**9
-    assert found[2]["memory"] == 24 * 2**30
-    assert "devices_per_nic" not in found[2]
+    assert found[2]["host_memory"] == 1152 * 2**30
+    assert [one["devices_per_nic"] for one in found] == [1, 1, 2]
+    assert "node_host_bandwidth" not in found[2]
     for one in found:
         assert f"  {one['name']} " in shown
         assert one["source"] in shown

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pipeproof.cli import commands, main, options
-from pipeproof.sched import POLICIES
+from pipeproof.sched import POLICIES, catalog, prove
 from pipeproof.sched.interop.chrome import UNITS
 from pipeproof.sched.lower import POLICIES as LOWERING
 
@@ -226,8 +226,11 @@ def test_the_script_is_installed(tmp_path: Path) -> None:
     )
 
     assert done.returncode == 0
+    program = prove(catalog.make("gpipe", devices=2, micro_batches=2)).to_dict()
     assert done.stdout == (
         "gpipe(devices=2, micro_batches=2): complete, ordered and free of cycles\n"
+        f"Its program {program['program'][:16]} is proved; `pipeproof prove` prints "
+        "the certificate.\n"
     )
 
 

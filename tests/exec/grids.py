@@ -21,6 +21,22 @@ from pipeproof.sched import Schedule, catalog, recompute
 
 POSITIONS = 3
 
+
+class Plain(nn.Module):
+    """One unit, also when it is sharded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).tanh()
+
+
+def plain(number: int) -> nn.Module:
+    return Plain()
+
+
 Gradients = list[Tensor | None]
 
 
@@ -35,6 +51,7 @@ class Grid:
         scale: as for `Pipeline`.
         steps: without zeroing gradients.
         mesh: given as a mesh of torch, instead of a number of replicas.
+        sharded: by FSDP2 over the replicas.
     """
 
     name: str
@@ -46,6 +63,7 @@ class Grid:
     scale: Any = "rows"
     steps: int = 2
     mesh: bool = False
+    sharded: bool = False
 
     @property
     def schedule(self) -> Schedule:
@@ -100,7 +118,8 @@ def joined(ranks: Ranks, grid: Grid) -> dict[str, Any]:
     """How a pipeline is told."""
     if not grid.mesh:
         return {"ranks": ranks, "data_parallel": len(grid.rows)}
-    store = PrefixStore("mesh", ranks.store)
+    once = f"mesh of {grid.name} {grid.rows} {grid.sharded}"
+    store = PrefixStore(once, ranks.store)
     dist.init_process_group("gloo", store=store, rank=ranks.rank, world_size=ranks.size)
     shape = len(grid.rows), grid.devices
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "pp"))
@@ -111,17 +130,26 @@ def of_grid(ranks: Ranks, grid: Grid) -> Result:
     """As one of the ranks, replica by replica."""
     replica, device = divmod(ranks.rank, grid.devices)
     stages, schedule, scale = grid.stages(), grid.schedule, grid.scale
-    pipeline = Pipeline(
-        stages, schedule, same_values, loss_scale=scale, **joined(ranks, grid)
-    )
+    given = joined(ranks, grid)
+    mine = [n for n in range(len(stages)) if device in holders(schedule, n)]
+    if grid.sharded:
+        from torch.distributed.fsdp import fully_shard
+
+        for number in mine:
+            fully_shard(stages[number], mesh=given["data_parallel"])
+    pipeline = Pipeline(stages, schedule, same_values, loss_scale=scale, **given)
     batch = grid.batch(replica)
     torch.manual_seed(5)
     losses = [pipeline.step(*batch).item() for _ in range(grid.steps)]
+    grads = {n: [whole(p.grad) for p in stages[n].parameters()] for n in mine}
     if grid.mesh:
         Ranks.among(range(ranks.size)).leave()
         dist.destroy_process_group()
-    mine = [n for n in range(len(stages)) if device in holders(schedule, n)]
-    return Result(losses, {n: [p.grad for p in stages[n].parameters()] for n in mine})
+    return Result(losses, grads)
+
+
+def whole(grad: Any) -> Tensor | None:
+    return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
 
 
 def of_references(grid: Grid) -> Result:
@@ -165,3 +193,53 @@ def of_references(grid: Grid) -> Result:
     return Result(
         losses, {n: [p.grad for p in s.parameters()] for n, s in enumerate(stages)}
     )
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """What a grid of four ranks, two replicas of two devices, refuses, or ends at.
+
+    Attributes:
+        kind: of it.
+    """
+
+    kind: str
+
+
+class Raising(nn.Linear):
+    """Fails."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("no such word: 7")
+
+
+def told(ranks: Ranks, wrong: Wrong) -> str:
+    """What a rank says of it, which ends a company of its own."""
+    company = Ranks(PrefixStore(f"{wrong}", ranks.store), ranks.rank, ranks.size)
+    stages: list[Any] = [nn.Linear(WIDTH, WIDTH) for _ in range(2)]
+    torch.manual_seed(ranks.rank if wrong.kind == "values" else 0)
+    for stage in stages:
+        stage.reset_parameters()
+    if wrong.kind == "tied":
+        stages[1].weight = stages[0].weight
+    elif wrong.kind == "raises" and ranks.rank == 3:
+        stages[1] = Raising(WIDTH, WIDTH)
+        torch.manual_seed(0)
+        for stage in stages:
+            stage.reset_parameters()
+    schedule = catalog.make(
+        "interleaved" if wrong.kind == "tied" else "1f1b",
+        devices=1 if wrong.kind == "tied" else 2,
+        micro_batches=2,
+    )
+    x = torch.ones(4, WIDTH)
+    try:
+        replicas = {"tied": 4, "three": 3}.get(wrong.kind, 2)
+        Pipeline(
+            stages, schedule, same_values, ranks=company, data_parallel=replicas
+        ).step(x, x[: 3 if wrong.kind == "rows" and ranks.rank > 1 else 4])
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        company.leave()
+    return "nothing"

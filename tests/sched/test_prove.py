@@ -19,12 +19,12 @@ from pipeproof.sched import (
     F,
     ParameterError,
     Program,
+    Refutation,
     Schedule,
     catalog,
     lower,
     prove,
 )
-from pipeproof.sched.prove import Refutation
 from pipeproof.sched.row import Case, Row
 
 dice = st.randoms(use_true_random=False)

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import costs_of_stages, schedules, sizes, sizes_of, times
+from strategies import (
+    costs_of_stages,
+    policies,
+    schedules,
+    sizes,
+    sizes_of,
+    times,
+)
 
 from pipeproof.sched import (
     CATALOG,
@@ -21,7 +28,9 @@ from pipeproof.sched import (
     catalog,
     lower,
     op,
+    retime,
 )
+from pipeproof.sched.streams import STREAM_MODELS
 from pipeproof.sim import Cluster, Cost, Link, bounds, lower_bound, simulate
 
 
@@ -173,6 +182,38 @@ def test_no_catalogue_row_beats_them(name: str, data: st.DataObject) -> None:
     run = simulate(program, Cost(), cluster)
     found = bounds(program, Cost(), cluster, max_activations=run.peak_activations)
 
+    assert found.largest <= run.makespan
+
+
+@settings(max_examples=40)
+@given(
+    data=st.data(),
+    schedule=schedules(),
+    policy=policies,
+    latency=times,
+    streams=st.sampled_from(STREAM_MODELS),
+    speed=st.sampled_from([1, 3]),
+)
+def test_no_better_order_of_the_same_ops_beats_them(
+    data: st.DataObject,
+    schedule: Schedule,
+    policy: dict[str, Any],
+    latency: Any,
+    streams: Any,
+    speed: int,
+) -> None:
+    """One made for these very times, whatever the policies and streams."""
+    forward, input_grad, weight_grad = (
+        data.draw(st.lists(times, min_size=schedule.stages, max_size=schedule.stages))
+        for _ in range(3)
+    )
+    cost = Cost(forward, input_grad, weight_grad)
+    cluster = Cluster(link_latency=latency, streams=streams, speeds={0: speed})
+    found = bounds(lower(schedule), cost, cluster)
+    timed = {Kind.F: forward, Kind.I: input_grad, Kind.W: weight_grad}
+    better = retime(schedule, timed, link_latency=latency)
+
+    run = simulate(lower(better, **policy), cost, cluster)
     assert found.largest <= run.makespan
 
 

@@ -18,7 +18,8 @@ from pipeproof.cli import main
 from pipeproof.sched import ParameterError, ParseError, Schedule, catalog, lower
 from pipeproof.sched.exact import Number
 from pipeproof.sim import PRESETS, Cluster, Cost, Link, lower_bound, preset, simulate
-from pipeproof.sim.cluster_file import MAX_BYTES, READERS, parse
+from pipeproof.sim.cluster_file import READERS, parse
+from pipeproof.sim.toml import MAX_BYTES
 
 
 def test_a_link_is_that_of_the_pair_or_the_node_or_all() -> None:
@@ -246,6 +247,7 @@ def test_a_file_says_what_the_attributes_are() -> None:
         ("x = " + "[" * 100_000, "expected TOML with numbers and few brackets"),
         ("memory = " + "9" * 5000, "expected TOML with numbers and few brackets"),
         (f"{'x' * 100} = 1", f"{'x' * 40}…: expected a key of"),
+        ('"\\u001bc" = 1', r"'.x1bc': expected a key of"),
     ],
 )
 def test_a_file_that_is_wrong(text: str, message: str, tmp_path: Path) -> None:

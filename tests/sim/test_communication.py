@@ -24,7 +24,7 @@ from strategies import (
 
 from pipeproof.sched import Action, Program, Schedule, Trace, catalog, lower
 from pipeproof.sched.exact import Number
-from pipeproof.sched.program import Lists
+from pipeproof.sched.program import Lists, Stored
 from pipeproof.sim import Cluster, Cost, DeadlockError, simulate
 from pipeproof.sim.cluster import STREAM_MODELS, StreamModel
 
@@ -270,10 +270,13 @@ def reordered(program: Program, order: list[int]) -> Program:
     return dataclasses.replace(
         program,
         waits_for=moved(program.waits_for, to_instructions=True),
-        messages=messages,
-        **{
-            name: moved(getattr(program, name)) for name in ("reads", "writes", "frees")
-        },
+        storage=Stored(
+            messages,
+            program.buffers,
+            moved(program.reads),
+            moved(program.writes),
+            moved(program.frees),
+        ),
         **{name: getattr(program, name)[order] for name in names},
     )
 

@@ -22,7 +22,8 @@ from pipeproof.sched import (
     overlap,
     recompute,
 )
-from pipeproof.sched.memory import Sizes
+from pipeproof.sched.trace import Timetable
+from pipeproof.sched.weights import Sizes
 from pipeproof.sim import Cluster, Cost, fit, simulate
 
 SMALL = {"devices": 4, "micro_batches": 8}
@@ -71,7 +72,7 @@ def measured(times: list[float]) -> Trace:
     program = lower(schedule)
     end = np.cumsum(times)
     sizes = Sizes(np.zeros(len(program.buffers)))
-    return Trace(program, end - times, end, "measured", sizes)
+    return Trace(program, Timetable(end - times, end), "measured", sizes)
 
 
 def test_slow_first_ops_do_not_matter() -> None:
@@ -135,7 +136,7 @@ def test_refuses_what_groups_do_not_tell() -> None:
     """F and W take 2 each alone, but only 1 together with I."""
     trace = simulate(LOOSE, Cost(forward=2, input_grad=5, weight_grad=1))
     end = np.cumsum([2, 1, 1, 2])
-    hidden = replace(trace, start=end - [2, 1, 1, 2], end=end)
+    hidden = replace(trace, timetable=Timetable(end - [2, 1, 1, 2], end))
 
     with pytest.raises(ParameterError, match="stage 0: I ran only in overlap groups"):
         fit(hidden)

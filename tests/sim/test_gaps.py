@@ -27,6 +27,7 @@ from pipeproof.sched import (
 )
 from pipeproof.sched.causes import Why
 from pipeproof.sched.gaps import Cause, Gap
+from pipeproof.sched.trace import Timetable
 from pipeproof.sim import Cluster, Cost, Link, simulate
 from pipeproof.sim.cluster import STREAM_MODELS
 
@@ -217,7 +218,7 @@ def test_streams_that_are_one() -> None:
 def test_an_op_that_comes_late_without_a_reason() -> None:
     """As a measured trace has them: the device was busy with something else."""
     run = simulate(gpipe(1, 1), ONE_TICK)
-    late = dataclasses.replace(run, start=run.start + 2, end=run.end + 2)
+    late = dataclasses.replace(run, timetable=Timetable(run.start + 2, run.end + 2))
 
     assert sentences(late) == [
         "device 0 runs 0F0 late, at 2, though nothing is missing (idle 2)"
@@ -238,7 +239,9 @@ def test_a_measured_trace() -> None:
             end[index] = start[index] + (run.end - run.start)[index]
         else:
             end[index] = start[index]
-    measured = dataclasses.replace(run, start=start, end=end, source="measured")
+    measured = dataclasses.replace(
+        run, timetable=Timetable(start, end), source="measured"
+    )
 
     first = measured.gaps(1)[0]
     assert (first.end, first.cause) == (1.25, Cause.FILL)
@@ -352,9 +355,12 @@ def test_the_critical_path_fills_the_makespan(run: Trace, kinds: bool) -> None:
 @given(run=runs())
 def test_floats_have_the_same_reasons(run: Trace) -> None:
     """Times that halves and whole numbers say exactly."""
-    whole = dataclasses.replace(run, start=run.start * 360, end=run.end * 360)
+    whole = dataclasses.replace(
+        run, timetable=Timetable(run.start * 360, run.end * 360)
+    )
     floats = dataclasses.replace(
-        whole, start=whole.start.astype(float), end=whole.end.astype(float)
+        whole,
+        timetable=Timetable(whole.start.astype(float), whole.end.astype(float)),
     )
 
     assert [gap.explain(whole) for gap in whole.gaps()] == sentences(floats)

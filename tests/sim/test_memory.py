@@ -236,7 +236,7 @@ def test_a_cap_on_activations_finds_each_device_above_it(
 @pytest.mark.parametrize(
     ("caps", "message"),
     [
-        ({}, "nothing to hold against: give memory or activations"),
+        ({}, "nothing to hold against: give memory, activations or host_memory"),
         ({"memory": 5}, "no bytes are known"),
         ({"activations": -1}, "activations must be a number of at least 0, .* got -1"),
         ({"activations": [1, 2, 3]}, "activations has 3 numbers for 2 devices"),

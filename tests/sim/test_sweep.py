@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from joblib import parallel_config, register_parallel_backend
+from joblib.parallel import ThreadingBackend
 from strategies import costs
 
 from pipeproof.sched import (
@@ -80,6 +82,26 @@ def test_a_table() -> None:
     ]
     assert rows["status"] == ["simulated"] * 10 + ["refused"] * 2
     assert rows["reason"][-1].startswith("dualpipe needs an even number of devices")
+
+
+@pytest.mark.parametrize("generator", [True, False])
+def test_a_backend_of_your_own_does_the_work(generator: bool) -> None:
+    """As Dask's, which gives results as they come, and Ray's, which does not."""
+    done: list[int] = []
+
+    class Counting(ThreadingBackend):  # type: ignore[misc]
+        supports_return_generator = generator
+
+        def submit(self, *args: Any, **given: Any) -> Any:
+            done.append(1)
+            return super().submit(*args, **given)
+
+    register_parallel_backend("counting", Counting)
+    with parallel_config(backend="counting", n_jobs=2):
+        found = sweep(POINTS, tell=pytest.fail)
+
+    assert columns(found) == columns(swept(POINTS))
+    assert done
 
 
 @settings(max_examples=30)

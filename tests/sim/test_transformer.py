@@ -357,7 +357,9 @@ def test_reads_toml(tmp_path: Path) -> None:
         ("layers = 4\nhidden = 64\n", "heads is missing"),
         ("layers = 4\nhidden = 64\nheads = 4\nwide = 1\n", "found 'wide'"),
         ("layers = ", "expected TOML"),
-        ("#" * 70_000, "at most 65,536 bytes"),
+        ("a = " + "[" * 3000, "expected TOML with numbers and few brackets"),
+        ("layers = 4\nhidden = 'x'\nheads = 4\n", "gpt.toml: hidden must be"),
+        ("#" * 1_100_000, "at most 1,048,576 bytes, found more: is this a"),
     ]:
         path.write_text(text)
         with pytest.raises(ParseError, match=message):

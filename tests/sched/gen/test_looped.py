@@ -49,6 +49,19 @@ def test_published_peak_in_chunks(p: int, v: int, groups: int, n: int) -> None:
     ]
 
 
+@given(p=st.integers(2, 8), v=st.integers(1, 4), cost=costs, data=st.data())
+def test_one_group_of_fewer_than_devices_waits_at_each_turn(
+    p: int, v: int, cost: Cost, data: st.DataObject
+) -> None:
+    m = data.draw(st.integers(1, p - 1))
+    case = Case(p, m, {"chunks": v}, cost.forward, cost.input_grad, cost.weight_grad)
+
+    assert CATALOG["interleaved"].holds(case)
+    keeps_its_formulas(CATALOG["interleaved"], case)
+    idle = ((v - 1) * (p - m) + p - 1) * (case.forward + case.backward)
+    assert CATALOG["interleaved"].idle(case) * v == idle
+
+
 @given(p=sizes, m=st.integers(1, 14), v=st.integers(1, 4), n=st.none() | sizes, c=costs)
 def test_formulas(p: int, m: int, v: int, n: int | None, c: Cost) -> None:
     times = c.forward, c.input_grad, c.weight_grad

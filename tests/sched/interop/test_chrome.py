@@ -182,8 +182,7 @@ def test_a_measured_trace_is_in_seconds() -> None:
     predicted = simulate(catalog.make("naive", devices=1, micro_batches=1))
     measured = Trace(
         predicted.program,
-        predicted.start,
-        predicted.end,
+        predicted.timetable,
         "measured",
         predicted.sizes,
     )

@@ -84,7 +84,7 @@ def test_all_of_a_file_comes_back() -> None:
     """Idle cells and torch's own place for communication are kept too."""
     for text in (
         "0F0,0F1,,0B0\n,1F0\n",
-        "0F0,0SEND_F0,0RECV_B0,0B0,0REDUCE_GRAD\n1RECV_F0,1F0,1B0,1SEND_B0\n",
+        "0F0,0SEND_F0,0RECV_B0,0B0,0REDUCE_GRAD\n1RECV_F0,1F0,1B0,1SEND_B0,1REDUCE_GRAD\n",
     ):
         read = read_torch_csv(text, name="mine")
 
@@ -178,7 +178,7 @@ def test_hostile_and_malformed_cells(text: str, message: str) -> None:
 
 TWO = (
     "0F0,0SEND_F0,0F1,0SEND_F1,0RECV_B0,0B0,0RECV_B1,0B1,0REDUCE_GRAD\n"
-    "1RECV_F0,1RECV_F1,1UNSHARD,1F0,1B0,1SEND_B0,1F1,1B1,1SEND_B1,1RESHARD\n"
+    "1RECV_F0,1RECV_F1,1UNSHARD,1F0,1B0,1SEND_B0,1F1,1B1,1SEND_B1,1REDUCE_GRAD,1RESHARD\n"
 )
 
 
@@ -205,7 +205,16 @@ TWO = (
         (",1RESHARD", "", "row 2, column 3: expected a RESHARD behind it"),
         ("0F0", "0RESHARD,0F0", "expected an UNSHARD ahead of it"),
         ("0RECV_B1", "0REDUCE_GRAD,0RECV_B1", "expected each action once"),
-        ("1SEND_B0", "1SEND_B0,1REDUCE_GRAD", "1REDUCE_GRAD behind all its backwards"),
+        (
+            "1B1,1SEND_B1,1REDUCE_GRAD",
+            "1REDUCE_GRAD,1B1,1SEND_B1",
+            "expected 1REDUCE_GRAD behind all its backwards, found '1B1'",
+        ),
+        (
+            ",1REDUCE_GRAD",
+            "",
+            "row 2, column 8: expected 1REDUCE_GRAD behind it, as other stages have",
+        ),
     ],
 )
 def test_communication_that_the_ops_do_not_imply(

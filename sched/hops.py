@@ -1,0 +1,233 @@
+"""Tensors passed between neighbouring stages, and where they are handed on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeproof.sched.deps import Index, OpTable, csr
+from pipeproof.sched.ir import BACKWARD_KINDS, Kind, Schedule
+from pipeproof.sched.kernels import run
+from pipeproof.sched.nodes import Nodes, Streams
+
+_F, _B, _I = int(Kind.F), int(Kind.B), int(Kind.I)
+
+
+@dataclass(frozen=True)
+class Hops:
+    """Tensors passed between neighbouring stages, in the order of production.
+
+    Attributes:
+        source, target: the ops that produce and consume each.
+        link: the stream that sends it; -1 where it stays on its device.
+        slot: the sort of slot that it arrives in: one for what goes down the stages
+            and one for what goes up, for each stage on each device.
+        message: its number among those that cross devices, or -1.
+        starts: where those that each node produces begin, in the canonical order,
+            and the end.
+        out_of, into: for each op, the hop that it produces and the one that it
+            consumes; -1 for none, and never more than one.
+    """
+
+    source: Index
+    target: Index
+    link: Index
+    slot: Index
+    message: Index
+    starts: Index
+    out_of: Index
+    into: Index
+
+    @classmethod
+    def of(
+        cls, schedule: Schedule, table: OpTable, nodes: Nodes, streams: Streams
+    ) -> Hops:
+        """Activations down the stages and gradients up, in the order of production.
+
+        Those of an overlap group come in the order of its ops.
+        """
+        ops = schedule.ops
+        size = 2 * (schedule.stages - 1) * schedule.all_micro_batches * schedule.slices
+        columns = [
+            nodes.by_rank,
+            nodes.starts,
+            ops.kind,
+            ops.stage,
+            ops.micro_batch,
+            table.place,
+            schedule.pipe_of,
+            table.get(Kind.F).ravel(),
+            table.get(*BACKWARD_KINDS).ravel(),
+            streams.down,
+            streams.up,
+            _slots(schedule),
+            np.array([schedule.stages]),
+            *(np.empty(size, dtype=np.int32) for _ in range(5)),
+            np.zeros(len(nodes.rank) + 1, dtype=np.int32),
+            *(np.full(len(ops), -1, dtype=np.int32) for _ in range(2)),
+        ]
+        return cls(*run(_produce, columns, results=[*range(13, 21)], size=len(ops)))
+
+    @cached_property
+    def messages(self) -> int:
+        """How many cross devices."""
+        return int(self.message.max(initial=-1)) + 1
+
+
+def _slots(schedule: Schedule) -> NDArray[np.int32]:
+    """The first of two sorts of slot of each stage of each pipe.
+
+    Pipes whose stage lies on one device share them.
+    """
+    homes = np.array(schedule.placement.pipes)
+    stages = homes.shape[1]
+    first = np.argmax(homes[:, None] == homes, axis=1)
+    slots: NDArray[np.int32] = (first * stages + np.arange(stages)).astype(np.int32)
+    return 2 * slots
+
+
+def _produce(
+    by_rank: Any,
+    starts: Any,
+    kind: Any,
+    stage: Any,
+    micro_batch: Any,
+    place: Any,
+    pipe_of: Any,
+    forward: Any,
+    backward: Any,
+    down: Any,
+    up: Any,
+    slots: Any,
+    sizes: Any,
+    source: Any,
+    target: Any,
+    link: Any,
+    slot: Any,
+    message: Any,
+    hops_at: Any,
+    out_of: Any,
+    into: Any,
+) -> None:
+    """Number the hops op by op, and note which op each one leads to."""
+    stages = sizes[0]
+    hop = 0
+    sent = 0
+    for rank in range(len(by_rank)):
+        node = by_rank[rank]
+        for op in range(starts[node], starts[node + 1]):
+            at = stage[op]
+            if kind[op] == _F and at < stages - 1:
+                after = forward[place[op] + 1]
+                pipe = pipe_of[micro_batch[op]]
+                over = down[pipe * stages + at]
+                slot[hop] = slots[pipe][at + 1]
+            elif (kind[op] == _B or kind[op] == _I) and at > 0:
+                after = backward[place[op] - 1]
+                pipe = pipe_of[micro_batch[op]]
+                over = up[pipe * stages + at]
+                slot[hop] = slots[pipe][at - 1] + 1
+            else:
+                continue
+            source[hop] = op
+            target[hop] = after
+            out_of[op] = hop
+            into[after] = hop
+            link[hop] = over
+            message[hop] = -1
+            if over >= 0:
+                message[hop] = sent
+                sent += 1
+            hop += 1
+        hops_at[rank + 1] = hop
+
+
+def handed_on(
+    hops: Hops, nodes: Nodes, blocking: bool, late: bool, together: Index | None = None
+) -> tuple[Index, Index]:
+    """The hops that are appended beside each node, in the canonical order.
+
+    Args:
+        hops: tensors under way.
+        nodes: ops and groups.
+        blocking: the sender's next op waits for its sends.
+        late: receives are posted just in time.
+        together: for each hop the other one of its exchange, or -1: both are
+            appended, side by side, as soon as both devices have produced theirs.
+
+    Returns:
+        Where those of each node begin, and the hops.
+    """
+    every = np.arange(len(hops.source), dtype=np.int32)
+    if together is None and not late:
+        return hops.starts, every
+    steps = _steps(hops, nodes, blocking, late, together)
+    if together is not None:
+        first = np.where(together >= 0, np.minimum(every, together), every)
+        every = np.argsort(first, kind="stable").astype(np.int32)
+        steps = steps[every]
+    return csr(len(nodes.rank), steps, every)
+
+
+def _steps(
+    hops: Hops, nodes: Nodes, blocking: bool, late: bool, together: Index | None
+) -> Index:
+    """The rank of the node beside which each hop is appended."""
+    follows = nodes.following if blocking and late else nodes.rank[:0]
+    joint = np.full(len(hops.source) if together is not None else 0, -1, dtype=np.int32)
+    if together is not None:
+        produced = nodes.rank[nodes.of_op[hops.source]]
+        both = np.flatnonzero(together >= 0)
+        joint[both] = np.maximum(produced[both], produced[together[both]]) + late
+    columns = [
+        hops.source,
+        hops.target,
+        hops.link,
+        nodes.of_op,
+        nodes.rank,
+        follows,
+        np.full(int(hops.link.max(initial=-1)) + 1, len(nodes.rank)),
+        np.array([late], dtype=np.int8),
+        joint,
+        np.empty(len(hops.source), dtype=np.int32),
+    ]
+    return run(_step, columns, results=[9], size=len(hops.source))[0]
+
+
+def _step(
+    source: Any,
+    target: Any,
+    link: Any,
+    node: Any,
+    rank: Any,
+    following: Any,
+    lowest: Any,
+    late: Any,
+    joint: Any,
+    step: Any,
+) -> None:
+    """Beside the producer, or before the consumer; an exchange where it must be.
+
+    Backwards, so that what is sent first is, on each link, handed on no later than
+    what is sent after it: links are first in, first out.
+    """
+    for hop in range(len(source) - 1, -1, -1):
+        step[hop] = rank[node[source[hop]]]
+        if len(joint) > 0 and joint[hop] >= 0:
+            step[hop] = joint[hop]
+            lowest[link[hop]] = min(lowest[link[hop]], joint[hop])
+            continue
+        if late[0] == 0 or link[hop] < 0:
+            continue
+        behind = rank[node[target[hop]]]
+        if len(following) > 0:
+            after = following[node[source[hop]]]
+            if after >= 0:
+                behind = min(behind, rank[after])
+        behind = min(behind, lowest[link[hop]])
+        lowest[link[hop]] = behind
+        step[hop] = behind

@@ -1,0 +1,218 @@
+"""The most that is alive at once on each device, in one pass and without sorting.
+
+Right for a device whose births and deaths come in the program's order in order of time
+too, as those of ops do, and for numbers whose sums do not depend on their order.
+`pipeproof.sched.memory` puts the events of the others in order.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeproof.sched.buffers import AGAIN, HOWS, SPLIT, Block, how_of
+from pipeproof.sched.exact import Number, plain, whole
+from pipeproof.sched.ir import Kind, Schedule
+from pipeproof.sched.kernels import run
+from pipeproof.sched.program import BufferKind, Program
+from pipeproof.sched.touches import Touch, touching
+from pipeproof.sched.weights import Weights
+
+LARGEST = 2**62
+"""No sum of weights may reach it."""
+
+_GRADIENT, _ON_HOST = int(BufferKind.GRADIENT), int(BufferKind.HOST)
+_REDUCE = int(Kind.REDUCE)
+
+
+def peaks_by_op(
+    program: Program, weights: Weights, start: NDArray[Any], end: NDArray[Any]
+) -> list[Number | None] | None:
+    """The peaks of activations and weight stashes, from what ops do to them.
+
+    Nothing is asked of each buffer, which need not be worked out for it.
+
+    Returns:
+        None for a device whose events are not in order; and None for all where other
+        buffers count, activations move, or the numbers or the program do not allow it.
+    """
+    schedule, ops = program.schedule, program.schedule.ops
+    counted = weights.by_kind.keys() <= {BufferKind.ACTIVATION, BufferKind.WEIGHT_STASH}
+    if not counted or not program.storage.by_op or schedule.has(Kind.OFFLOAD):
+        return None
+    kept, stashed = (
+        weights.by_kind.get(kind, np.zeros(4 * _cells(schedule), dtype=np.int64))
+        for kind in (BufferKind.ACTIVATION, BufferKind.WEIGHT_STASH)
+    )
+    numbers, parts = whole(np.concatenate([kept, stashed]))
+    if numbers.dtype != np.int64 or int(numbers.max()) * len(ops) >= LARGEST:
+        return None
+    columns: list[NDArray[Any]] = [
+        program.first_op,
+        program.op_count,
+        ops.kind,
+        ops.stage,
+        ops.micro_batch,
+        schedule.table.place,
+        schedule.device_of_op,
+        schedule.pipe_of,
+        how_of(schedule.table),
+        _changes(Touch.WRITE, numbers),
+        _changes(Touch.TAKE, numbers),
+        np.array([schedule.stages, _cells(schedule)]),
+        start,
+        end,
+        np.zeros(schedule.devices, dtype=np.int64),
+        np.zeros(schedule.devices, dtype=start.dtype),
+        np.zeros(schedule.devices, dtype=np.int64),
+    ]
+    run(_live, columns, results=[16], size=len(program))
+    return _peaks(columns[16], parts)
+
+
+def _cells(schedule: Schedule) -> int:
+    """Stages of all pipes."""
+    return len(schedule.placement.pipes) * schedule.stages
+
+
+def _changes(touch: Touch, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What comes or goes with an op, at (kind × HOWS + how) × cells + its stage's."""
+    how = np.arange(len(Kind) * HOWS) % HOWS
+    column = (how & AGAIN > 0) + 2 * (how & SPLIT > 0)
+    kept, stashed = numbers.reshape(2, 4, -1)
+    changes: NDArray[np.int64] = (
+        touching(touch, Block.KEPT)[:, None] * kept[column]
+        + touching(touch, Block.STASH)[:, None] * stashed[column]
+    )
+    return changes.ravel()
+
+
+def _peaks(found: NDArray[np.int64], parts: int) -> list[Number | None]:
+    return [None if n < 0 else plain(Fraction(n, parts)) for n in found.tolist()]
+
+
+def _live(
+    first_op: Any,
+    op_count: Any,
+    kind: Any,
+    stage: Any,
+    micro_batch: Any,
+    place: Any,
+    device: Any,
+    pipe_of: Any,
+    how: Any,
+    grows: Any,
+    shrinks: Any,
+    sizes: Any,
+    start: Any,
+    end: Any,
+    live: Any,
+    last: Any,
+    peak: Any,
+) -> None:
+    """Births at the start of each instruction, deaths at its end."""
+    stages, cells = sizes[0], sizes[1]
+    for i in range(len(start)):
+        begin = first_op[i]
+        behind = begin + op_count[i]
+        for deaths in range(2):
+            for op in range(begin, behind):
+                what = kind[op]
+                if what == _REDUCE:
+                    continue
+                row = what * HOWS + how[place[op]]
+                cell = row * cells + pipe_of[micro_batch[op]] * stages + stage[op]
+                change = -shrinks[cell] if deaths else grows[cell]
+                if change == 0:
+                    continue
+                on = device[op]
+                when = end[i] if deaths else start[i]
+                if when < last[on]:
+                    peak[on] = -1
+                last[on] = when
+                live[on] += change
+                if peak[on] >= 0 and live[on] > peak[on]:
+                    peak[on] = live[on]
+
+
+def peaks_by_buffer(
+    program: Program, weight: NDArray[Any], start: NDArray[Any], end: NDArray[Any]
+) -> list[Number | None] | None:
+    """The peaks of all that a program's buffers weigh.
+
+    Args:
+        program: what ran.
+        weight: of each buffer.
+        start: of each instruction.
+        end: of each instruction.
+
+    Returns:
+        None for a device whose events are not in order; and None for all where the
+        numbers do not allow it.
+    """
+    weight, parts = whole(weight)
+    if weight.dtype != np.int64 or end.dtype == object:
+        return None
+    devices = program.schedule.devices
+    columns: list[NDArray[Any]] = [
+        program.writes.offsets,
+        program.writes.values,
+        program.frees.offsets,
+        program.frees.values,
+        program.buffers[:, 0],
+        program.buffers[:, 1],
+        weight,
+        start,
+        end,
+        np.zeros(len(program.buffers), dtype=np.int8),
+        np.zeros(devices, dtype=np.int64),
+        np.zeros(devices, dtype=start.dtype),
+        np.zeros(devices, dtype=np.int64),
+    ]
+    run(_sweep, columns, results=[12], size=len(program))
+    return _peaks(columns[12], parts)
+
+
+def _sweep(
+    writes_at: Any,
+    writes: Any,
+    frees_at: Any,
+    frees: Any,
+    kind: Any,
+    device: Any,
+    weight: Any,
+    start: Any,
+    end: Any,
+    born: Any,
+    live: Any,
+    last: Any,
+    peak: Any,
+) -> None:
+    """Births at the start of each instruction, deaths at its end."""
+    for i in range(len(start)):
+        for place in range(writes_at[i], writes_at[i + 1]):
+            buffer = writes[place]
+            if weight[buffer] == 0 or born[buffer]:
+                continue
+            if kind[buffer] == _GRADIENT or kind[buffer] == _ON_HOST:
+                continue
+            born[buffer] = 1
+            on = device[buffer]
+            live[on] += weight[buffer]
+            if start[i] < last[on]:
+                peak[on] = -1
+            last[on] = start[i]
+            if peak[on] >= 0 and live[on] > peak[on]:
+                peak[on] = live[on]
+        for place in range(frees_at[i], frees_at[i + 1]):
+            buffer = frees[place]
+            if born[buffer] == 0:
+                continue
+            on = device[buffer]
+            live[on] -= weight[buffer]
+            if end[i] < last[on]:
+                peak[on] = -1
+            last[on] = end[i]
