@@ -44,6 +44,7 @@ from pipeproof.exec.sharded import Sharded, check_wrapped, is_sharded
 from pipeproof.exec.stage import Stage, StageModule
 from pipeproof.exec.step import Step
 from pipeproof.exec.tensors import flat, placed
+from pipeproof.exec.ties import tie_up
 from pipeproof.exec.timetable import Array, merged
 from pipeproof.sched import ParameterError, Program
 
@@ -108,6 +109,7 @@ class Ranked:
         self._signatures: list[str] = []
         self._decides: tuple[list[Any], str] = [], ""
         self.links = Links(grid, program, device, apart=self.sharded)
+        self._ties = tie_up(grid, schedule, stages, mine, device)
 
     def step(self, runtime: Runtime, seed: int, batch: Batch) -> Step:
         """One step of all ranks.
@@ -122,8 +124,9 @@ class Ranked:
             The step, with the losses of all ranks.
         """
         step = self._opened(runtime, seed, batch)
-        runtime.run(step)
-        self.links.reducer.finish()
+        with self._ties.apart():
+            runtime.run(step)
+            self.links.reducer.finish()
         self._close(step)
         return step
 
@@ -135,11 +138,12 @@ class Ranked:
         offset = self._ranks.clock_offset()
         messages, reducer = self.links.messages, self.links.reducer
         messages.recorded = True
-        try:
-            start, end = runtime.run_timed(step)
-        finally:
-            messages.recorded = False
-        reducer.finish()
+        with self._ties.apart():
+            try:
+                start, end = runtime.run_timed(step)
+            finally:
+                messages.recorded = False
+            reducer.finish()
         self._close(step)
         zero = runtime.clock.origin + offset
         times = {
@@ -162,11 +166,13 @@ class Ranked:
 
     def norms(self, norm_type: float) -> list[float]:
         """Of the gradient of each parameter of the model, once, in their order."""
-        ours = [
-            [number, clipping.norms(stage.parameters, norm_type)]
-            for (number, device), stage in self.homes.items()
-            if holders(self._schedule, number)[0] == device
-        ]
+        counted = set(self._ties.elsewhere)
+        ours = []
+        for (number, device), stage in sorted(self.homes.items()):
+            if holders(self._schedule, number)[0] == device:
+                own = [p for p in stage.parameters if id(p) not in counted]
+                counted.update(map(id, own))
+                ours.append([number, clipping.norms(own, norm_type)])
         said = self._ranks.exchange(ours, "the other ranks' norms")
         of_stages = sorted(of for rank in self.grid.row for of in said[rank])
         return [norm for _, found in of_stages for norm in found]

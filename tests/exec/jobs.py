@@ -295,6 +295,62 @@ def clipped(ranks: Ranks | bool, job: Job) -> Clipped:
 
 
 @dataclass(frozen=True)
+class Tied:
+    """Steps of a model whose first and last stage share their weight.
+
+    Attributes:
+        name, devices: of the schedule.
+        told: ranks that are given all stages; the others only have their own.
+    """
+
+    name: str = "1f1b"
+    devices: int = 4
+    told: tuple[int, ...] = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What tied training leaves.
+
+    Attributes:
+        norms: of each step, before clipping.
+        weights: of each stage here.
+    """
+
+    norms: list[float]
+    weights: dict[int, Tensor]
+
+
+def tied(ranks: Ranks | bool, job: Tied) -> Trained:
+    """Three steps with clipping, an optimizer, and gradients over two steps once."""
+    schedule = catalog.make(job.name, devices=job.devices, micro_batches=4)
+    torch.manual_seed(0)
+    stages = [
+        nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()).double()
+        for _ in range(schedule.stages)
+    ]
+    stages[-1][0].weight = stages[0][0].weight
+    mine = list(range(schedule.stages))
+    given: list[Any] = list(stages)
+    if isinstance(ranks, Ranks):
+        mine = [n for n in mine if ranks.rank in holders(schedule, n)]
+        if ranks.rank not in job.told:
+            given = [stage if n in mine else None for n, stage in enumerate(stages)]
+    pipeline = Pipeline(given, schedule, functional.mse_loss, ranks=ranks)
+    parameters = {id(p): p for n in mine for p in stages[n].parameters()}
+    optimizer = torch.optim.Adam(parameters.values(), lr=0.1)
+    norms = []
+    for twice in (False, True, False):
+        for _ in range(1 + twice):
+            torch.manual_seed(len(norms))
+            pipeline.step(*torch.randn(2, 9, WIDTH, dtype=torch.float64))
+        norms.append(pipeline.clip_grad_norm_(1e-2))
+        optimizer.step()
+        optimizer.zero_grad()
+    return Trained(norms, {n: stages[n][0].weight.detach() for n in mine})
+
+
+@dataclass(frozen=True)
 class Keyed:
     """A step with keyword inputs.
 
@@ -421,6 +477,8 @@ def faulty(ranks: Ranks, fault: Fault) -> None:
         stages[ranks.rank] = None
     elif kind == "tied":
         stages[1].weight = stages[3].weight
+        if here:
+            nn.init.zeros_(stages[3].weight)
     elif kind == "data":
         stages[fault.rank] = Dropping()
     loss_fn = bad_loss if kind == "loss" else sum_of_squares
