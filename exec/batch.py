@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from pipeproof.exec.errors import BatchError, LossError
 from pipeproof.exec.tensors import PLAIN, flat, learning, mapped
@@ -45,6 +46,7 @@ class Batch:
     inputs: Value | None
     targets: Value | None
     keywords: Mapping[str, Any] = field(default_factory=dict)
+    scaler: GradScaler | None = None
 
 
 def split(

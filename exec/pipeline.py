@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
-from pipeproof.exec import clipping
+from pipeproof.exec import clipping, scaling
 from pipeproof.exec.batch import (
     NO_KEYWORDS,
     Batch,
@@ -203,6 +204,7 @@ class Pipeline:
         targets: Value | None,
         *,
         keywords: Mapping[str, Any] = NO_KEYWORDS,
+        scaler: GradScaler | None = None,
         record: bool = False,
     ) -> Tensor:
         """Forward and backward of one batch, micro-batch by micro-batch.
@@ -220,6 +222,9 @@ class Pipeline:
             keywords: further inputs by name, for every unit of any stage whose
                 forward has a parameter of that name behind its first. A tensor must
                 have the batch's rows, and is cut as it is, or be marked `Whole`.
+            scaler: scales the losses for their backwards. If any gradient of any
+                stage then is not finite, all are set to infinity, so that the scalers
+                of all optimizers on all ranks skip their steps alike.
             record: measure a `trace`.
 
         Of several ranks all call it. Those that run a first stage need the inputs,
@@ -246,17 +251,20 @@ class Pipeline:
                 "step computes gradients, and torch.inference_mode forbids them: call "
                 "it outside"
             )
+        batch = Batch(inputs, targets, keywords, scaler)
         if self._ranked is not None:
-            return self._step_of(self._ranked, inputs, targets, keywords, record)
+            return self._step_of(self._ranked, batch, record)
         if inputs is None or targets is None:
             raise BatchError("got no batch: only other ranks' parts may be None")
         with torch.enable_grad(), step_seed(self._devices) as seed:
-            step = self._opened(Batch(inputs, targets, keywords), seed)
+            step = self._opened(batch, seed)
             if record:
                 self._trace = self._timed(step)
             else:
                 self._runtime.run(step)
             _pass_on(unmarked(inputs), step)
+        if scaler is not None and scaling.overflowed(self._runtime.parameters):
+            scaling.overflow(self._runtime.parameters)
         self._losses = step.parts
         return step.loss
 
@@ -276,6 +284,7 @@ class Pipeline:
             scale = factors(labels, self._loss_scale, *size)
         step = Step(seed, self._sent(inputs, 0), self._sent(labels, -1), scale)
         step.keywords = self._keywords(batch.keywords, size)
+        step.scaler = batch.scaler
         return step
 
     @property
@@ -405,9 +414,7 @@ class Pipeline:
     def _step_of(
         self,
         ranked: Ranked,
-        inputs: Value | None,
-        targets: Value | None,
-        keywords: Mapping[str, Any],
+        batch: Batch,
         record: bool,
     ) -> Tensor:
         """This rank's part of a step."""
@@ -416,7 +423,6 @@ class Pipeline:
             torch.enable_grad(),
             step_seed(list(set(self._devices))) as seed,
         ):
-            batch = Batch(inputs, targets, keywords)
             if record:
                 step, start, end = ranked.timed_step(self._runtime, seed, batch)
                 shares = _shares(self.program)
@@ -425,8 +431,13 @@ class Pipeline:
                 )
             else:
                 step = ranked.step(self._runtime, seed, batch)
-            if inputs is not None:
-                _pass_on(unmarked(inputs), step)
+            if batch.inputs is not None:
+                _pass_on(unmarked(batch.inputs), step)
+            if batch.scaler is not None:
+                scaling.ready(batch.scaler, self._devices[ranked.grid.device])
+                parameters = self._runtime.parameters
+                if ranked.anywhere(scaling.overflowed(parameters)):
+                    scaling.overflow(parameters)
         self._losses = step.parts
         return step.loss
 

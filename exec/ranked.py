@@ -164,6 +164,11 @@ class Ranked:
         self._close(step)
         return step
 
+    def anywhere(self, here: bool) -> bool:
+        """Whether something is so on any rank."""
+        said = self._ranks.exchange(here, "whether the other ranks' gradients overflow")
+        return any(said)
+
     def norms(self, norm_type: float) -> list[float]:
         """Of the gradient of each parameter of the model, once, in their order."""
         counted = set(self._ties.elsewhere)
@@ -206,6 +211,7 @@ class Ranked:
         step = Step(
             seed, placed(inputs, self._device), placed(labels, self._device), factors
         )
+        step.scaler = batch.scaler
         signature = self._signature(kind, step, found, batch.keywords)
         names = sorted(batch.keywords), sorted(runtime.takes_keywords)
         said = self._ranks.exchange(

@@ -148,7 +148,9 @@ class _Reduction:
         by_dtype: dict[torch.dtype, list[int]] = {}
         for number, parameter in enumerate(self.stage.parameters):
             if known[number]:
-                by_dtype.setdefault(parameter.dtype, []).append(number)
+                # Gradients of halves may be summed in float32: `grad_dtype`.
+                dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
+                by_dtype.setdefault(dtype, []).append(number)
         for dtype, numbers in by_dtype.items():
             self._sum(dtype, numbers, device)
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from pipeproof.exec.batch import NO_KEYWORDS, Value, check_loss
+from pipeproof.exec.scaling import scaled
 
 
 @dataclass
@@ -23,6 +25,7 @@ class Step:
         inputs, targets: on the first and the last device of their pipe.
         factors: of the losses; None for not at all.
         keywords: by device, of each micro-batch and slice, the keyword inputs.
+        scaler: multiplies losses before their backward.
         losses: with their factors, once they are known.
         of_all: where ranks run the step, the losses of all of them, in order.
         input_grads: where the inputs want a gradient.
@@ -36,6 +39,7 @@ class Step:
     keywords: dict[torch.device, list[list[dict[str, Any]]]] = field(
         default_factory=dict
     )
+    scaler: GradScaler | None = None
     losses: list[list[Tensor | None]] = field(init=False)
     of_all: list[Tensor] = field(init=False, default_factory=list)
     input_grads: list[list[Value | None]] = field(init=False)
@@ -69,7 +73,7 @@ class Step:
             loss = loss * factor
         if self.losses[micro_batch][part] is None:
             self.losses[micro_batch][part] = loss.detach()
-        return loss
+        return scaled(loss, self.scaler)
 
     @property
     def parts(self) -> list[Tensor]:
