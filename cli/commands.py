@@ -24,7 +24,7 @@ from pipeproof.cli.options import (
     takes_schedule,
 )
 from pipeproof.cli.shape import Shape, takes_conditions, takes_shape
-from pipeproof.cli.training import run, verify
+from pipeproof.cli.training import profile, run, verify
 
 
 @click.command("list")
@@ -344,4 +344,16 @@ def export(
     write(wanted, conditions, form, output, as_json=as_json)
 
 
-ALL = (list_, show, check, prove, simulate, explain, sweep, run, verify, export)
+ALL = (
+    list_,
+    show,
+    check,
+    prove,
+    simulate,
+    explain,
+    sweep,
+    run,
+    profile,
+    verify,
+    export,
+)

@@ -201,6 +201,7 @@ class Conditions:
     link_bandwidth: Number | None
     host_bandwidth: Number | None
     cluster: str | None
+    cost: str | None
     buffering: Any
     streams: str | None
     transfers: str = "overlapped"
@@ -310,6 +311,12 @@ _CONDITIONS = [
         "bytes and seconds, in place of the three before; see --unit.",
     ),
     click.option(
+        "--cost",
+        metavar="FILE",
+        help="Times, bytes and links of stages that `pipeproof profile` measured; what "
+        "is given beside it counts instead. See --unit.",
+    ),
+    click.option(
         "--buffering",
         "--buffer",
         type=buffering,
@@ -329,7 +336,7 @@ _CONDITIONS = [
         type=click.Choice(UNITS),
         default="ms",
         show_default=True,
-        help="What a unit of time is, for --cluster and in a Chrome trace.",
+        help="What a unit of time is, for --cluster, --cost and in a Chrome trace.",
     ),
 ]
 

@@ -1,5 +1,5 @@
 # ruff: noqa: D301  (click reads the \\b: what follows it keeps its lines)
-"""The interface of the commands that train: `run` and `verify`."""
+"""The interface of the commands that train: `run`, `profile`, `verify`."""
 
 from __future__ import annotations
 
@@ -71,7 +71,16 @@ def _dtype(default: str) -> Callable[[Function], Function]:
     help="Start a process for each device of the schedule, on this host.",
 )
 @click.option(
-    "--trace", "trace_path", metavar="PATH", help="Write the last step's Chrome trace."
+    "--trace",
+    "trace_path",
+    metavar="PATH",
+    help="Write the last step's Chrome trace, and beside it what is predicted.",
+)
+@click.option(
+    "--cost",
+    "cost_path",
+    metavar="FILE",
+    help="Predict with what `pipeproof profile` measured, not with this step's times.",
 )
 @as_json
 def run(*, wanted: Wanted, as_json: bool, **rest: Any) -> None:
@@ -94,6 +103,49 @@ def run(*, wanted: Wanted, as_json: bool, **rest: Any) -> None:
     from pipeproof.cli.running import train
 
     train(wanted, as_json=as_json, **rest)
+
+
+@click.command()
+@takes_schedule
+@_takes_model
+@_dtype("float32")
+@click.option(
+    "--rounds",
+    type=int,
+    metavar="K",
+    default=5,
+    show_default=True,
+    help="Measured steps of each kind.",
+)
+@click.option(
+    "--ranks",
+    type=int,
+    metavar="P",
+    help="Start a process for each device of the schedule, on this host.",
+)
+@click.option("-o", "--output", metavar="PATH", help="Write a cost file.")
+@as_json
+def profile(*, wanted: Wanted, as_json: bool, **rest: Any) -> None:
+    """Measure what stages and links take, and hold a prediction against a fresh run.
+
+    The stages run with backwards whole, in halves (I and W) and with recomputation,
+    whichever of them the schedule itself has: what is measured does for every
+    schedule of the same stages on the same devices. `simulate --cost` and
+    `run --cost` read the file; it is in seconds.
+
+    Needs torch. In this process, in ranks, or under torchrun, as `run`.
+
+    \b
+    Example:
+      pipeproof profile 1f1b -p 2 -m 8 --model gpt --ranks 2 -o cost.json
+      pipeproof simulate zb-h1 -p 2 -m 16 --cost cost.json
+    """
+    from pipeproof.cli.model import require_torch
+
+    require_torch()
+    from pipeproof.cli.profiling import measure
+
+    measure(wanted, as_json=as_json, **rest)
 
 
 @click.command()
