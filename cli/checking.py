@@ -12,7 +12,7 @@ from pipeproof.cli.output import emit_json
 from pipeproof.cli.predict import cluster_of, cost_of, lowered, predict, sizes
 from pipeproof.cli.proving import as_proved, in_passing, in_words
 from pipeproof.cli.source import load
-from pipeproof.sched import ParameterError, Program, Schedule, check, fits
+from pipeproof.sched import Kind, ParameterError, Program, Schedule, check, fits
 from pipeproof.sched.streams import StreamModel
 
 OF_PROGRAMS = ("streams", "buffering", *LOWERING)
@@ -43,10 +43,11 @@ def judge(
             streams=cast(StreamModel | None, conditions.streams),
             buffering=conditions.buffering,
         )
-    if memory is None and conditions.cluster is not None:
-        knows_bytes = cost_of(conditions, schedule).knows_bytes
-        memory = cluster_of(conditions).memory if knows_bytes else None
-    if memory is None and activations is None:
+    cluster, host_memory = cluster_of(conditions), None
+    if conditions.cluster is not None and cost_of(conditions, schedule).knows_bytes:
+        memory = cluster.memory if memory is None else memory
+        host_memory = cluster.host_memory if schedule.has(Kind.OFFLOAD) else None
+    if memory is None and activations is None and host_memory is None:
         if costs := [name for name in given if name not in OF_PROGRAMS]:
             raise ParameterError(
                 f"{flag(costs[0])} matters only to what is alive at once: give "
@@ -54,7 +55,13 @@ def judge(
             )
     elif report.ok:
         trace = predict(schedule, conditions)
-        found = fits(trace, memory=memory, activations=activations)
+        found = fits(
+            trace,
+            memory=memory,
+            activations=activations,
+            host_memory=host_memory,
+            node_of=[cluster.node(device) for device in range(schedule.devices)],
+        )
         report = replace(found, verdict=f"{report.verdict}; it {found.verdict}")
     proof = in_passing(judged) if report.ok else None
     proved = None if proof is None else as_proved(proof)

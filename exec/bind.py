@@ -108,11 +108,39 @@ class Binder:
                 return self._bind_weight_grad(op, instruction)
         raise AssertionError(f"not bound: {op}")
 
+    def bind_output(self, op: Op, instruction: Instruction) -> Run:
+        """What a forward does if no backward follows."""
+        values, stage = self.values, self._stage(op, instruction)
+        last = op.stage == self.program.schedule.stages - 1
+        compute = self._bind_units(op, instruction)
+        finish = self._bind_loss(op, stage) if last else stage.checked
+        out = _find(instruction.writes, (BufferKind.OUTPUT,), op)
+        brought = _find(instruction.writes, INPUTS, op)
+        read = _find(instruction.reads + instruction.writes, INPUTS, op)
+
+        def forward() -> None:
+            if brought >= 0:
+                batch = self.step.inputs[op.micro_batch][op.slice]
+                values[brought] = tensors.handed_on(batch)
+            output, carry = compute()
+            values[read] = None
+            self._carried.pop(_of(op), None)
+            self._carry_on(op, carry)
+            if last:
+                self.step.outputs[op.micro_batch][op.slice] = output
+            if not last or self.step.targets:
+                output = finish(output)
+            if out >= 0:
+                values[out] = tensors.handed_on(output)
+
+        return forward
+
     def leaves(self, op: Op, instruction: Instruction) -> list[Tensor]:
         """The leaves of the graph that a forward made; an OFFLOAD reads them."""
         read = _find(instruction.reads, INPUTS, op)
         carry = self._carried.get(_of(op), ())
-        return tensors.flat((self.values[read], carry))
+        leaves = tensors.flat((self.values[read], carry))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def _stage(self, op: Op, instruction: Instruction) -> Stage:
         return self.homes[op.stage, instruction.stream.device]
@@ -173,10 +201,21 @@ class Binder:
 
     def _bind_stage(self, op: Op, instruction: Instruction) -> Forward:
         """From the stage's input to its output (of the last, the loss) and carry."""
-        values, stage = self.values, self._stage(op, instruction)
-        read = _find(instruction.reads + instruction.writes, INPUTS, op)
+        stage = self._stage(op, instruction)
+        units = self._bind_units(op, instruction)
         last = op.stage == self.program.schedule.stages - 1
         finish = self._bind_loss(op, stage) if last else stage.checked
+
+        def compute() -> tuple[Value, tuple[Any, ...]]:
+            output, left = units()
+            return finish(output), left
+
+        return _inside(stage.splitter.watching, compute) if self._split else compute
+
+    def _bind_units(self, op: Op, instruction: Instruction) -> Forward:
+        """From the stage's input to what its units make of it, and carry."""
+        values, stage = self.values, self._stage(op, instruction)
+        read = _find(instruction.reads + instruction.writes, INPUTS, op)
         of, micro_batch, part = _of(op), op.micro_batch, op.slice
         first = ((),) * stage.carries if self._sliced else None
 
@@ -184,15 +223,21 @@ class Binder:
             carry = self._carried.get(of, first)
             leaves = values[read] if carry is None else (values[read], carry)
             before = tensors.versions(leaves)
+            step = self.step
             output, left = stage.run(
-                values[read], self.step.seed, micro_batch, part, carry
+                values[read],
+                step.seed,
+                micro_batch,
+                part,
+                carry,
+                step.keywords_at(stage.device, micro_batch, part),
             )
             if tensors.versions(leaves) != before:
-                found = tensors.versions(values[read])
+                found = tensors.versions((values[read],))
                 raise ModelError(_in_place(op, found, before))
-            return finish(output), left
+            return output, left
 
-        return _inside(stage.splitter.watching, compute) if self._split else compute
+        return compute
 
     def _bind_loss(self, op: Op, stage: Stage) -> Callable[[Any], Tensor]:
         sources = generators(stage.device)
@@ -291,7 +336,7 @@ class Binder:
             roots, gradients = ends()
             value, carry = values[read], self._carried.get(of, ())
             found: list[Tensor | None] = []
-            leaves = [t for t in tensors.flat((value, carry)) if t.requires_grad]
+            leaves = tensors.learning((value, carry))
             if roots:
                 found, values[rest] = splitter.input_grads(roots, gradients, leaves)
             by_leaf = iter(found or [None] * len(leaves))
@@ -359,8 +404,8 @@ def holders(schedule: Schedule, stage: int) -> list[int]:
     return sorted({pipe[stage] for pipe in schedule.placement.pipes})
 
 
-def _in_place(op: Op, now: Any, before: Any) -> str:
-    if op.slice and now == before[0]:
+def _in_place(op: Op, now: list[int], before: list[int]) -> str:
+    if op.slice and now == before[: len(now)]:
         what = "carry in place, which is what an earlier slice left"
     else:
         source = f"stage {op.stage - 1}'s output" if op.stage else "the batch"

@@ -2,13 +2,10 @@
 
 A rank that fails leaves a record in the store that all share: who, where, why.
 Whoever waits looks for one ten times a second, so a failure anywhere ends all. A
-thread of each rank beats in the store, and looks for the beats of the others; a
-rank that was killed or stopped is found by its silence. It counts its own looks
-and not the time, so that a job that is stopped as a whole goes on as a whole.
+rank that was killed or stopped is found by its silence (`beats.py`).
 
     rank 0        rank 1        rank 2         the store
     wait ◀──────────── raises ──────────────▶  failure: "rank 1, 1F3, ValueError …"
-    beat ───────────── beat ─────── (stopped)  beat 0, beat 1, beat 2
 """
 
 from __future__ import annotations
@@ -17,118 +14,33 @@ import atexit
 import json
 import threading
 import time
-import traceback
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from itertools import count
+from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import Backend, PrefixStore, Store
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store
 
+from pipeproof.exec.beats import BETWEEN_STEPS, LOST_S, Beats
 from pipeproof.exec.errors import RankError
+from pipeproof.exec.failure import Failure, Record, failure_of
 from pipeproof.exec.timetable import host_clock
-from pipeproof.exec.transport import Pending, TextWire, Wire
+from pipeproof.exec.wires import Pending, TextWire, Wire
 from pipeproof.sched.errors import ParameterError
 
-LOST_S = 6.0
-LOOKS, LOOKS_A_BEAT = 12, 4
-"""In the time after which a silent rank is lost, and from one beat to the next."""
 CONNECT_S = 30.0
 """For a rank to come to a communicator that its peer is making."""
 POLL_S = 0.1
 LEAVING_S = 1.0
 TIMEOUT_S = 30.0
-BETWEEN_STEPS = "between two steps"
-LEFT = " left"
-TAGS = ("control", "headers", "reductions")
+TAGS = ("control", "headers", "loans")
 """Of the communicator that all ranks share."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why all ranks end.
-
-    Attributes:
-        rank: whose fault it was; -1 for nobody's in particular.
-        reason: what happened there: the op, the stage, the micro-batch.
-        trace: the traceback, where there is one.
-    """
-
-    rank: int
-    reason: str
-    trace: str = ""
-
-    def __str__(self) -> str:
-        who = "" if self.rank < 0 else f"rank {self.rank} "
-        return f"{who}{self.reason}" + (f"\n{self.trace}" if self.trace else "")
-
-
-class Record:
-    """The first failure of any rank, in a store."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._found: Failure | None = None
-
-    def write(self, failure: Failure) -> None:
-        """Keep this one, unless there is another already."""
-        if self._store.add("failures", 1) == 1:
-            self._store.set("failure", json.dumps(asdict(failure)))
-
-    def read(self) -> Failure | None:
-        """The failure, if there is one."""
-        if self._found is None and self._store.check(["failure"]):
-            self._found = Failure(**json.loads(self._store.get("failure")))
-        return self._found
-
-
-class Silence:
-    """Who has not beaten for how long, by looks of one's own.
-
-    Args:
-        store: of the beats.
-        ranks: whose.
-
-    Attributes:
-        said: the last beat of each.
-    """
-
-    def __init__(self, store: Store, ranks: Iterable[int]) -> None:
-        ranks = list(ranks)
-        self._store = store
-        self.said: dict[int, bytes] = dict.fromkeys(ranks, b"")
-        self._looks = dict.fromkeys(ranks, 0)
-
-    def look(self) -> None:
-        """To be called `LOOKS` times in the time after which a rank is lost."""
-        for rank, before in self.said.items():
-            if self._store.check([beat_of(rank)]):
-                said = self._store.get(beat_of(rank))
-                self._looks[rank] = 0 if said != before else self._looks[rank] + 1
-                self.said[rank] = said
-
-    def lost(self) -> int | None:
-        """A rank that beat once and has been silent for too long."""
-        for rank, looks in self._looks.items():
-            if looks >= LOOKS and LEFT not in self.said[rank].decode():
-                return rank
-        return None
-
-
-def beat_of(rank: int) -> str:
-    """The key of a rank's beats."""
-    return f"beat {rank}"
-
-
-def silent(rank: int, seconds: float) -> Failure:
-    """The failure of a rank that does not beat any more."""
-    return Failure(
-        rank, f"has not been heard of for {seconds:g} s: it was killed or stopped"
-    )
+Along = dist.ProcessGroup | DeviceMesh
+"""Processes of torch.distributed along one dimension."""
 
 
 class Ranks:
@@ -151,10 +63,10 @@ class Ranks:
         store: as given.
         record: of the first failure.
         headers: texts to and from each other rank, of what messages hold.
-        reductions: likewise, of what reductions sum.
+        loans: likewise, of what is kept in another's memory.
     """
 
-    _of: ClassVar[dict[Any, Ranks]] = {}
+    _of: ClassVar[dict[tuple[int, ...], Ranks]] = {}
 
     def __init__(
         self,
@@ -166,44 +78,47 @@ class Ranks:
         lost_s: float = LOST_S,
     ) -> None:
         self.rank, self.size = rank, size
-        self.store, self._timeout_s, self._lost_s = store, timeout_s, lost_s
+        self.store, self._lost_s = store, lost_s
         self.record = Record(store)
-        self._beats = _Beats(self, store)
+        self._beats = Beats(store, self.record, rank, size, timeout_s, lost_s)
         self._wires: dict[tuple[int, int, str], Wire] = {}
+        self._collectives: dict[tuple[tuple[int, ...], str], Backend] = {}
         self._made: list[Wire] = []
+        self._said: list[Pending] = []
         others = [other for other in range(size) if other != rank]
         all_of_us = self._communicator(list(range(size)), "gloo", "all")
-        self._texts, self.headers, self.reductions = (
+        self._texts, self.headers, self.loans = (
             {peer: self._text(all_of_us, peer, tag) for peer in others} for tag in TAGS
         )
         self._beats.start()
         atexit.register(self.leave)
 
     @classmethod
-    def of(cls, ranks: Ranks | dist.ProcessGroup | bool) -> Ranks:
+    def of(cls, ranks: Ranks | Along | bool) -> Ranks:
         """What a pipeline was given as its ranks; True stands for all processes.
 
         Raises:
-            ParameterError: torch.distributed is not initialised, or this process is
-                not in the group.
+            ParameterError: torch.distributed is not initialised, this process is not
+                among them, or a mesh has several dimensions.
         """
-        if isinstance(ranks, Ranks):
-            return ranks
-        if not dist.is_initialized():
-            raise ParameterError(
-                "ranks need torch.distributed: call init_process_group first, or "
-                "start the ranks with pipeproof.exec.launch"
-            )
-        group = dist.group.WORLD if isinstance(ranks, bool) else ranks
-        members, me = dist.get_process_group_ranks(group), dist.get_rank()
-        if me not in members:
-            raise ParameterError(f"rank {me} is not in the group {members}")
-        if group not in cls._of:
-            prefix = f"pipeproof/{','.join(map(str, members))}"
+        return ranks if isinstance(ranks, Ranks) else cls.among(processes_of(ranks))
+
+    @classmethod
+    def among(cls, processes: Sequence[int]) -> Ranks:
+        """The company of these processes of torch.distributed, one for all time.
+
+        Raises:
+            ParameterError: this process is not among them.
+        """
+        key, me = tuple(processes), dist.get_rank()
+        if me not in key:
+            raise ParameterError(f"rank {me} is not in the group {list(key)}")
+        if key not in cls._of:
+            prefix = f"pipeproof/{','.join(map(str, key))}"
             # A client of its own: a beat must not wait for another's blocking call.
             store = PrefixStore(prefix, _get_default_store().clone())  # type: ignore[attr-defined]
-            cls._of[group] = cls(store, members.index(me), len(members))
-        return cls._of[group]
+            cls._of[key] = cls(store, key.index(me), len(key))
+        return cls._of[key]
 
     def wire(self, source: int, target: int, backend: str, of: str = "") -> Wire:
         """This rank's end of a communicator; both ends must ask, in one order.
@@ -224,6 +139,20 @@ class Ranks:
             self._made.append(wire)
         return self._wires[key]
 
+    def collective(self, members: Sequence[int], backend: str) -> Backend:
+        """A communicator of several ranks; all must ask, in one order.
+
+        Args:
+            members: ranks in ascending order; this one is one of them.
+            backend: gloo or nccl.
+        """
+        key = tuple(members), backend
+        if key not in self._collectives:
+            name = f"of {','.join(map(str, members))}"
+            made = self._communicator(list(members), backend, name)
+            self._collectives[key] = made
+        return self._collectives[key]
+
     def _communicator(self, members: list[int], backend: str, name: str) -> Backend:
         # Not by new_group, in which all processes must take part, also those that
         # run other pipelines.
@@ -242,25 +171,37 @@ class Ranks:
         number = TAGS.index(tag)
         out, into = (Wire(group, peer, peer, True, number) for _ in range(2))
         self._made += [out, into]
-        return TextWire(out, into, self.wait)
+        return TextWire(out, into, self.wait_beside if tag == "loans" else self.wait)
 
     def exchange(self, value: Any, what: str) -> list[Any]:
-        """What each rank has to say, by rank, on all of them; by way of rank 0.
+        """What each rank has to say, by rank, on all of them.
+
+        In each round a rank tells all it knows to one further away: those of twice
+        as many ranks. It takes the logarithm of their number of rounds.
 
         Args:
             value: anything that JSON can hold.
             what: it is, for messages.
+
+        Source:
+            Bruck et al. 1997, IEEE TPDS 8(11), the concatenation.
         """
-        if self.rank:
-            self._texts[0].send(json.dumps(value))
-            found: list[Any] = json.loads(self._texts[0].receive(what))
-            return found
-        peers = sorted(self._texts)
-        said = [value] + [json.loads(self._texts[p].receive(what)) for p in peers]
-        text = json.dumps(said)
-        for peer in peers:
-            self._texts[peer].send(text)
-        return said
+        said = [(self.rank, value)]
+        sent: list[Pending] = []
+        distance = 1
+        while distance < self.size:
+            target = self._texts[(self.rank + distance) % self.size]
+            source = self._texts[(self.rank - distance) % self.size]
+            more = said[: self.size - len(said)]
+            sent += target.send(json.dumps(more), followed=False)
+            said += json.loads(source.receive(what))
+            source.expect()
+            distance *= 2
+        # All who say something now have had what was said the time before.
+        for pending in self._said:
+            pending.finish()
+        self._said = sent
+        return [value for _, value in sorted(said, key=itemgetter(0))]
 
     def clock_offset(self, rounds: int = 8) -> float:
         """What to add to this rank's `perf_counter` to have rank 0's.
@@ -289,37 +230,73 @@ class Ranks:
                     best, offset = took, theirs - asked - took / 2
         return offset
 
-    def wait(self, pending: Pending, what: str) -> None:
+    def wait(self, pending: Pending, what: object) -> None:
         """Return once it is done.
+
+        Args:
+            pending: what is under way.
+            what: it is, for messages.
 
         Raises:
             RankError: another rank failed or is lost, or none has moved for
                 `timeout_s`.
         """
-        if not pending.threaded and pending.work is not None:
+        beats = self._beats
+        beats.waits = what, pending.wire
+        if pending.followed is None:
             pending.finish()
-        elif not pending.done.is_set():
-            with self._beats.waiting(what):
-                while not pending.done.wait(POLL_S):
-                    self.check()
-        self._beats.moved()
+        else:
+            while not pending.followed.wait(POLL_S):
+                self.check()
+        beats.waits = None
+        beats.moves += 1
         if pending.error is not None:
-            self._broken(pending, what)
+            self.broken(pending.error, what, pending.wire.peer)
 
-    def _broken(self, pending: Pending, what: str) -> None:
-        """A link broke: because its other end did, if we wait a little to hear it."""
-        peer = pending.peer
+    def wait_beside(self, pending: Pending, what: object) -> None:
+        """As `wait`, for a thread beside the step, which is no sign of life.
+
+        Raises:
+            RankError: as `wait`.
+        """
+        if not pending.wire.blocks:
+            pending.finish()
+        elif pending.followed is None and pending.error is None:
+            pending.wire.follow(pending)
+        while pending.followed is not None and not pending.followed.wait(POLL_S):
+            self.check()
+        if pending.error is not None:
+            self.broken(pending.error, what, pending.wire.peer)
+
+    def wait_for(self, done: threading.Event, what: str) -> None:
+        """As `wait`, for what a thread does."""
+        beats = self._beats
+        beats.waits = what, None
+        while not done.wait(POLL_S):
+            self.check()
+        beats.waits = None
+        beats.moves += 1
+
+    def broken(self, error: Exception, what: object, peer: int | None = None) -> None:
+        """A link broke: because its other end did, if we wait a little to hear it.
+
+        Args:
+            error: that says so.
+            what: was waited for.
+            peer: at the other end, if there is but one.
+
+        Raises:
+            RankError: always.
+        """
         for _ in range(int(2 * self._lost_s / POLL_S)):
             self.check()
-            if self._beats.has_left(peer):
+            if peer is not None and self._beats.has_left(peer):
                 break
             time.sleep(POLL_S)
-        error = f"{type(pending.error).__name__}: {pending.error}"
-        self.record.write(
-            Failure(
-                self.rank, f"lost its link to rank {peer}, waiting for {what}: {error}"
-            )
-        )
+        whom = "another rank" if peer is None else f"rank {peer}"
+        text = f"lost its link to {whom}, waiting for {what}: "
+        text += f"{type(error).__name__}: {error}"
+        self.record.write(Failure(self.rank, text))
         self.check()
 
     def check(self) -> None:
@@ -356,102 +333,36 @@ class Ranks:
         A process does so by itself when it ends.
         """
         self._beats.stop()
+        for pending in self._said:
+            pending.wire.follow(pending)
         # A thread that waits for a rank which waits for nobody ends with that rank.
         for wire in self._made:
             wire.close(LEAVING_S / len(self._made))
-        for group, ranks in list(self._of.items()):
+        for processes, ranks in list(self._of.items()):
             if ranks is self:
-                del self._of[group]
+                del self._of[processes]
         atexit.unregister(self.leave)
 
 
-def failure_of(error: BaseException, rank: int, what: str) -> Failure:
-    """What a rank has to say of an exception, wherever it was."""
-    cause = error.__cause__ or error
-    lines = "".join(traceback.format_exception(cause))
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return Failure(rank, f"failed in {what}: {text}", lines.rstrip())
+def processes_of(along: Along | bool) -> list[int]:
+    """The processes of a group, of a mesh of one dimension, or all of them.
 
-
-class _Beats:
-    """The thread that beats, and listens.
-
-    Attributes:
-        at: what its rank is doing.
+    Raises:
+        ParameterError: torch.distributed is not initialised, or a mesh of several
+            dimensions.
     """
-
-    def __init__(self, ranks: Ranks, store: Store) -> None:
-        self._rank, self._store, self._record = ranks.rank, store, ranks.record
-        self._timeout_s, self._lost_s = ranks._timeout_s, ranks._lost_s
-        others = [rank for rank in range(ranks.size) if rank != ranks.rank]
-        self._silence = Silence(store, others)
-        self.at = BETWEEN_STEPS
-        self._moves = 0
-        self._waits = ""
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def start(self) -> None:
-        """Begin to beat."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Beat a last time, and say that it is the last."""
-        self._over.set()
-        self._thread.join()
-        with suppress(RuntimeError):
-            self._store.set(beat_of(self._rank), f"0 0{LEFT}")
-
-    def has_left(self, peer: int) -> bool:
-        """Whether a rank said that it is leaving."""
-        return LEFT in self._silence.said[peer].decode()
-
-    def moved(self) -> None:
-        """Something has been done."""
-        self._moves += 1
-
-    @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """Meanwhile, this rank waits for something."""
-        self._waits = what
-        try:
-            yield
-        finally:
-            self._waits = ""
-
-    def _run(self) -> None:
-        # The store goes away when the process that holds it ends; those that need
-        # it in a step learn it there.
-        with suppress(RuntimeError):
-            self._look_and_beat()
-
-    def _look_and_beat(self) -> None:
-        look_s = self._lost_s / LOOKS
-        still, before = 0, ""
-        for look in count():
-            if not look % LOOKS_A_BEAT:
-                self._store.set(beat_of(self._rank), f"{look} {self._now()}")
-            self._silence.look()
-            if (lost := self._silence.lost()) is not None:
-                self._record.write(silent(lost, self._lost_s))
-            now = self._everyone()
-            still = 0 if now != before or BETWEEN_STEPS in now else still + 1
-            before = now
-            if still * look_s >= self._timeout_s:
-                reason = f"no rank has moved for {self._timeout_s:g} s:\n{now}"
-                self._record.write(Failure(-1, reason))
-            if self._over.wait(look_s):
-                return
-
-    def _now(self) -> str:
-        waits = f", waiting for {waits}" if (waits := self._waits) else ""
-        return f"{self._moves} {self.at}{waits}"
-
-    def _everyone(self) -> str:
-        """Where all ranks are, a line each."""
-        said = {rank: self._told(rank) for rank in self._silence.said}
-        said[self._rank] = self._now()
-        return "\n".join(f"  rank {rank}: {said[rank]}" for rank in sorted(said))
-
-    def _told(self, rank: int) -> str:
-        return self._silence.said[rank].decode().partition(" ")[2]
+    if not dist.is_initialized():
+        raise ParameterError(
+            "ranks need torch.distributed: call init_process_group first, or "
+            "start the ranks with pipeproof.exec.launch"
+        )
+    if isinstance(along, bool):
+        return list(range(dist.get_world_size()))
+    if isinstance(along, DeviceMesh):
+        if along.ndim != 1:
+            raise ParameterError(
+                f"a mesh of {along.ndim} dimensions is given for one: name it, as in "
+                "mesh['pp']"
+            )
+        along = along.get_group()
+    return dist.get_process_group_ranks(along)

@@ -23,18 +23,10 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import FileStore, Store
 
+from pipeproof.exec.beats import LOOKS, LOST_S, Silence
 from pipeproof.exec.errors import RankError
-from pipeproof.exec.group import (
-    LOOKS,
-    LOST_S,
-    TIMEOUT_S,
-    Failure,
-    Ranks,
-    Record,
-    Silence,
-    failure_of,
-    silent,
-)
+from pipeproof.exec.failure import Failure, Record, failure_of, silent
+from pipeproof.exec.group import TIMEOUT_S, Ranks
 from pipeproof.sched.errors import ParameterError, at_least_one
 
 GRACE_S = 2.0

@@ -4,31 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch.amp.grad_scaler import GradScaler
 
+from pipeproof.exec import clipping, scaling
 from pipeproof.exec.batch import (
+    NO_KEYWORDS,
+    Batch,
     LossFn,
     LossScale,
     Value,
     check_pairs,
     check_scale,
     factors,
+    no_unit_takes,
+    size_of,
     split,
+    split_keywords,
+    unmarked,
 )
 from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError, ModelError
-from pipeproof.exec.group import Ranks
+from pipeproof.exec.evaluation import evaluating, joined
+from pipeproof.exec.grid import Grid
+from pipeproof.exec.group import Along, Ranks
 from pipeproof.exec.ranked import Ranked
 from pipeproof.exec.replicas import Replica
 from pipeproof.exec.rng import step_seed
 from pipeproof.exec.runtime import Runtime
+from pipeproof.exec.sharded import check_wrapped
 from pipeproof.exec.stage import Stage, StageModule, check_sliced
 from pipeproof.exec.step import Step
-from pipeproof.exec.tensors import copied, flat
+from pipeproof.exec.tensors import flat, placed
 from pipeproof.sched import (
     BufferKind,
     ParameterError,
@@ -36,6 +47,7 @@ from pipeproof.sched import (
     Schedule,
     Trace,
     lower,
+    reduce_gradients,
 )
 from pipeproof.sched.causes import SHARED_PROCESSOR
 from pipeproof.sched.lower import Messages
@@ -54,7 +66,8 @@ class Pipeline:
         loss.backward()
 
     Stage s of the schedule is `stages[s]`. What a stage returns is what the next
-    one is called with: a tensor, or a tuple of tensors as one argument. A stage may
+    one is called with, as one argument: a tensor, a bool, an int, a float, a str or
+    None, or a tuple, list or dict of these, nested as it likes. A stage may
     be a sequence of units, the smallest pieces a partition may cut between (an
     `nn.Sequential` is one); dropout and other randomness depends on the unit,
     the micro-batch and the slice, not on the schedule or on where the cuts fall.
@@ -84,9 +97,17 @@ class Pipeline:
             ops as one, and the next op waits for both directions, as with torch's
             `batch_isend_irecv`. Within one process nothing waits for it.
         ranks: run one device of the schedule in this process, and the others in
-            those of a process group: a `Ranks`, a group, or True for all processes.
-            Rank r is device r. Each makes the same pipeline; a rank needs its own
-            stages only, and others may be None.
+            those of a process group: a `Ranks`, a group, a mesh of one dimension,
+            or True for all processes. Rank r is device r. Each makes the same
+            pipeline; a rank needs its own stages only, and others may be None.
+        data_parallel: replicas of the whole pipeline, each with rows of its own: the
+            group, or the mesh, of the ranks that run the same device in each, as in
+            `ranks=mesh["pp"], data_parallel=mesh["dp"]`; or how many there are, where
+            `ranks` are those of all, one replica after the other. Each stage then has
+            a REDUCE behind its last backward: its gradient is summed over the
+            replicas once a step, while the pipeline drains. Losses are scaled as if
+            the replicas' rows were one batch, so replicas may have different numbers
+            of them. Buffers (running statistics) are each replica's own.
 
     Raises:
         ScheduleError: `check` has findings.
@@ -95,8 +116,7 @@ class Pipeline:
             several devices hold one; with slices, a unit that mixes positions and
             takes no carry.
         ParameterError: another number of devices, or an unknown loss scale.
-        UnsupportedError: ops that are not lowered to a program yet; with ranks,
-            activations kept in another device's memory.
+        UnsupportedError: ops that are not lowered to a program yet.
         RankError: the ranks were given different things, or another one failed.
 
     Source:
@@ -112,18 +132,22 @@ class Pipeline:
         *,
         loss_scale: LossScale = "rows",
         messages: Messages = "single",
-        ranks: Ranks | ProcessGroup | bool = False,
+        ranks: Ranks | Along | bool = False,
+        data_parallel: Along | int = 1,
     ) -> None:
         self._trace: Trace | None = None
+        self._losses: list[Tensor] = []
         self._ranked: Ranked | None = None
-        self.schedule = schedule
         self._loss_scale = loss_scale
-        joined = None if ranks is False else Ranks.of(ranks)
-        with nullcontext() if joined is None else joined.together("its beginning"):
+        grid = _grid_of(ranks, data_parallel)
+        if grid is not None and len(grid.rows) > 1:
+            schedule = reduce_gradients(schedule)
+        self.schedule = schedule
+        with nullcontext() if grid is None else grid.ranks.together("its beginning"):
             check_scale(loss_scale)
             if isinstance(devices, (str, torch.device)):
                 devices = [devices]
-            self._shared = len(devices) == 1 and joined is None
+            self._shared = len(devices) == 1 and grid is None
             # On one device nothing is under way: a boundary tensor is handed over
             # when its consumer is next, and lies nowhere meanwhile but in one place.
             self.program: Program = lower(
@@ -133,30 +157,34 @@ class Pipeline:
             )
             self._devices = _torch_devices(devices, schedule)
             _check_count(len(stages), schedule)
-            if joined is None:
+            if grid is None:
+                check_wrapped(list(stages), schedule, None)
                 homes = _place(list(stages), schedule, self._devices)
                 self._runtime = Runtime(self.program, homes, loss_fn, self._devices)
             else:
-                self._join(joined, list(stages), loss_fn)
+                self._join(grid, list(stages), loss_fn)
 
     def _join(
-        self, ranks: Ranks, stages: list[StageModule | None], loss_fn: LossFn
+        self, grid: Grid, stages: list[StageModule | None], loss_fn: LossFn
     ) -> None:
         """Run one device's part here; the others are other ranks'."""
-        ranked = Ranked(ranks, self.program, stages, self._devices, self._loss_scale)
+        ranked = Ranked(grid, self.program, stages, self._devices, self._loss_scale)
         self._ranked = ranked
         for stage in ranked.homes.values():
             if self.schedule.slices > 1:
                 check_sliced(stage.units)
-        _refuse_shared(self.schedule, ranked.homes)
+        _refuse_shared(self.schedule, ranked.homes, len(grid.rows))
+        links = ranked.links
         self._runtime = Runtime(
             self.program,
             ranked.homes,
             loss_fn,
             self._devices,
-            mine=[ranks.rank],
-            transport=ranked.transport,
-            reduce=ranked.reducer.reduce,
+            mine=[grid.device],
+            transport=links.messages,
+            reduction=links.reducer,
+            sharded=ranked.sharded,
+            lend=None if links.borrower is None else links.borrower.loan,
         )
 
     @property
@@ -171,7 +199,13 @@ class Pipeline:
         return self._trace
 
     def step(
-        self, inputs: Value | None, targets: Value | None, *, record: bool = False
+        self,
+        inputs: Value | None,
+        targets: Value | None,
+        *,
+        keywords: Mapping[str, Any] = NO_KEYWORDS,
+        scaler: GradScaler | None = None,
+        record: bool = False,
     ) -> Tensor:
         """Forward and backward of one batch, micro-batch by micro-batch.
 
@@ -180,21 +214,31 @@ class Pipeline:
         there is no optimizer step.
 
         Args:
-            inputs: shape (rows, …), or a tuple of such; (rows, positions, …) where
-                the schedule has slices, cut likewise along positions.
+            inputs: shape (rows, …), or tuples, lists and dicts of such, with ints
+                and the like among them, which every micro-batch gets; (rows,
+                positions, …) where the schedule has slices, cut likewise along
+                positions. A tensor that is not to be cut is marked `Whole`.
             targets: likewise, of as many rows (and positions).
+            keywords: further inputs by name, for every unit of any stage whose
+                forward has a parameter of that name behind its first. A tensor must
+                have the batch's rows, and is cut as it is, or be marked `Whole`.
+            scaler: scales the losses for their backwards. If any gradient of any
+                stage then is not finite, all are set to infinity, so that the scalers
+                of all optimizers on all ranks skip their steps alike.
             record: measure a `trace`.
 
-        Of several ranks all call it. Those that run a first stage need the inputs
-        and those that run a last one the targets; elsewhere they are ignored. A
-        rank's failure ends the step on all.
+        Of several ranks all call it. Those that run a first stage need the inputs,
+        those that run a last one the targets, and those with a unit that takes a
+        keyword that keyword; elsewhere they are ignored. A rank's failure ends the
+        step on all.
 
         Returns:
             The batch's loss, a detached scalar; the same on every rank.
 
         Raises:
-            BatchError: fewer rows than micro-batches or positions than slices, or
-                targets of other ones.
+            BatchError: fewer rows than micro-batches or positions than slices,
+                targets of other ones, or keywords that no unit takes or that are
+                neither cut nor marked `Whole`.
             LossError: a loss that is not a scalar, or weights that are none.
             ModelError: a stage that changes its input in place, or returns what
                 cannot cross to the next.
@@ -207,49 +251,194 @@ class Pipeline:
                 "step computes gradients, and torch.inference_mode forbids them: call "
                 "it outside"
             )
+        batch = Batch(inputs, targets, keywords, scaler)
         if self._ranked is not None:
-            return self._step_of(self._ranked, inputs, targets, record)
+            return self._step_of(self._ranked, batch, record)
         if inputs is None or targets is None:
             raise BatchError("got no batch: only other ranks' parts may be None")
-        schedule = self.schedule
-        check_pairs(inputs, targets, schedule.slices)
-        batch = split("inputs", inputs, schedule.micro_batches, schedule.slices)
-        labels = split("targets", targets, schedule.micro_batches, schedule.slices)
-        scale = factors(batch, labels, self._loss_scale)
         with torch.enable_grad(), step_seed(self._devices) as seed:
-            step = Step(seed, self._sent(batch, 0), self._sent(labels, -1), scale)
+            step = self._opened(batch, seed)
             if record:
                 self._trace = self._timed(step)
             else:
                 self._runtime.run(step)
-            _pass_on(inputs, step)
+            _pass_on(unmarked(inputs), step)
+        if scaler is not None and scaling.overflowed(self._runtime.parameters):
+            scaling.overflow(self._runtime.parameters)
+        self._losses = step.parts
         return step.loss
+
+    def _opened(self, batch: Batch, seed: int) -> Step:
+        """The batch in parts, each where it is needed; without targets none."""
+        parts = self.schedule.micro_batches, self.schedule.slices
+        if batch.inputs is None:
+            raise BatchError("got no inputs: only other ranks' may be None")
+        inputs = split("inputs", batch.inputs, *parts)
+        labels: list[list[Value]] = []
+        scale: list[list[float | None]] = [[None] * parts[1] for _ in range(parts[0])]
+        if batch.targets is None:
+            size = size_of("inputs", batch.inputs, parts[1])
+        else:
+            size = check_pairs(batch.inputs, batch.targets, parts[1])
+            labels = split("targets", batch.targets, *parts)
+            scale = factors(labels, self._loss_scale, *size)
+        step = Step(seed, self._sent(inputs, 0), self._sent(labels, -1), scale)
+        step.keywords = self._keywords(batch.keywords, size)
+        step.scaler = batch.scaler
+        return step
+
+    @property
+    def losses(self) -> list[Tensor]:
+        """What each micro-batch added to the loss of the last step or `evaluate`.
+
+        They sum to it, in this order; where there are slices, one for each of these.
+
+        Raises:
+            ParameterError: there was none.
+        """
+        if not self._losses:
+            raise ParameterError("there are no losses yet: call step or evaluate")
+        return self._losses
+
+    def evaluate(
+        self,
+        inputs: Value | None,
+        targets: Value | None,
+        *,
+        keywords: Mapping[str, Any] = NO_KEYWORDS,
+    ) -> Tensor:
+        """The loss of one batch, without gradients and without recomputation.
+
+        All modules are in eval mode meanwhile. Of several ranks all call it, with
+        what they give to `step`.
+
+        Args:
+            inputs: as for `step`.
+            targets: likewise.
+            keywords: likewise.
+
+        Returns:
+            The batch's loss, as `step` would have it.
+
+        Raises:
+            BatchError, LossError, ModelError, StepError, RankError: as `step`.
+        """
+        if self._ranked is None and targets is None:
+            raise BatchError("evaluate needs targets; predict does without")
+        done = self._forward(Batch(inputs, targets, keywords), with_targets=True)
+        self._losses = done.parts
+        return done.loss
+
+    def predict(
+        self, inputs: Value | None, *, keywords: Mapping[str, Any] = NO_KEYWORDS
+    ) -> Value | None:
+        """What the last stage makes of one batch, as `evaluate` runs it.
+
+        Args:
+            inputs: as for `step`.
+            keywords: likewise.
+
+        Returns:
+            The outputs of all micro-batches, joined: tensors by rows, scalars to one
+            number for each, and of what is no tensor a list of each one's. None on
+            ranks without the last stage; where several have it, of their own
+            micro-batches.
+
+        Raises:
+            BatchError, ModelError, StepError, RankError: as `step`.
+        """
+        done = self._forward(Batch(inputs, None, keywords), with_targets=False)
+        found = [parts for parts in done.outputs if parts[0] is not None]
+        return joined(found) if found else None
+
+    def _forward(self, batch: Batch, *, with_targets: bool) -> Step:
+        """The forwards alone."""
+        stages = self._runtime.stages
+        modules = [module for stage in stages for module in stage.modules]
+        with (
+            evaluating(modules),
+            torch.no_grad(),
+            step_seed(list(set(self._devices))) as seed,
+        ):
+            if self._ranked is not None:
+                with self._ranked.grid.ranks.together("the evaluation"):
+                    return self._ranked.forward(
+                        self._runtime, seed, batch, with_targets=with_targets
+                    )
+            step = self._opened(batch, seed)
+            self._runtime.forward(step)
+            return step
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> float:
+        """Clip the norm of all gradients of the model, those of other ranks included.
+
+        As `torch.nn.utils.clip_grad_norm_` on the whole model: each parameter counts
+        once, however many stages, replicas or ranks hold it. Of several ranks all call
+        it.
+
+        Args:
+            max_norm: what the norm is at most afterwards.
+            norm_type: 2 for the Euclidean, `math.inf` for the largest entry.
+
+        Returns:
+            The norm before, the same on every rank.
+
+        Raises:
+            ParameterError: a norm that is not above 0.
+            RankError: as `step`.
+        """
+        clipping.check_norm(max_norm, norm_type)
+        parameters = self._runtime.parameters
+        if self._ranked is None:
+            found = clipping.norms(parameters, norm_type)
+        else:
+            with self._ranked.grid.ranks.together("clipping"):
+                found = self._ranked.norms(norm_type)
+        norm = clipping.total(found, norm_type)
+        clipping.scale(parameters, norm, max_norm)
+        return norm
+
+    def _keywords(
+        self, keywords: Mapping[str, Any], size: tuple[int, int]
+    ) -> dict[torch.device, list[list[dict[str, Any]]]]:
+        """On each device, those of each slice."""
+        if not keywords:
+            return {}
+        taken = self._runtime.takes_keywords
+        if unknown := sorted(keywords.keys() - taken):
+            raise BatchError(no_unit_takes(unknown, taken))
+        parts = self.schedule.micro_batches, self.schedule.slices
+        cut = split_keywords(keywords, *size, parts)
+        return {device: placed(cut, device) for device in set(self._devices)}
 
     def _step_of(
         self,
         ranked: Ranked,
-        inputs: Value | None,
-        targets: Value | None,
+        batch: Batch,
         record: bool,
     ) -> Tensor:
         """This rank's part of a step."""
         with (
-            ranked.ranks.together("the step"),
+            ranked.grid.ranks.together("the step"),
             torch.enable_grad(),
             step_seed(list(set(self._devices))) as seed,
         ):
             if record:
-                step, start, end = ranked.timed_step(
-                    self._runtime, seed, inputs, targets
-                )
+                step, start, end = ranked.timed_step(self._runtime, seed, batch)
                 shares = _shares(self.program)
                 self._trace = Trace(
                     self.program, Timetable(start, end), "measured", shares
                 )
             else:
-                step = ranked.step(self._runtime, seed, inputs, targets)
-            if inputs is not None:
-                _pass_on(inputs, step)
+                step = ranked.step(self._runtime, seed, batch)
+            if batch.inputs is not None:
+                _pass_on(unmarked(batch.inputs), step)
+            if batch.scaler is not None:
+                scaling.ready(batch.scaler, self._devices[ranked.grid.device])
+                parameters = self._runtime.parameters
+                if ranked.anywhere(scaling.overflowed(parameters)):
+                    scaling.overflow(parameters)
+        self._losses = step.parts
         return step.loss
 
     def _sent(self, batch: list[list[Value]], stage: int) -> list[list[Value]]:
@@ -257,7 +446,7 @@ class Pipeline:
         pipes = self.schedule.placement.pipes
         homes = [pipes[pipe][stage] for pipe in self.schedule.pipe_of.tolist()]
         return [
-            [_to(value, self._devices[home]) for value in slices]
+            [placed(value, self._devices[home]) for value in slices]
             for home, slices in zip(homes, batch)
         ]
 
@@ -266,6 +455,14 @@ class Pipeline:
         notes = (SHARED_PROCESSOR,) if self._shared else ()
         times = Timetable(np.array(start), np.array(end))
         return Trace(self.program, times, "measured", _shares(self.program), notes)
+
+
+def _grid_of(ranks: Ranks | Along | bool, data_parallel: Along | int) -> Grid | None:
+    if ranks is not False:
+        return Grid.of(ranks, data_parallel)
+    if data_parallel != 1:
+        raise ParameterError("data_parallel needs ranks: replicas are processes")
+    return None
 
 
 def _torch_devices(
@@ -320,7 +517,9 @@ def _place(
     return homes
 
 
-def _refuse_shared(schedule: Schedule, homes: Mapping[tuple[int, int], Stage]) -> None:
+def _refuse_shared(
+    schedule: Schedule, homes: Mapping[tuple[int, int], Stage], replicas: int = 1
+) -> None:
     """Refuse a parameter of two stages that could not have one gradient."""
     owner: dict[int, Stage] = {}
     for stage in homes.values():
@@ -335,18 +534,14 @@ def _refuse_shared(schedule: Schedule, homes: Mapping[tuple[int, int], Stage]) -
                     f"{both} across {first.device} and {stage.device}: put both on one "
                     "device, or untie them"
                 )
-            if any(len(holders(schedule, s.number)) > 1 for s in (first, stage)):
+            if replicas > 1 or any(
+                len(holders(schedule, s.number)) > 1 for s in (first, stage)
+            ):
                 raise ModelError(
                     f"{both}, and several devices hold replicas of a stage: its "
                     "gradient would be reduced twice; untie them, or use a schedule of "
-                    "one pipe"
+                    "one pipe, without data_parallel"
                 )
-
-
-def _to(value: Value, device: torch.device) -> Value:
-    if isinstance(value, tuple):
-        return tuple(copied(tensor, device) for tensor in value)
-    return copied(value, device)
 
 
 def _pass_on(inputs: Value, step: Step) -> None:
@@ -354,7 +549,7 @@ def _pass_on(inputs: Value, step: Step) -> None:
     if all(grad is None for slices in step.input_grads for grad in slices):
         return
     for place, tensor in enumerate(flat(inputs)):
-        if not tensor.requires_grad:
+        if not (isinstance(tensor, Tensor) and tensor.requires_grad):
             continue
         whole = [
             torch.cat([_grad(*pair, place).to(tensor.device) for pair in zip(*of)], 1)

@@ -1,91 +1,225 @@
-"""REDUCE between ranks: every holder gets every other's sums, and adds in one order.
+"""REDUCE between ranks: a stage's gradient is summed while the pipeline drains.
 
-    rank 0   B0 + B2 ──▶ rank 3          both: (B0 + B2) + (B1 + B3) ──▶ .grad
-    rank 3   B1 + B3 ──▶ rank 0
+    rank 0   g = B0 + B2 + …   ── all to all ─▶  slice 0 of every g, summed ──┐
+    rank 2   g = B1 + B3 + …                     slice 1 of every g, summed ──┤
+                                                              ◀── all gather ─┘
+    .grad += slice 0, slice 1
 
-The sum is that of one process, bit by bit: in the order of the devices. Each holder
-sends its own gradients to each other, which for the two replicas of bidirectional
-schedules is as little as any all-reduce would send.
+Each of the ranks that hold a stage sums one slice of its gradient, in the order of the
+ranks, and all gather the slices. So the sum is one bit by bit, the same on all ranks
+and that of one process, for any number of them; and each sends 2 (k-1)/k gradients,
+as little as any all-reduce does.
+
+A thread does it, in the order in which the program says REDUCE, which is one on all
+ranks; the step goes on meanwhile, and waits before it returns.
+
+A gradient that one of the ranks does not have (its micro-batches' losses do not
+count) is a negative zero there: adding it changes no bit, as +0 would that of -0.
 """
 
 from __future__ import annotations
 
-import json
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from queue import SimpleQueue
+from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import Backend
 
-from pipeproof.exec.replicas import Sums, add_up
-from pipeproof.exec.transport import TextWire, Wait, Wire, as_bytes
+from pipeproof.exec.group import Ranks
+from pipeproof.exec.replicas import Owner, Sums, accumulate
+from pipeproof.exec.wires import NEVER
+
+Gradients = list[Tensor | None]
 
 
 class Reducer:
     """One rank's part in the reductions of one pipeline.
 
     Args:
-        rank: this one.
-        out: the wire to each other holder of a stage that this rank holds.
-        into: the wire from each.
-        headers: texts to and from each.
-        wait: as `Ranks.wait`.
+        groups: of each stage whose gradient is summed, the communicator of the ranks
+            that hold it, in ascending order.
+        device: where this rank's tensors lie.
+        ranks: that share it.
+
+    Attributes:
+        stages: whose gradients are summed.
     """
 
     def __init__(
         self,
-        rank: int,
-        out: Mapping[int, Wire],
-        into: Mapping[int, Wire],
-        headers: Mapping[int, TextWire],
-        wait: Wait,
+        groups: Mapping[int, Backend],
+        device: torch.device,
+        ranks: Ranks,
     ) -> None:
-        self._rank, self._out, self._into = rank, out, into
-        self._headers, self._wait = headers, wait
+        self._groups, self._device, self._ranks = groups, device, ranks
+        self._begun: list[_Reduction] = []
+        self._done: list[tuple[int, float, float]] = []
+        self._queue: SimpleQueue[_Reduction | None] = SimpleQueue()
 
-    def reduce(self, stage: int, holders: Sequence[int], sums: Sums) -> None:
-        """Add the sums of all holders to `.grad`, in the order of the devices.
+    @property
+    def stages(self) -> frozenset[int]:
+        """Whose gradients are summed."""
+        return frozenset(self._groups)
+
+    def begin(self, index: int, stage: int, sums: Sums) -> None:
+        """Start to sum.
 
         Args:
-            stage: whose gradients.
-            holders: the ranks that have some, in ascending order.
-            sums: of this one; used up.
+            index: of the instruction.
+            stage: whose gradient.
+            sums: of this rank; taken over.
         """
-        what = f"the gradients of stage {stage}"
-        others = [rank for rank in holders if rank != self._rank]
-        pairs = zip(sums.grads, sums.stage.parameters)
-        ours = [None if grad is None else laid_out(grad, like) for grad, like in pairs]
-        under_way = []
-        for peer in others:
-            there = [grad is not None for grad in ours]
-            under_way += self._headers[peer].send(json.dumps(there))
-            for grad in ours:
-                if grad is not None and grad.numel():
-                    under_way.append(self._out[peer].send(as_bytes(grad)))
-        parts = {self._rank: sums}
-        for peer in others:
-            parts[peer] = self._received(peer, sums, what)
-        # Only then, since what is being sent is added to.
-        for pending in under_way:
-            self._wait(pending, what)
-        add_up([parts[rank] for rank in holders])
+        reduction = _Reduction(index, sums.stage, sums.taken(), self._groups[stage])
+        if self._device.type == "cuda":
+            reduction.event = torch.cuda.current_stream(self._device).record_event()
+        if not self._begun:
+            self._queue = SimpleQueue()
+            arguments = self._queue, self._device
+            threading.Thread(target=_serve, args=arguments, daemon=True).start()
+        self._begun.append(reduction)
+        self._queue.put(reduction)
 
-    def _received(self, peer: int, like: Sums, what: str) -> Sums:
-        there = json.loads(self._headers[peer].receive(what))
-        result = Sums(like.stage)
-        pending = []
-        for number, parameter in enumerate(like.stage.parameters):
-            if there[number]:
-                grad = torch.empty_like(parameter, requires_grad=False)
-                result.grads[number] = grad
-                if grad.numel():
-                    pending.append(self._into[peer].receive(as_bytes(grad)))
-        for each in pending:
-            self._wait(each, what)
-        return result
+    def finish(self) -> None:
+        """Wait for all sums, and add each to `.grad`.
+
+        Raises:
+            RankError: as `Ranks.wait`.
+        """
+        self._queue.put(None)
+        for one in self._begun:
+            what = f"the gradients of stage {one.stage.number}"
+            self._ranks.wait_for(one.done, what)
+            if one.error is not None:
+                self._ranks.broken(one.error, what)
+            if one.event is not None:
+                compute = torch.cuda.current_stream(self._device)
+                compute.wait_event(one.event)
+                for grad in one.grads:
+                    if grad is not None:
+                        grad.record_stream(compute)
+            accumulate(one.stage.parameters, one.grads)
+        self._done = [(one.index, one.began, one.ended) for one in self._begun]
+        self._begun.clear()
+
+    def forget(self) -> None:
+        """Let go of the sums of a step that broke off."""
+        self._queue.put(None)
+        self._begun.clear()
+
+    def times(self) -> list[tuple[int, float, float]]:
+        """When the last step's reductions began and ended, by `perf_counter`."""
+        return self._done
 
 
-def laid_out(grad: Tensor, parameter: Tensor) -> Tensor:
-    """A gradient laid out as its parameter, so that the other side knows how."""
-    if grad.stride() == parameter.stride():
-        return grad
-    return torch.empty_like(parameter, requires_grad=False).copy_(grad)
+class _Reduction:
+    """One stage's, under way.
+
+    Attributes:
+        index: of the instruction.
+        stage: whose parameters.
+        grads: of this rank, and in the end the sums.
+        group: of the ranks that hold it.
+        event: on a GPU, when the gradients, and in the end the sums, are there.
+        done: set at the end.
+        error: why there are no sums.
+    """
+
+    def __init__(self, index: int, stage: Owner, grads: Gradients, group: Any) -> None:
+        self.index, self.stage, self.grads, self.group = index, stage, grads, group
+        self.event: torch.cuda.Event | None = None
+        self.done = threading.Event()
+        self.error: Exception | None = None
+        self.began = self.ended = perf_counter()
+
+    def run(self, device: torch.device) -> None:
+        """All of it, in a thread that may wait."""
+        if not self.grads:
+            return
+        size = self.group.size()
+        there = torch.tensor([grad is not None for grad in self.grads], device=device)
+        said = torch.empty(size * len(there), dtype=torch.bool, device=device)
+        self._finish(self.group._allgather_base(_bytes(said), _bytes(there)))
+        known = said.view(size, -1).any(0).tolist()
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for number, parameter in enumerate(self.stage.parameters):
+            if known[number]:
+                # Gradients of halves may be summed in float32: `grad_dtype`.
+                dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
+                by_dtype.setdefault(dtype, []).append(number)
+        for dtype, numbers in by_dtype.items():
+            self._sum(dtype, numbers, device)
+
+    def _sum(
+        self, dtype: torch.dtype, numbers: Sequence[int], device: torch.device
+    ) -> None:
+        """The gradients of these parameters, which are of one type."""
+        parameters = [self.stage.parameters[number] for number in numbers]
+        size, count = self.group.size(), sum(p.numel() for p in parameters)
+        part = -(-count // size)
+        nothing = complex(-0.0, -0.0) if dtype.is_complex else -0.0
+        whole = torch.full((part * size,), nothing, dtype=dtype, device=device)
+        places = []
+        first = 0
+        for number, parameter in zip(numbers, parameters):
+            place = _laid_out_as(parameter, whole, first)
+            places.append(place)
+            first += parameter.numel()
+            if (grad := self.grads[number]) is not None:
+                place.copy_(grad)
+                self.grads[number] = None
+        if count:
+            self._add_up(whole, part)
+        for number, place in zip(numbers, places):
+            self.grads[number] = place
+
+    def _add_up(self, whole: Tensor, part: int) -> None:
+        """A row of numbers of each rank → their sum on all, in place."""
+        slices = torch.empty_like(whole)
+        self._finish(self.group.alltoall_base(_bytes(slices), _bytes(whole), [], []))
+        total, *others = slices.view(-1, part)
+        for other in others:
+            total += other
+        self._finish(self.group._allgather_base(_bytes(whole), _bytes(total)))
+
+    def _finish(self, work: Any) -> None:
+        # NCCL's waits hold up the host if they are given a deadline.
+        work.wait() if self.group.name() == "nccl" else work.wait(NEVER)
+
+
+def _laid_out_as(parameter: Tensor, whole: Tensor, first: int) -> Tensor:
+    """A part of a row of numbers, as a gradient of this parameter."""
+    strides = torch.empty_like(parameter, device="meta").stride()
+    return whole.as_strided(parameter.shape, strides, first)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8)
+
+
+def _serve(queue: SimpleQueue[_Reduction | None], device: torch.device) -> None:
+    # On a GPU, waits order a stream: not the one that computes.
+    stream: Any = None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    while (one := queue.get()) is not None:
+        try:
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                if one.event is not None:
+                    stream.wait_event(one.event)
+                    for grad in one.grads:
+                        if grad is not None:
+                            grad.record_stream(stream)
+                one.run(device)
+                if one.event is not None:
+                    one.event = stream.record_event()
+        except Exception as error:
+            one.error = error
+        one.ended = perf_counter()
+        one.done.set()
+        del one

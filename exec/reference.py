@@ -7,23 +7,34 @@ randomness, and the weights of the losses, since those define the question.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeproof.exec.batch import (
+    NO_KEYWORDS,
     LossFn,
     LossScale,
     Value,
     check_pairs,
     check_scale,
     factors,
+    no_unit_takes,
     split,
+    split_keywords,
 )
-from pipeproof.exec.rng import generators, key, seed, step_seed
-from pipeproof.exec.stage import StageModule, check_sliced, takes_carry, units_of
+from pipeproof.exec.batch_norm import deferred
+from pipeproof.exec.errors import BatchError
+from pipeproof.exec.rng import generators, key, of_replica, seed, step_seed
+from pipeproof.exec.stage import (
+    StageModule,
+    check_sliced,
+    keywords_of,
+    takes_carry,
+    units_of,
+)
 from pipeproof.sched import Kind, Schedule
 
 Gradients = list[Tensor | None]
@@ -38,6 +49,8 @@ def reference(
     targets: Value,
     *,
     loss_scale: LossScale = "rows",
+    keywords: Mapping[str, Any] = NO_KEYWORDS,
+    replica: int = 0,
 ) -> Tensor:
     """A plain loop over micro-batches, with the schedule's order of summation.
 
@@ -58,6 +71,10 @@ def reference(
         inputs: as for `Pipeline.step`.
         targets: likewise.
         loss_scale: as for `Pipeline`.
+        keywords: as for `Pipeline.step`.
+        replica: with data parallelism, whose randomness. What a replica adds to
+            the gradient is that of its own rows with losses that sum to its share;
+            the gradient is the sum of these in the order of the replicas.
 
     Returns:
         The batch's loss, a detached scalar. Gradients are added to `.grad`.
@@ -67,11 +84,16 @@ def reference(
     """
     check_scale(loss_scale)
     schedule.report.raise_if_bad()
-    check_pairs(inputs, targets, schedule.slices)
+    size = check_pairs(inputs, targets, schedule.slices)
     batch = split("inputs", inputs, schedule.micro_batches, schedule.slices)
     labels = split("targets", targets, schedule.micro_batches, schedule.slices)
-    scale = factors(batch, labels, loss_scale)
+    scale = factors(labels, loss_scale, *size)
     units = [unit for stage in stages for unit in units_of(stage)]
+    parts = schedule.micro_batches, schedule.slices
+    further = split_keywords(keywords, *size, parts)
+    taken = frozenset[str]().union(*map(keywords_of, units))
+    if unknown := sorted(keywords.keys() - taken):
+        raise BatchError(no_unit_takes(unknown, taken))
     if schedule.slices > 1:
         check_sliced(units)
     owners = _owners(stages)
@@ -79,13 +101,16 @@ def reference(
     device = parameters[0].device if parameters else torch.device("cpu")
     losses: dict[int, list[Tensor]] = {}
     grads: dict[tuple[int, int], Gradients] = {}
-    with torch.enable_grad(), step_seed([device]) as step:
+    with torch.enable_grad(), step_seed([device]) as seed_of_all:
+        step = of_replica(seed_of_all, replica)
         sources = generators(device)
         for number in _forward_order(schedule):
-            one = _MicroBatch(units, loss_fn, sources, step, number)
+            one = _MicroBatch(units, loss_fn, sources, step, number, further[number])
             losses[number] = one.forward(batch[number], labels[number], scale[number])
             for part, found in enumerate(one.backward(parameters)):
                 grads[number, part] = found
+    for norm in deferred(module for unit in units for module in unit.modules()):
+        norm.move()
     order = _backward_order(schedule)
     for place, (parameter, stage) in enumerate(owners):
         chains = [[grads[of][place] for of in chain] for chain in order[stage]]
@@ -107,6 +132,7 @@ class _MicroBatch:
         sources: generators to seed.
         step: the step's seed.
         number: of the micro-batch.
+        keywords: of its slices.
     """
 
     def __init__(
@@ -116,10 +142,11 @@ class _MicroBatch:
         sources: Sequence[torch.Generator],
         step: int,
         number: int,
+        keywords: list[dict[str, Any]],
     ) -> None:
         self._units, self._loss_fn = units, loss_fn
         self._step, self._number = step, number
-        self._sources = sources
+        self._sources, self._keywords = sources, keywords
         self._slices: list[tuple[Tensor | None, list[Tensor], list[Tensor]]] = []
 
     def forward(
@@ -150,11 +177,13 @@ class _MicroBatch:
         left: dict[int, Any] = {}
         for number, unit in enumerate(self._units):
             self._seed(number, part)
+            names = keywords_of(unit) & self._keywords[part].keys()
+            given = {name: self._keywords[part][name] for name in names}
             if carry is not None and takes_carry(unit):
-                value, carried = unit(value, carry.get(number, ()))
+                value, carried = unit(value, carry.get(number, ()), **given)
                 left[number] = _aside(carried)
             else:
-                value = unit(value)
+                value = unit(value, **given)
         return value, left
 
     def _seed(self, unit: int, part: int) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,18 @@ from pipeproof.exec.stage import Stage, StageModule
 Run = Callable[[], None]
 
 
+class Owner(Protocol):
+    """A stage, or what else has parameters whose gradients are summed."""
+
+    @property
+    def number(self) -> int | str:
+        """To say which."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """In an order that all that hold them have."""
+
+
 class Sums:
     """The gradients of one stage on one device of the schedule, in this step.
 
@@ -34,13 +47,19 @@ class Sums:
         stage: as that device holds it.
     """
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Owner) -> None:
         self.stage = stage
         self.begin()
 
     def begin(self) -> None:
         """Nothing is summed yet."""
         self.grads: list[Tensor | None] = [None] * len(self.stage.parameters)
+
+    def taken(self) -> list[Tensor | None]:
+        """What is summed; here nothing is any more."""
+        grads = self.grads
+        self.begin()
+        return grads
 
     def around(self, run: Run) -> Run:
         """A backward that adds to these sums instead of to `.grad`."""
@@ -66,20 +85,32 @@ def add_up(parts: Sequence[Sums]) -> None:
     Args:
         parts: of the devices, in ascending order; used up.
     """
-    for number, parameter in enumerate(parts[0].stage.original.parameters):
-        found = [part.grads[number] for part in parts]
-        there = [grad for grad in found if grad is not None]
-        if not there:
+    stage = parts[0].stage
+    assert isinstance(stage, Stage)
+    parameters = stage.original.parameters
+    found = list(zip(*(part.taken() for part in parts)))
+    accumulate(parameters, list(map(_total, parameters, found)))
+
+
+def _total(parameter: Tensor, found: Sequence[Tensor | None]) -> Tensor | None:
+    there = [grad for grad in found if grad is not None]
+    if not there:
+        return None
+    total = there[0].to(parameter.device)
+    for grad in there[1:]:
+        total += grad.to(parameter.device)
+    return total
+
+
+def accumulate(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Add to `.grad`, as a backward does; what is given may become it."""
+    for parameter, grad in zip(parameters, grads, strict=True):
+        if grad is None:
             continue
-        total = there[0].to(parameter.device)
-        for grad in there[1:]:
-            total += grad.to(parameter.device)
         if parameter.grad is None:
-            parameter.grad = total
+            parameter.grad = grad
         else:
-            parameter.grad += total
-    for part in parts:
-        part.begin()
+            parameter.grad += grad
 
 
 class Replica(Stage):

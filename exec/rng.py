@@ -40,6 +40,16 @@ def key(step_seed: int, unit: int, micro_batch: int, part: int = 0) -> int:
     return z ^ (z >> 31)
 
 
+def of_replica(step_seed: int, replica: int) -> int:
+    """The seed of one of several replicas of a pipeline, each with masks of its own.
+
+    Args:
+        step_seed: that all share; that of replica 0.
+        replica: its number.
+    """
+    return step_seed if not replica else key(step_seed, -1, -1, replica)
+
+
 def generators(device: torch.device) -> list[torch.Generator]:
     """The default generators that code on this device draws from."""
     result = [torch.default_generator]

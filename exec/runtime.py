@@ -7,7 +7,7 @@ needs. `bind.py` says what an operation does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,17 +20,24 @@ from pipeproof.exec.bind import Binder, Homes, holders
 from pipeproof.exec.clock import Clock
 from pipeproof.exec.errors import RankError, StepError
 from pipeproof.exec.replicas import Run, Sums, add_up
+from pipeproof.exec.sharded import Sharded
+from pipeproof.exec.stash import Copies, Place
 from pipeproof.exec.step import Step
-from pipeproof.sched import Action, Kind, Op, Program
+from pipeproof.sched import Action, BufferKind, Kind, Op, Program, Schedule
 from pipeproof.sched.errors import PipeproofError
-from pipeproof.sched.program import Instruction, Message
+from pipeproof.sched.program import Instruction, Message, MessageKind
+
+HALF_DONE = (
+    "\nGradients of some micro-batches are in .grad and others are not: zero them "
+    "before the next step."
+)
 
 
 class Transport(Protocol):
     """Takes what a device hands to one in another process."""
 
     def send(self, message: Message, value: Any) -> None:
-        """Take a tensor, a tuple of them, or None for a gradient that is none."""
+        """Take a value, or a value's gradients."""
 
     def post(self, message: Message) -> None:
         """Get ready to receive: its slot is free."""
@@ -45,6 +52,21 @@ class Transport(Protocol):
         """Let go of everything of a step."""
 
 
+class Reduction(Protocol):
+    """Sums the gradients of stages over the processes that hold them."""
+
+    @property
+    def stages(self) -> frozenset[int]:
+        """Whose."""
+
+    def begin(self, index: int, stage: int, sums: Sums) -> None:
+        """Take over what is summed here; `.grad` has the total after the step."""
+
+
+Lend = Callable[[str], Place]
+"""Gives a place in another process's memory for what the text says."""
+
+
 class Runtime:
     """Runs the steps of a program.
 
@@ -57,11 +79,16 @@ class Runtime:
         mine: the schedule's devices that this process runs; default all.
         transport: between processes; None where all devices are in this one, and a
             send puts the tensor where the receive wants it.
-        reduce: (stage, its devices, the sums of the one here): REDUCE, where the
-            other devices are not in this process.
+        reduction: REDUCE, where others that hold the stage are in other processes.
+        sharded: by stage, those that torch shards.
+        lend: where OFFLOADs to another device's memory go, where that is not in
+            this process.
 
     Attributes:
         here: the instructions that this process runs.
+        stages: that run here.
+        parameters: of these, each once; the user's own.
+        takes_keywords: names of keyword inputs that any unit here takes.
         clock: of the last timed step.
     """
 
@@ -74,23 +101,34 @@ class Runtime:
         *,
         mine: Collection[int] | None = None,
         transport: Transport | None = None,
-        reduce: Callable[[int, list[int], Sums], None] | None = None,
+        reduction: Reduction | None = None,
+        lend: Lend | None = None,
+        sharded: Mapping[int, Sharded] | None = None,
     ) -> None:
         self._program = program
         self._devices = devices
-        self._stages = list({id(stage): stage for stage in homes.values()}.values())
+        self.stages = list({id(stage): stage for stage in homes.values()}.values())
+        self.parameters = list(
+            {id(p): p for s in self.stages for p in s.original.parameters}.values()
+        )
+        self.takes_keywords = frozenset[str]().union(
+            *(stage.takes_keywords for stage in self.stages)
+        )
         self._transport = transport
-        self._reduce = reduce
+        self._reduction, self._lend = reduction, lend
+        self._sharded = sharded or {}
+        self._last_backward = _last_backwards(program.schedule, self._sharded)
         self.clock: Clock
         schedule = program.schedule
         # Where several devices hold a stage, each sums its gradients for itself.
+        elsewhere = frozenset[int]() if reduction is None else reduction.stages
         self._sums = {
             (stage, device): Sums(home)
             for (stage, device), home in homes.items()
-            if len(holders(schedule, stage)) > 1
+            if len(holders(schedule, stage)) > 1 or stage in elsewhere
         }
         self._binder = Binder(program, homes, loss_fn)
-        self._reader = {} if transport is None else _readers(program)
+        self._reader = {} if transport is None else readers(program)
         reductions = np.flatnonzero(program.action == Action.REDUCE).tolist()
         self._last_reduce = {program[i].ops[0].stage: i for i in reductions}
         mine = range(schedule.devices) if mine is None else mine
@@ -99,6 +137,7 @@ class Runtime:
             (index, self._bind(program[index])) for index in self.here
         ]
         self._busy = [(i, run) for i, run in self._runs if run is not _nothing]
+        self._forwards: tuple[list[tuple[int, Run]], list[Message]] | None = None
 
     def run(self, step: Step) -> None:
         """All instructions, in the program's order.
@@ -112,6 +151,7 @@ class Runtime:
         try:
             for index, run in self._busy:  # noqa: B007
                 run()
+            self._complete()
         except RankError:  # says where by itself
             raise
         except Exception as error:
@@ -122,7 +162,7 @@ class Runtime:
     def run_timed(self, step: Step) -> tuple[list[float], list[float]]:
         """As `run`; when each instruction started and ended, in seconds."""
         index = -1
-        clock = self.clock = Clock([stage.device for stage in self._stages])
+        clock = self.clock = Clock([stage.device for stage in self.stages])
         device_of = [self._device(i) for i in range(len(self._program))]
         self._begin(step)
         try:
@@ -130,6 +170,7 @@ class Runtime:
                 clock.mark(device_of[index])
                 run()
                 clock.mark(device_of[index])
+            self._complete()
         except RankError:  # says where by itself
             raise
         except Exception as error:
@@ -142,10 +183,101 @@ class Runtime:
         self._binder.step = step
         self._binder.autocast = any(
             torch.is_autocast_enabled(device.type)
-            for device in {stage.device for stage in self._stages}
+            for device in {stage.device for stage in self.stages}
         )
-        for stage in self._stages:
+        for stage in self.stages:
             stage.begin()
+        for sharded in self._sharded.values():
+            sharded.begin()
+
+    def _complete(self) -> None:
+        for stage in self.stages:
+            stage.complete()
+
+    def forward(self, step: Step) -> None:
+        """The forwards alone, without gradients; outputs go into the step.
+
+        Raises:
+            StepError: as `run`.
+        """
+        if self._forwards is None:
+            self._forwards = self._bind_forwards()
+        forwards, awaited = self._forwards
+        index = -1
+        self._begin(step)
+        try:
+            with torch.no_grad():
+                for index, run in forwards:  # noqa: B007
+                    run()
+                for message in awaited:
+                    assert self._transport is not None
+                    self._transport.finish(message)
+        except RankError:  # says where by itself
+            raise
+        except Exception as error:
+            raise self._broken(index, error, "") from error
+        finally:
+            self._end()
+
+    def _bind_forwards(self) -> tuple[list[tuple[int, Run]], list[Message]]:
+        """The part of the program that leads to outputs, and what is posted in groups.
+
+        Nobody waits for what else a group has, so what was sent in one is waited for
+        at the end.
+        """
+        program = self._program
+        runs: list[tuple[int, Run]] = []
+        awaited = []
+        for index in self.here:
+            instruction = program[index]
+            message = instruction.message
+            run: Run
+            match instruction.action:
+                case Action.COMPUTE:
+                    forwards = [op for op in instruction.ops if op.kind == Kind.F]
+                    bound = [
+                        self._binder.bind_output(op, instruction) for op in forwards
+                    ]
+                    run = partial(_in_turn, bound)
+                    if not bound:
+                        continue
+                    if self._transport is not None and index in self._reader:
+                        run = self._taking_outputs(self._reader[index], run)
+                case Action.SEND | Action.RECV:
+                    assert message is not None
+                    if message.kind != MessageKind.ACTIVATION:
+                        continue
+                    run = self._bind_action(instruction)
+                    if instruction.action == Action.SEND and any(
+                        program.action[other] == Action.RECV
+                        for other in program.posted_with(index)
+                    ):
+                        awaited.append(message)
+                case Action.LOCAL:
+                    if instruction.reads[0].kind != BufferKind.OUTPUT:
+                        continue
+                    run = self._bind_handing_over(instruction)
+                case _:
+                    continue
+            runs.append((index, run))
+        return runs, awaited if self._transport is not None else []
+
+    def _taking_outputs(self, arriving: list[int], run: Run) -> Run:
+        transport, values = self._transport, self._binder.values
+        assert transport is not None
+        messages = map(self._program.message_at, arriving)
+        pairs = [
+            (message, self._program.writes[message.recv][0])
+            for message in messages
+            if message.kind == MessageKind.ACTIVATION
+        ]
+
+        def taking() -> None:
+            for message, write in pairs:
+                values[write] = transport.take(message)
+            run()
+
+        return taking
 
     def _end(self) -> None:
         """Let go of every tensor of the step, whether or not it came to its end."""
@@ -158,7 +290,7 @@ class Runtime:
     def _device(self, index: int) -> torch.device:
         return self._devices[int(self._program.device[index])]
 
-    def _broken(self, index: int, error: Exception) -> Exception:
+    def _broken(self, index: int, error: Exception, then: str = HALF_DONE) -> Exception:
         instruction = self._program[index]
         if instruction.ops:
             op = instruction.ops[0]
@@ -166,11 +298,7 @@ class Runtime:
         else:
             where = f"{instruction.label} ("
         where += f"{', ' if instruction.ops else ''}device {self._device(index)})"
-        text = (
-            f"the step broke off at {where}: {type(error).__name__}: {error}\n"
-            "Gradients of some micro-batches are in .grad and others are not: zero "
-            "them before the next step."
-        )
+        text = f"the step broke off at {where}: {type(error).__name__}: {error}{then}"
         return (
             type(error)(text) if isinstance(error, PipeproofError) else StepError(text)
         )
@@ -234,6 +362,8 @@ class Runtime:
 
     def _bind_op(self, op: Op, instruction: Instruction) -> Run:
         run = self._binder.bind(op, instruction)
+        if self._last_backward.get(op.stage) == op:
+            return self._sharded[op.stage].before_last(run)
         sums = self._sums.get((op.stage, instruction.stream.device))
         if sums is None or op.kind not in (Kind.B, Kind.I, Kind.W):
             return run
@@ -289,10 +419,15 @@ class Runtime:
         of, stashes = (op.stage, op.micro_batch, op.slice), self._binder.stashes
         hand_over = self._bind_handing_over(instruction)
         target = self._program.schedule.offload_to[device]
-        place = torch.device("cpu") if target is None else self._devices[target]
+        place: Callable[[], Place]
+        if target is not None and self._lend is not None:
+            place = partial(self._lend, instruction.label)
+        else:
+            away = torch.device("cpu") if target is None else self._devices[target]
+            place = partial(Copies, self._devices[device], away)
 
         def offload() -> None:
-            stashes[of].offload(place, self._binder.leaves(op, instruction))
+            stashes[of].offload(place(), self._binder.leaves(op, instruction))
             hand_over()
 
         def reload() -> None:
@@ -305,9 +440,10 @@ class Runtime:
         """The last REDUCE of a stage sums; one device alone has nothing to sum."""
         (op,) = instruction.ops
         held_by = holders(self._program.schedule, op.stage)
-        if self._reduce is not None and len(held_by) > 1:
+        reduction = self._reduction
+        if reduction is not None and op.stage in reduction.stages:
             sums = self._sums[op.stage, instruction.stream.device]
-            return partial(self._reduce, op.stage, held_by, sums)
+            return partial(reduction.begin, instruction.index, op.stage, sums)
         last = self._last_reduce[op.stage] == instruction.index
         if len(held_by) == 1 or not last:
             return _nothing
@@ -315,11 +451,20 @@ class Runtime:
         return partial(add_up, parts)
 
 
+def _last_backwards(schedule: Schedule, stages: Iterable[int]) -> dict[int, Op]:
+    """The last B of each of these stages, which one device holds."""
+    rows = [schedule.row(schedule.placement.pipes[0][stage]) for stage in stages]
+    return {
+        stage: [op for op in row if op.kind == Kind.B and op.stage == stage][-1]
+        for stage, row in zip(stages, rows)
+    }
+
+
 def _nothing() -> None:
     """Where an instruction has nothing left to do."""
 
 
-def _readers(program: Program) -> dict[int, list[int]]:
+def readers(program: Program) -> dict[int, list[int]]:
     """Of each instruction, the messages of which it is the first reader."""
     written = {
         program.writes[recv][0]: i for i, recv in enumerate(program.recv_of.tolist())

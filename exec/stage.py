@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeproof.exec import tensors
-from pipeproof.exec.batch import Value
+from pipeproof.exec.batch import NO_KEYWORDS, Value
+from pipeproof.exec.batch_norm import deferred
 from pipeproof.exec.errors import ModelError
 from pipeproof.exec.rng import generators, key, seed
 from pipeproof.exec.split import Splitter
@@ -111,26 +113,52 @@ def _draws_nothing(unit: nn.Module) -> bool:
     )
 
 
-def carried_on(unit: nn.Module, value: Value, carry: Any) -> tuple[Value, Any]:
+def keywords_of(unit: nn.Module) -> frozenset[str]:
+    """The keyword inputs that a unit takes: parameters of its forward, by name.
+
+    Not the first one, which is its input, nor the carry, nor what `**kwargs` would
+    take without a name.
+    """
+    # torch.compile's wrapper takes anything, and hands it on.
+    forward = getattr(unit, "_orig_mod", unit).forward
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())
+    except (TypeError, ValueError):  # a forward written in C
+        return frozenset()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    positional = [p for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+    own = {p.name for p in positional[: 2 if takes_carry(unit) else 1]}
+    return frozenset(p.name for p in parameters if p.kind in named) - own
+
+
+def carried_on(
+    unit: nn.Module, value: Value, carry: Any, keywords: Mapping[str, Any]
+) -> tuple[Value, Any]:
     """A unit on a slice, with the carry that it takes and the one that it leaves.
 
     Raises:
         ModelError: it returns something else than an output and a carry.
     """
-    found = unit(value, carry)
+    found = unit(value, carry, **keywords)
     if not isinstance(found, tuple) or len(found) != 2:
         raise ModelError(
             f"{type(unit).__name__} takes a carry: called with (input, carry) it must "
             f"return (output, carry), returned {type(found).__name__}"
         )
     output, left = found
-    for tensor in tensors.flat(left):
-        if not isinstance(tensor, Tensor):
-            raise ModelError(
-                f"{type(unit).__name__} leaves a {type(tensor).__name__} in its carry: "
-                "a carry is a tensor, or a tuple of tensors, nested or not"
-            )
+    _check_carry(unit, left)
     return output, tensors.aside(left)
+
+
+def _check_carry(unit: nn.Module, left: Any) -> None:
+    if type(left) is tuple:
+        for part in left:
+            _check_carry(unit, part)
+    elif not isinstance(left, Tensor):
+        raise ModelError(
+            f"{type(unit).__name__} leaves a {type(left).__name__} in its carry: a "
+            "carry is a tensor, or a tuple of tensors, nested or not"
+        )
 
 
 class Stage:
@@ -161,7 +189,8 @@ class Stage:
         if not self.units:
             raise ModelError(f"stage {number} is empty: give it at least one module")
         self.first_unit = first_unit
-        self._plan: list[tuple[int, nn.Module]] = []
+        self._plan: list[tuple[int, nn.Module, frozenset[str]]] = []
+        self._keywords = list(map(keywords_of, self.units))
         self.device = device
         for part in modules:
             part.to(device)
@@ -172,8 +201,10 @@ class Stage:
         self.modules = list(
             {id(m): m for unit in unique for m in unit.modules()}.values()
         )
+        self._deferred = deferred(self.modules)
         self._has_buffers = any(module._buffers for module in self.modules)
         self.carries = sum(map(takes_carry, self.units))
+        self.takes_keywords = frozenset[str]().union(*self._keywords)
         self._generators = generators(device)
         self.splitter = Splitter(self.modules)
         self.changed: set[tuple[int, str]] = set()
@@ -202,14 +233,23 @@ class Stage:
     def begin(self) -> None:
         """Get ready for a step."""
         self._staying = None
+        for norm in self._deferred:
+            norm.forget()
         modes = [module.training for module in self.modules]
         if modes != self._modes:
             self._modes, self._learning = modes, True
             self.changed.clear()
         self._plan = [
-            (-1 if _draws_nothing(unit) else number, unit)
-            for number, unit in enumerate(self.units, start=self.first_unit)
+            (-1 if _draws_nothing(unit) else number, unit, names)
+            for number, (unit, names) in enumerate(
+                zip(self.units, self._keywords), start=self.first_unit
+            )
         ]
+
+    def complete(self) -> None:
+        """A step has come to its end: what waited for the whole batch is done."""
+        for norm in self._deferred:
+            norm.move()
 
     def run(
         self,
@@ -218,6 +258,7 @@ class Stage:
         micro_batch: int,
         part: int = 0,
         carry: tuple[Any, ...] | None = None,
+        keywords: Mapping[str, Any] = NO_KEYWORDS,
     ) -> tuple[Value, tuple[Any, ...]]:
         """All units in turn.
 
@@ -228,38 +269,35 @@ class Stage:
             part: the slice of it.
             carry: what the slice before left, for each unit that takes one; None
                 where micro-batches are whole.
+            keywords: keyword inputs of the slice; each unit gets those it takes.
 
         Returns:
             The output, and what is carried on to the next slice.
         """
         sources = self._generators
         carried: list[Any] = []
-        for number, unit in self._plan:
+        given: Mapping[str, Any] = NO_KEYWORDS
+        for number, unit, names in self._plan:
             if number >= 0:
                 seed(sources, key(step_seed, number, micro_batch, part))
+            if keywords:
+                given = {name: keywords[name] for name in names & keywords.keys()}
             if carry is not None and takes_carry(unit):
-                value, left = carried_on(unit, value, carry[len(carried)])
+                value, left = carried_on(unit, value, carry[len(carried)], given)
                 carried.append(left)
             else:
-                value = unit(value)
+                value = unit(value, **given)
         return value, tuple(carried)
 
     def checked(self, value: object) -> Value:
         """A stage's output, if it can cross a boundary.
 
         Raises:
-            ModelError: anything but a tensor or a tuple of tensors.
+            ModelError: it cannot.
         """
         if isinstance(value, Tensor):
             return value
-        parts = value if isinstance(value, tuple) else (value,)
-        if not parts or not all(isinstance(part, Tensor) for part in parts):
-            found = ", ".join(type(part).__name__ for part in parts) or "nothing"
-            raise ModelError(
-                f"stage {self.number} returned {found}: a tensor or a tuple of tensors "
-                "can cross to the next stage"
-            )
-        return value  # type: ignore[return-value]
+        return tensors.check(value, f"stage {self.number}")
 
     @contextmanager
     def noting_changes(self) -> Iterator[None]:

@@ -9,14 +9,15 @@ is an entry of ours, so that the tensor itself may leave the device meanwhile::
     B         entries ──▶ saved tensors
 
 Memory is copied once however many entries share it, and only as much as they
-cover. Parameters, buffers and views of them stay.
+cover. Parameters, buffers and views of them stay. Where it is meanwhile is a
+`Place`: the host or a device of this process, or the memory of another rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,11 +50,24 @@ class Region:
 
     Attributes:
         entries: with the shape, the strides and the first byte of each.
-        data: uint8; the bytes, here or away.
+        data: uint8; the bytes, or None while they are away.
     """
 
     entries: list[tuple[Entry, torch.Size, tuple[int, ...], int]]
-    data: Tensor
+    data: Tensor | None
+
+
+class Place(Protocol):
+    """Where the memory of one stash is while it is away."""
+
+    def put(self, data: list[Tensor]) -> None:
+        """Take these rows of bytes; they are held no longer than it takes."""
+
+    def get(self) -> list[Tensor]:
+        """Begin to bring them back, into memory of their own on the device."""
+
+    def ready(self) -> None:
+        """Have whoever reads what `get` gave find it there."""
 
 
 class Stash:
@@ -69,7 +83,7 @@ class Stash:
         self._staying = staying
         self._entries: list[Entry] = []
         self._regions: list[Region] = []
-        self._event: torch.cuda.Event | None = None
+        self._place: Place | None = None
 
     def saving(self) -> saved_tensors_hooks:
         """A context in which autograd keeps what it saves here."""
@@ -83,15 +97,15 @@ class Stash:
         return entry
 
     def _unpack(self, entry: Entry) -> Tensor:
-        if self._event is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._event)
+        if self._place is not None:
+            self._place.ready()
         return entry.tensor
 
-    def offload(self, place: torch.device, leaves: Iterable[Tensor]) -> None:
+    def offload(self, place: Place, leaves: Iterable[Tensor]) -> None:
         """Copy everything elsewhere and let go of it here.
 
         Args:
-            place: the host, or the device whose memory takes it.
+            place: that takes it.
             leaves: the stage's inputs, whose memory their graph would hold.
 
         Raises:
@@ -113,10 +127,10 @@ class Stash:
             shared.setdefault(_address(entry.tensor), []).append(entry)
         self._entries.clear()
         self._regions = [_region(entries) for entries in shared.values()]
-        with self._copying():
-            for region in self._regions:
-                region.data = _copied(region.data, place)
+        self._place = place
+        place.put([region.data for region in self._regions if region.data is not None])
         for region in self._regions:
+            region.data = None
             for entry, *_ in region.entries:
                 nothing = torch.empty(0, dtype=entry.tensor.dtype, device=self._device)
                 entry.tensor = nothing
@@ -125,11 +139,9 @@ class Stash:
 
     def reload(self) -> None:
         """Bring everything back to the device."""
-        with self._copying():
-            for region in self._regions:
-                region.data = _copied(region.data, self._device)
-        for region in self._regions:
-            memory = region.data.untyped_storage()
+        assert self._place is not None
+        for region, data in zip(self._regions, self._place.get(), strict=True):
+            memory = data.untyped_storage()
             for entry, shape, strides, first in region.entries:
                 offset = first // entry.tensor.element_size()
                 entry.tensor = torch.empty(
@@ -139,26 +151,55 @@ class Stash:
                     entry.leaf.data = entry.tensor
         self._regions.clear()
 
-    @contextmanager
-    def _copying(self) -> Iterator[None]:
-        """On a GPU, copy on a stream of its own, behind what is queued so far."""
+
+class Copies:
+    """A place in the memory of this process: the host's, or another device's.
+
+    On a GPU, copies run on a stream of their own, behind what is queued so far.
+
+    Args:
+        device: of the stage.
+        place: that takes the copies.
+    """
+
+    def __init__(self, device: torch.device, place: torch.device) -> None:
+        self._device, self._away = device, place
+        self._copies: list[Tensor] = []
+        self._event: torch.cuda.Event | None = None
+
+    def put(self, data: list[Tensor]) -> None:
+        """Copy these rows of bytes there."""
+        self._copies = self._copied(data, self._away)
+
+    def get(self) -> list[Tensor]:
+        """Copy them back."""
+        back = self._copied(self._copies, self._device)
+        self._copies.clear()
+        return back
+
+    def ready(self) -> None:
+        """Have the current stream wait for the copies."""
+        if self._event is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._event)
+
+    def _copied(self, data: list[Tensor], place: torch.device) -> list[Tensor]:
         if self._device.type != "cuda":
-            yield
-            return
+            return [_copied(row, place) for row in data]
         compute = torch.cuda.current_stream(self._device)
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(compute)
         if self._event is not None:
             stream.wait_event(self._event)
-        before = [region.data for region in self._regions]
         with torch.cuda.stream(stream):
-            yield
+            copies = [_copied(row, place) for row in data]
             self._event = stream.record_event()
-        for region, earlier in zip(self._regions, before):
-            if earlier.is_cuda:  # its memory is free when the copy is done
-                earlier.record_stream(stream)
-            if region.data.device == self._device:
-                region.data.record_stream(compute)
+        for row in data:
+            if row.is_cuda:  # its memory is free when the copy is done
+                row.record_stream(stream)
+        for copy in copies:
+            if copy.device == self._device:
+                copy.record_stream(compute)
+        return copies
 
 
 def _movable(tensor: Tensor) -> bool:

@@ -19,263 +19,40 @@ sender that finds another form than it announced says so instead of sending.
 Each receive has memory of its own. Autograd may keep a view of what arrived as a
 gradient, so writing to the same place again could change it. A receive is posted
 only when its slot is free, so there is never more in flight than slots.
+
+What is sent is held until it has gone. It is known to have gone once its target,
+having taken it, has sent something that arrived here; nobody need wait for it. Where
+more than a little is held like that, the oldest has a thread that waits for it.
 """
 
 from __future__ import annotations
 
-import json
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from datetime import timedelta
-from queue import SimpleQueue
+from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import Backend
 
 from pipeproof.exec.errors import ModelError
+from pipeproof.exec.forms import Form, Part, as_bytes
+from pipeproof.exec.runtime import readers
+from pipeproof.exec.wires import Pending, TextWire, Wait, Wire
+from pipeproof.sched import Action, Program
 from pipeproof.sched.program import Message
 
-NEVER = timedelta(days=365)
-"""Deadlines are the ranks', who know why they wait; a communicator has none."""
-FIRST_BYTES = 1024
-"""Size of a text's first tensor; a longer text is followed by the rest."""
-DTYPES = {
-    str(value): value
-    for value in vars(torch).values()
-    if isinstance(value, torch.dtype)
-}
-
-
-class Pending:
-    """A tensor under way.
-
-    Attributes:
-        threaded: whether a thread finishes it, or whoever needs it.
-        ended: when it was sent or was there, by `perf_counter`.
-        error: why it never will be.
-    """
-
-    def __init__(self, tensor: Tensor, peer: int, *, threaded: bool) -> None:
-        self.work: Any = None
-        self.tensor: Tensor | None = tensor
-        self.peer = peer
-        self.threaded = threaded
-        self.ended = 0.0
-        self.error: Exception | None = None
-        self.done = threading.Event()
-
-    def finish(self) -> None:
-        """Wait for it, without a deadline, and tell those who wait for this."""
-        try:
-            # NCCL's waits hold up the host if they are given a deadline.
-            self.work.wait(NEVER) if self.threaded else self.work.wait()
-        except RuntimeError as error:
-            self.error = error
-        self.work = None
-        self.ended = perf_counter()
-        self.done.set()
-
-    def fail(self, error: Exception) -> None:
-        """It never began."""
-        self.error = error
-        self.done.set()
-
-
-class Wire:
-    """One direction of one communicator: first in, first out.
-
-    gloo's waits can be neither polled nor interrupted, so a thread of the wire does
-    them; who needs a tensor waits for that thread, and can give up. NCCL's only
-    order the device's stream and return, so they are done where the tensor is used.
-
-    Args:
-        group: the communicator.
-        place: of the other end in it.
-        peer: its rank.
-        threaded: whether waits block, as gloo's do.
-        tag: tells wires of one communicator apart, which only gloo can do.
-    """
-
-    def __init__(
-        self, group: Backend, place: int, peer: int, threaded: bool, tag: int = 0
-    ) -> None:
-        self._group, self._place, self._peer = group, place, peer
-        self._threaded, self._tag = threaded, tag
-        self._queue: SimpleQueue[Pending | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def send(self, tensor: Tensor) -> Pending:
-        """Start to send a contiguous tensor; it is held until it is sent."""
-        return self._started(self._group.send, tensor)  # type: ignore[attr-defined]
-
-    def receive(self, tensor: Tensor) -> Pending:
-        """Start to fill a contiguous tensor."""
-        return self._started(self._group.recv, tensor)  # type: ignore[attr-defined]
-
-    def close(self, timeout_s: float) -> None:
-        """Have the thread end, once all is done that was begun."""
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join(timeout_s)
-
-    def _started(self, function: Any, tensor: Tensor) -> Pending:
-        pending = Pending(tensor, self._peer, threaded=self._threaded)
-        try:
-            pending.work = function([tensor], self._place, self._tag)
-        except RuntimeError as error:  # the link is broken already
-            pending.fail(error)
-            return pending
-        if not self._threaded:
-            return pending
-        if self._thread is None:
-            self._thread = threading.Thread(target=_serve, args=(self._queue,))
-            self._thread.daemon = True
-            self._thread.start()
-        self._queue.put(pending)
-        return pending
-
-
-def _serve(queue: SimpleQueue[Pending | None]) -> None:
-    while (pending := queue.get()) is not None:
-        pending.finish()
-        del pending
-
-
-Wait = Callable[[Pending, str], None]
-"""Returns once it is done; raises if it never will be. The text says for what."""
-
-
-class TextWire:
-    """Short texts over two wires, one for each direction.
-
-    Args:
-        out, into: the wires.
-        wait: as `Ranks.wait`.
-    """
-
-    def __init__(self, out: Wire, into: Wire, wait: Wait) -> None:
-        self._out, self._into, self._wait = out, into, wait
-
-    def send(self, text: str) -> list[Pending]:
-        """Start to send."""
-        data = text.encode()
-        data = len(data).to_bytes(8, "little") + data
-        first = bytearray(data[:FIRST_BYTES].ljust(FIRST_BYTES, b"\0"))
-        sent = [self._out.send(torch.frombuffer(first, dtype=torch.uint8))]
-        if rest := bytearray(data[FIRST_BYTES:]):
-            sent.append(self._out.send(torch.frombuffer(rest, dtype=torch.uint8)))
-        return sent
-
-    def receive(self, what: str) -> str:
-        """Wait for the next one."""
-        data = self._read(FIRST_BYTES, what)
-        length, data = int.from_bytes(data[:8], "little"), data[8:]
-        if length > len(data):
-            data += self._read(length - len(data), what)
-        return data[:length].decode()
-
-    def _read(self, size: int, what: str) -> bytes:
-        buffer = torch.empty(size, dtype=torch.uint8)
-        self._wait(self._into.receive(buffer), what)
-        return bytes(buffer.numpy())
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a receiver must know of a tensor.
-
-    Attributes:
-        shape, stride: it arrives with the strides it was sent with, because
-            kernels, and so the last bits of results, may depend on them.
-        dtype: its name.
-        wants_grad: whether it is to be a leaf that requires a gradient.
-    """
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: str
-    wants_grad: bool
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Part:
-        """Of a tensor as `dense` gives it."""
-        return cls(
-            tuple(tensor.shape),
-            tensor.stride(),
-            str(tensor.dtype),
-            tensor.requires_grad,
-        )
-
-    def __str__(self) -> str:
-        return f"{list(self.shape)} of {self.dtype.removeprefix('torch.')}"
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a receiver must know of a value.
-
-    Attributes:
-        parts: its tensors; None for a gradient that there is not.
-        several: whether it is a tuple.
-    """
-
-    parts: tuple[Part | None, ...]
-    several: bool
-
-    def to_text(self) -> str:
-        """As JSON."""
-        parts = [
-            None
-            if part is None
-            else [part.shape, part.stride, part.dtype, part.wants_grad]
-            for part in self.parts
-        ]
-        return json.dumps([self.several, parts])
-
-    @classmethod
-    def parse(cls, text: str) -> Form:
-        """The inverse of `to_text`."""
-        several, parts = json.loads(text)
-        return cls(
-            tuple(
-                None
-                if part is None
-                else Part(tuple(part[0]), tuple(part[1]), part[2], part[3])
-                for part in parts
-            ),
-            several,
-        )
-
-    def __str__(self) -> str:
-        return ", ".join("None" if part is None else str(part) for part in self.parts)
-
-
-def dense(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where it has gaps, overlaps or is not materialised."""
-    plain = tensor.resolve_conj().resolve_neg()
-    like = torch.empty_like(plain, device="meta", memory_format=torch.preserve_format)
-    if like.stride() == plain.stride():
-        return plain
-    copy = torch.empty_like(plain, memory_format=torch.preserve_format)
-    copy.copy_(plain.detach())
-    return copy.requires_grad_(tensor.requires_grad)
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    """A dense tensor's memory, as one contiguous row of bytes."""
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
-    return flat.view(torch.uint8)
+HELD = 1 << 18
+"""Bytes sent to a peer that may be held until something comes back from there."""
+Arriving = list[tuple[Part, Tensor, Pending | None]]
+"""Of each tensor of a value: what it is, itself, and its transfer."""
 
 
 class Across:
     """Between the ranks: one rank's sends and receives in one pipeline.
 
     Args:
+        program: what the ranks run.
         out: the wire to each other device that this one sends to.
         into: the wire from each.
         headers: texts to and from each.
@@ -288,6 +65,7 @@ class Across:
 
     def __init__(
         self,
+        program: Program,
         out: dict[int, Wire],
         into: dict[int, Wire],
         headers: Mapping[int, TextWire],
@@ -296,13 +74,20 @@ class Across:
     ) -> None:
         self._out, self._into, self._headers = out, into, headers
         self._device, self._wait = device, wait
+        self._taken_before = _taken_before(program)
+        self._awaited = _awaited(program)
+        self._going: dict[int, list[Pending]] = {}
         self._forms: dict[int, Form] = {}
         self._announced = False
+        self.recorded = False
         self._begun: dict[int, tuple[int, float, list[Pending]]] = {}
         self._kept: list[tuple[int, float, list[Pending]]] = []
-        self.recorded = False
-        self._moving: dict[int, list[Pending]] = {}
+        self._moving: dict[int, Arriving] = {}
         self._unknown: dict[int, deque[Message]] = {peer: deque() for peer in into}
+        self._sent: dict[int, deque[tuple[int, int, Pending]]] = {
+            peer: deque() for peer in {*out, *into}
+        }
+        self._held = dict.fromkeys(self._sent, 0)
 
     def begin(self, *, announced: bool) -> None:
         """Get ready for a step.
@@ -317,98 +102,134 @@ class Across:
 
     def send(self, message: Message, value: Any) -> None:
         """Start to send a value; its memory is held until it is sent."""
-        tensors = value if isinstance(value, tuple) else (value,)
-        tensors = tuple(None if t is None else dense(t) for t in tensors)
-        form = Form(
-            tuple(None if t is None else Part.of(t) for t in tensors),
-            isinstance(value, tuple),
-        )
         began = perf_counter()
-        if not self._announced:
-            self._forms[message.index] = form
-            moving = self._headers[message.target].send(form.to_text())
-        else:
-            self._as_announced(message, form)
-            moving = []
-        wire = self._out[message.target]
-        moving += [
-            wire.send(as_bytes(t)) for t in tensors if t is not None and t.numel()
-        ]
-        self._begun[message.index] = message.send, began, moving
+        tensors = self._fitting(message, value)
+        wire, moving = self._out[message.target], []
+        for part, tensor in zip(self._forms[message.index].parts, tensors):
+            if not part.empty:
+                row = self._row(part, tensor)
+                moving.append(wire.send(row, followed=self.recorded))
+        if message.index in self._awaited:
+            self._going[message.index] = moving
+        elif not self.recorded:
+            self._hold(message, moving)
+        if self.recorded:
+            self._begun[message.index] = message.send, began, moving
 
-    def _as_announced(self, message: Message, form: Form) -> None:
-        if form != (before := self._forms[message.index]):
+    def _hold(self, message: Message, moving: list[Pending]) -> None:
+        """Hold what was sent, the oldest no longer than a thread finds it gone."""
+        sent = self._sent[message.target]
+        for pending in moving:
+            assert pending.tensor is not None
+            size = pending.tensor.nbytes
+            sent.append((message.send, size, pending))
+            self._held[message.target] += size
+        # NCCL's waits order the stream of the thread that calls them: not one beside.
+        while self._out[message.target].blocks and self._held[message.target] > HELD:
+            _, size, pending = sent.popleft()
+            self._held[message.target] -= size
+            pending.wire.follow(pending)
+
+    def _fitting(self, message: Message, value: Any) -> list[Tensor]:
+        """The tensors of a value, each dense, of the form that is announced."""
+        before = self._forms.get(message.index)
+        if before is not None and (found := before.fitting(value)) is not None:
+            return found
+        form, tensors = Form.of(value)
+        if before is not None and form != before and not (form.plain and before.plain):
             raise ModelError(
                 f"{message} is {form}, and was {before} in the step before, for a "
                 "batch of the same shapes: what crosses between ranks may depend on "
                 "the shapes of the batch, not on its values"
             )
+        if before is None or form.plain:
+            self._forms[message.index] = form
+            self._headers[message.target].send(form.to_text())
+        return tensors
+
+    def _row(self, part: Part, tensor: Tensor) -> Tensor:
+        """A dense tensor's memory as a communicator takes it: gloo minds no type."""
+        if part.contiguous and self._device.type == "cpu":
+            return tensor
+        return as_bytes(tensor)
 
     def post(self, message: Message) -> None:
-        """Start to receive, if it is known what."""
-        if self._announced:
+        """Start to receive, if it is known what, and that of all before it."""
+        if self._known(message) and not self._unknown[message.source]:
             self._receive(message)
         else:
             self._unknown[message.source].append(message)
+
+    def _known(self, message: Message) -> bool:
+        """Whether its form is that of the step before, and no header comes."""
+        return self._announced and not self._forms[message.index].plain
+
+    def _receive(self, message: Message) -> None:
+        began = perf_counter()
+        wire, arriving = self._into[message.source], []
+        for part in self._forms[message.index].parts:
+            tensor = torch.empty_strided(
+                part.shape, part.stride, dtype=part.dtype, device=self._device
+            )
+            pending = None
+            if not part.empty:
+                row = self._row(part, tensor)
+                pending = wire.receive(row, followed=self.recorded)
+            arriving.append((part, tensor, pending))
+        self._moving[message.index] = arriving
+        if self.recorded:
+            moving = [pending for _, _, pending in arriving if pending is not None]
+            self._begun[message.index] = message.recv, began, moving
 
     def take(self, message: Message) -> Any:
         """Wait for a value: tensors that are leaves where they want a gradient."""
         # Links are first in, first out: what comes before must be received before.
         while message.index not in self._moving:
             earlier = self._unknown[message.source].popleft()
-            text = self._headers[message.source].receive(f"the header of {earlier}")
-            self._forms[earlier.index] = Form.parse(text)
+            if not self._known(earlier):
+                text = self._headers[message.source].receive(f"the header of {earlier}")
+                self._forms[earlier.index] = Form.parse(text)
             self._receive(earlier)
-        arriving = iter(self._moving[message.index])
-        form = self._forms[message.index]
-        tensors = tuple(
-            None if part is None else self._arrived(part, message, arriving)
-            for part in form.parts
-        )
-        return tensors if form.several else tensors[0]
+        arriving = self._moving.pop(message.index)
+        came = False
+        for part, tensor, pending in arriving:
+            if pending is not None:
+                self._wait(pending, message)
+                came = True
+            if part.wants_grad:
+                tensor.requires_grad_()
+        if came:
+            self._settle(message.source, self._taken_before[message.index])
+        tensors = [tensor for _, tensor, _ in arriving]
+        return self._forms[message.index].filled(tensors)
 
     def finish(self, message: Message) -> None:
         """Wait until a value is sent."""
-        for pending in self._begun[message.index][2]:
+        for pending in self._going.pop(message.index):
             self._wait(pending, f"{message} to be taken")
 
-    def _receive(self, message: Message) -> None:
-        began = perf_counter()
-        wire = self._into[message.source]
-        moving = []
-        for part in self._forms[message.index].parts:
-            if part is not None and 0 not in part.shape:
-                size = DTYPES[part.dtype].itemsize
-                for length in part.shape:
-                    size *= length
-                buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
-                moving.append(wire.receive(buffer))
-        self._moving[message.index] = moving
-        self._begun[message.index] = message.recv, began, moving
-
-    def _arrived(
-        self, part: Part, message: Message, arriving: Iterator[Pending]
-    ) -> Tensor:
-        dtype = DTYPES[part.dtype]
-        if 0 in part.shape:
-            empty = torch.empty_strided(
-                part.shape, part.stride, dtype=dtype, device=self._device
-            )
-            return empty.requires_grad_(part.wants_grad)
-        pending = next(arriving)
-        self._wait(pending, str(message))
-        buffer, pending.tensor = pending.tensor, None
-        assert buffer is not None
-        whole = buffer.view(dtype).as_strided(part.shape, part.stride)
-        return whole.requires_grad_(part.wants_grad)
+    def _settle(self, peer: int, until: int) -> None:
+        """Let go of what this rank sent to a peer, up to an instruction."""
+        sent = self._sent[peer]
+        while sent and sent[0][0] <= until:
+            _, size, pending = sent.popleft()
+            self._held[peer] -= size
+            pending.finish()
 
     def forget(self) -> None:
-        """Let go of everything of a step; what is not sent yet the wires hold."""
+        """Let go of everything of a step but what is not sent yet."""
         self._kept = list(self._begun.values()) if self.recorded else []
         self._moving.clear()
         self._begun.clear()
+        self._going.clear()
         for waiting in self._unknown.values():
             waiting.clear()
+
+    def end(self) -> None:
+        """Let go of what was sent, now that all of it has been taken."""
+        for peer, sent in self._sent.items():
+            while sent:
+                self._settle(peer, sent[-1][0])
 
     def times(self) -> list[tuple[int, float, float]]:
         """When sends and receives of the last recorded step began and ended here.
@@ -423,3 +244,39 @@ class Across:
             result.append((index, began, max([began, *(p.ended for p in moving)])))
         self._kept = []
         return result
+
+
+def _taken_before(program: Program) -> dict[int, int]:
+    """Of each message, the last send the other way that its sender had taken.
+
+    Of that, the instruction; -1 where there is none.
+    """
+    taken: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    messages = [program.message_at(i) for i in range(len(program.recv_of))]
+    for reader, arriving in readers(program).items():
+        for index in arriving:
+            message = messages[index]
+            pair = message.source, message.target
+            taken.setdefault(pair, []).append((reader, message.send))
+    result = {}
+    for pair, pairs in taken.items():
+        pairs.sort()
+        back = sorted(
+            (m for m in messages if (m.target, m.source) == pair), key=lambda m: m.send
+        )
+        last, place = -1, 0
+        for message in back:
+            while place < len(pairs) and pairs[place][0] < message.send:
+                last = max(last, pairs[place][1])
+                place += 1
+            result[message.index] = last
+    return {message.index: result.get(message.index, -1) for message in messages}
+
+
+def _awaited(program: Program) -> frozenset[int]:
+    """The messages posted in one group with a receive, which an op waits for too."""
+    return frozenset(
+        number
+        for number, send in enumerate(program.send_of.tolist())
+        if any(program.action[i] == Action.RECV for i in program.posted_with(send))
+    )

@@ -29,6 +29,9 @@ from pipeproof.sched.ir import alternate as alternate
 from pipeproof.sched.ir import op as op
 from pipeproof.sched.ir import overlap as overlap
 from pipeproof.sched.lower import lower as lower
+from pipeproof.sched.partition import Layer as Layer
+from pipeproof.sched.partition import Partition as Partition
+from pipeproof.sched.partition import partition as partition
 from pipeproof.sched.placement import Placement as Placement
 from pipeproof.sched.program import Action as Action
 from pipeproof.sched.program import BufferKind as BufferKind
@@ -38,6 +41,7 @@ from pipeproof.sched.trace import Trace as Trace
 from pipeproof.sched.transforms import POLICIES as POLICIES
 from pipeproof.sched.transforms import merge_backward as merge_backward
 from pipeproof.sched.transforms import recompute as recompute
+from pipeproof.sched.transforms import reduce_gradients as reduce_gradients
 from pipeproof.sched.transforms import reorder_backward as reorder_backward
 from pipeproof.sched.transforms import retime as retime
 from pipeproof.sched.transforms import split_backward as split_backward

@@ -1,4 +1,4 @@
-"""Whether every device has the memory for what a trace keeps alive."""
+"""Whether devices and hosts have the memory for what a trace keeps alive."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, is_number
 from pipeproof.sched.findings import Finding, Report
+from pipeproof.sched.hosts import HostPeak, host_peaks
 from pipeproof.sched.memory import Ledger, Peak
 
 if TYPE_CHECKING:
@@ -24,25 +25,31 @@ def fits(
     *,
     memory: PerDevice | None = None,
     activations: PerDevice | None = None,
+    host_memory: Number | None = None,
+    node_of: Sequence[int] | None = None,
 ) -> Report:
-    """Hold each device's peak against a cap.
+    """Hold each device's peak, and each host's, against a cap.
 
     Args:
         trace: predicted or measured.
         memory: bytes of each device, one number or one per device. Residents
             count; what lies on the host does not.
         activations: likewise the most `peak_activations`.
+        host_memory: bytes that offloaded activations may take on a node's host.
+        node_of: the node of each device; default one for all.
 
     Returns:
-        A finding for each device above its cap: the op at which the peak is first
-        reached, what it consists of, and whose it is.
+        A finding for each device, or host, above its cap: the op at which the peak
+        is first reached; of a device also what it consists of, and whose it is.
 
     Raises:
         ParameterError: no cap, one that is no number of at least 0, not one per
             device, or a cap on bytes where none are known.
     """
-    if memory is None and activations is None:
-        raise ParameterError("nothing to hold against: give memory or activations")
+    if memory is None and activations is None and host_memory is None:
+        raise ParameterError(
+            "nothing to hold against: give memory, activations or host_memory"
+        )
     devices = trace.program.schedule.devices
     findings: list[Finding] = []
     if memory is not None:
@@ -61,6 +68,14 @@ def fits(
                 findings.append(
                     _finding(trace, most, caps[device], "micro-batch activations")
                 )
+    if host_memory is not None:
+        (cap,) = _caps("host_memory", [host_memory], 1)
+        nodes = [0] * devices if node_of is None else node_of
+        findings += [
+            _on_host(trace, most, cap)
+            for most in host_peaks(trace, nodes)
+            if most.total > cap
+        ]
     return Report(trace.program.schedule, tuple(findings), "fits")
 
 
@@ -97,6 +112,23 @@ def _finding(trace: Trace, peak: Peak, cap: Number, unit: str) -> Finding:
         found=f"{_show(peak.total)} {unit} {at}: {_made_of(peak)}",
         remedy="Keep less (recompute, offload, smaller micro-batches, or a schedule "
         f"with fewer of them under way), or allow {_show(peak.total)} {unit}",
+    )
+
+
+def _on_host(trace: Trace, most: HostPeak, cap: Number) -> Finding:
+    schedule, program = trace.program.schedule, trace.program
+    first = int(program.first_op[most.op])
+    device, step = schedule.locate(first)
+    return Finding(
+        "host memory",
+        device,
+        step,
+        schedule.ops[first],
+        expected=f"at most {_show(cap)} bytes of activations on a node's host",
+        found=f"{_show(most.total)} bytes at {program.label(most.op)} on the host of "
+        f"node {most.node}",
+        remedy="Offload fewer chunks, or sooner back from there, or allow "
+        f"{_show(most.total)} bytes",
     )
 
 

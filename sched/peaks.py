@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeproof.sched.buffers import AGAIN, HOWS, SPLIT, Block, how_of
 from pipeproof.sched.exact import Number, plain, whole
-from pipeproof.sched.ir import Kind
+from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.kernels import run
 from pipeproof.sched.program import BufferKind, Program
 from pipeproof.sched.touches import Touch, touching
@@ -43,13 +43,11 @@ def peaks_by_op(
     counted = weights.by_kind.keys() <= {BufferKind.ACTIVATION, BufferKind.WEIGHT_STASH}
     if not counted or not program.storage.by_op or schedule.has(Kind.OFFLOAD):
         return None
-    size = len(schedule.placement.pipes) * schedule.stages
-    nothing = np.zeros(4 * size, dtype=np.int64)
-    tables = [
-        weights.by_kind.get(kind, nothing)
+    kept, stashed = (
+        weights.by_kind.get(kind, np.zeros(4 * _cells(schedule), dtype=np.int64))
         for kind in (BufferKind.ACTIVATION, BufferKind.WEIGHT_STASH)
-    ]
-    numbers, parts = whole(np.concatenate(tables))
+    )
+    numbers, parts = whole(np.concatenate([kept, stashed]))
     if numbers.dtype != np.int64 or int(numbers.max()) * len(ops) >= LARGEST:
         return None
     columns: list[NDArray[Any]] = [
@@ -62,20 +60,34 @@ def peaks_by_op(
         schedule.device_of_op,
         schedule.pipe_of,
         how_of(schedule.table),
-        *np.split(numbers, 2),
-        touching(Touch.WRITE, Block.KEPT),
-        touching(Touch.TAKE, Block.KEPT),
-        touching(Touch.WRITE, Block.STASH),
-        touching(Touch.TAKE, Block.STASH),
-        np.array([schedule.stages, size]),
+        _changes(Touch.WRITE, numbers),
+        _changes(Touch.TAKE, numbers),
+        np.array([schedule.stages, _cells(schedule)]),
         start,
         end,
         np.zeros(schedule.devices, dtype=np.int64),
         np.zeros(schedule.devices, dtype=start.dtype),
         np.zeros(schedule.devices, dtype=np.int64),
     ]
-    run(_live, columns, results=[20], size=len(program))
-    return _peaks(columns[20], parts)
+    run(_live, columns, results=[16], size=len(program))
+    return _peaks(columns[16], parts)
+
+
+def _cells(schedule: Schedule) -> int:
+    """Stages of all pipes."""
+    return len(schedule.placement.pipes) * schedule.stages
+
+
+def _changes(touch: Touch, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What comes or goes with an op, at (kind × HOWS + how) × cells + its stage's."""
+    how = np.arange(len(Kind) * HOWS) % HOWS
+    column = (how & AGAIN > 0) + 2 * (how & SPLIT > 0)
+    kept, stashed = numbers.reshape(2, 4, -1)
+    changes: NDArray[np.int64] = (
+        touching(touch, Block.KEPT)[:, None] * kept[column]
+        + touching(touch, Block.STASH)[:, None] * stashed[column]
+    )
+    return changes.ravel()
 
 
 def _peaks(found: NDArray[np.int64], parts: int) -> list[Number | None]:
@@ -92,12 +104,8 @@ def _live(
     device: Any,
     pipe_of: Any,
     how: Any,
-    kept: Any,
-    stash: Any,
-    keeps: Any,
-    drops: Any,
-    stashes: Any,
-    unstashes: Any,
+    grows: Any,
+    shrinks: Any,
     sizes: Any,
     start: Any,
     end: Any,
@@ -106,32 +114,18 @@ def _live(
     peak: Any,
 ) -> None:
     """Births at the start of each instruction, deaths at its end."""
-    stages, size = sizes[0], sizes[1]
+    stages, cells = sizes[0], sizes[1]
     for i in range(len(start)):
         begin = first_op[i]
         behind = begin + op_count[i]
         for deaths in range(2):
             for op in range(begin, behind):
-                if kind[op] == _REDUCE:
+                what = kind[op]
+                if what == _REDUCE:
                     continue
-                flags = how[place[op]]
-                row = kind[op] * HOWS + flags
-                cell = pipe_of[micro_batch[op]] * stages + stage[op]
-                if flags & AGAIN:
-                    cell += size
-                if flags & SPLIT:
-                    cell += 2 * size
-                change = 0
-                if deaths:
-                    if drops[row]:
-                        change -= kept[cell]
-                    if unstashes[row]:
-                        change -= stash[cell]
-                else:
-                    if keeps[row]:
-                        change += kept[cell]
-                    if stashes[row]:
-                        change += stash[cell]
+                row = what * HOWS + how[place[op]]
+                cell = row * cells + pipe_of[micro_batch[op]] * stages + stage[op]
+                change = -shrinks[cell] if deaths else grows[cell]
                 if change == 0:
                     continue
                 on = device[op]

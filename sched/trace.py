@@ -15,6 +15,8 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
+
 from pipeproof.sched import metrics
 from pipeproof.sched.causes import Causes
 from pipeproof.sched.errors import ParameterError
@@ -33,7 +35,8 @@ class Timetable:
 
     Attributes:
         start, end: per instruction, in parts of the trace's unit of time: Fractions
-            of it so are whole numbers, which numpy compares and adds.
+            of it so are whole numbers, which numpy compares and adds. No sum of
+            durations overflows their type.
         parts: how many make a unit.
     """
 
@@ -43,6 +46,8 @@ class Timetable:
 
     def in_units(self, times: Times) -> Times:
         """Sums of such times in the unit itself."""
+        if times.dtype == np.int32:
+            times = times.astype(np.int64)  # sums of these may be larger
         if self.parts == 1:
             return times if times.dtype != object else column(times.tolist())
         return unscaled(times, self.parts)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from pipeproof.sched import Action, Program
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, plain, ratio
+from pipeproof.sched.kernels import distinct
 from pipeproof.sched.program import StreamKind
 from pipeproof.sched.trace import Timetable
 from pipeproof.sched.weights import Sizes
@@ -32,8 +34,8 @@ Index = NDArray[np.signedinteger[Any]]
 
 BETWEEN_DEVICES = (StreamKind.TO_DEVICE, StreamKind.FROM_DEVICE)
 
-LONGEST = 2**62
-"""Where durations and latencies add up to less, no time overflows an int64."""
+SHORT, LONGEST = 2**31, 2**62
+"""Where durations and latencies add up to less, no time overflows an int32 or int64."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Prices:
     numbers: list[Number]
     which: Index
 
+    @cached_property
     def counts(self) -> list[int]:
         """How often each number is used."""
         used: list[int] = np.bincount(self.which, minlength=len(self.numbers)).tolist()
@@ -64,8 +67,8 @@ class Timing:
         durations: per instruction; for a SEND, how long it occupies its link.
         latencies: per message, from the end of its SEND to its arrival.
         scale: exact times are whole multiples of 1 / scale, and kept as these: in
-            int64 if no sum of them can overflow, else as Python's ints. None
-            for float64.
+            int32 or int64 if no sum of them can overflow, else as Python's ints.
+            None for float64.
     """
 
     durations: NDArray[Any]
@@ -92,7 +95,7 @@ class Timing:
         used = [
             (number, count)
             for prices in (*spent, under_way)
-            for number, count in zip(prices.numbers, prices.counts())
+            for number, count in zip(prices.numbers, prices.counts)
             if count
         ]
         scale = _whole([number for number, _ in used])
@@ -100,7 +103,8 @@ class Timing:
             dtype: Any = np.float64
         else:
             total = sum(number * scale * count for number, count in used)
-            dtype = np.int64 if total < LONGEST else object
+            short = np.int32 if total < SHORT else np.int64
+            dtype = short if total < LONGEST else object
 
         def scaled(number: Any) -> Number:
             return float(number) if scale is None else int(number * scale)
@@ -139,7 +143,7 @@ def _spread(
 ) -> NDArray[Any]:
     result = np.zeros(size, dtype=dtype)
     for some in prices:
-        used = np.array(some.counts(), dtype=np.bool_)
+        used = np.array(some.counts, dtype=np.bool_)
         table = np.zeros(len(some.numbers), dtype=dtype)
         for place in np.flatnonzero(used).tolist():
             table[place] = scaled(some.numbers[place])
@@ -198,7 +202,9 @@ def _copying(program: Program, cluster: Cluster, sizes: Sizes) -> list[Prices]:
         if stream.link is not None and stream.kind in BETWEEN_DEVICES
     }
     copies = np.flatnonzero(program.action == Action.COPY)
-    over = np.isin(program.stream[copies], list(links))
+    between = np.zeros(len(program.streams), dtype=np.bool_)
+    between[list(links)] = True
+    over = between[program.stream[copies]]
     away, host = copies[over], copies[~over]
     result = []
     if cluster.host_link.bandwidth is not None and len(host):
@@ -270,5 +276,5 @@ def _read(
 
 def _distinct(values: NDArray[Any]) -> tuple[list[Any], Index]:
     """The different values, and which of them each is: few among many."""
-    different = np.unique(values)
+    different = distinct(values)
     return different.tolist(), np.searchsorted(different, values)

@@ -91,9 +91,9 @@ def not_in_program(program: Program, cluster: Cluster) -> Edges:
 
 def admitted_by_start(program: Program, cluster: Cluster) -> Edges:
     """Which receive must be posted before which send may start."""
-    sends = np.flatnonzero(program.action == Action.SEND)
     if cluster.buffering != "rendezvous":
-        sends = sends[:0]
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    sends = np.flatnonzero(program.action == Action.SEND)
     return program.recv_of[program.message[sends]].astype(np.int64), sends
 
 

@@ -18,15 +18,13 @@ from pipeproof.sched.exact import ratio
 from pipeproof.sched.ir import (
     B,
     F,
-    Kind,
-    Op,
     Ops,
     Schedule,
     alternate,
-    op,
 )
 from pipeproof.sched.placement import Placement
 from pipeproof.sched.row import Bounds, Case, Row
+from pipeproof.sched.transforms.reduce import reduced_behind
 
 
 def gems(devices: int, micro_batches: int) -> Schedule:
@@ -82,7 +80,8 @@ def chimera(devices: int, micro_batches: int) -> Schedule:
         devices, odd ones up.
     Bubble: (p-2)/(2m+p-2) of step time where F = B and p divides m; at B = 2F,
         (p-2)(1+m/p)F of a device idle, as units of p micro-batches are just
-        concatenated; equal stages, free links.
+        concatenated; equal stages, free links. Otherwise at most what GPipe idles,
+        (p-1)(F+B), for each unit.
     Peak memory: p/2+1 micro-batch activations on the outer devices, one more on
         each further in, up to p, where p divides m; beside weights twice.
 
@@ -132,21 +131,10 @@ def summed(
 ) -> Schedule:
     """The schedule, with each stage's REDUCE behind its last backward on a device."""
     p = len(rows)
-    reduced = []
-    for d, row in enumerate(rows):
-        last = {}
-        for stage in {d, p - 1 - d} if 2 * d != p - 1 else ():
-            mine = (row.stage == stage) & (row.kind != Kind.F)
-            end = int(np.flatnonzero(mine).max(initial=-1)) + 1
-            while 0 < end < len(row) and row.joined[end]:
-                end += 1
-            last[stage] = end or len(row)
-        parts: list[Op | Ops] = []
-        begin = 0
-        for stage in sorted(last, key=lambda stage: last[stage]):
-            parts += [row[begin : last[stage]], op(Kind.REDUCE, stage)]
-            begin = last[stage]
-        reduced.append([*parts, row[begin:]])
+    reduced = [
+        reduced_behind(row, {d, p - 1 - d} if 2 * d != p - 1 else ())
+        for d, row in enumerate(rows)
+    ]
     return Schedule.of(
         reduced,
         name=name,

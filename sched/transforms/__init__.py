@@ -7,5 +7,6 @@ from pipeproof.sched.transforms.backward import split_backward as split_backward
 from pipeproof.sched.transforms.recompute import POLICIES as POLICIES
 from pipeproof.sched.transforms.recompute import Policy as Policy
 from pipeproof.sched.transforms.recompute import recompute as recompute
+from pipeproof.sched.transforms.reduce import reduce_gradients as reduce_gradients
 from pipeproof.sched.transforms.resize import with_micro_batches as with_micro_batches
 from pipeproof.sched.transforms.retime import retime as retime

@@ -29,6 +29,8 @@ def recompute(schedule: Schedule, policy: Policy) -> Schedule:
     * `adaptive`: no R where a backward directly follows its own forward, so that
       nothing would be saved by one.
 
+    What is OFFLOADed is kept too, if elsewhere: no policy adds an R for it.
+
     Last in, first out, GPipe's last forward on each device is directly followed
     by its own backward, so `adaptive` and `except-last` agree there and peak at
     1: the kept activations are gone before the first R rebuilds others. First
@@ -65,6 +67,7 @@ def recompute(schedule: Schedule, policy: Policy) -> Schedule:
         node = plain.node_of_op
         follows = node[backward] == node[table.get(Kind.F)] + 1
         again[follows] = False
+    again[table.get(Kind.OFFLOAD) >= 0] = False
     return _insert(plain, np.sort(backward[again]))
 
 

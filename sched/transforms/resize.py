@@ -7,9 +7,14 @@ then has a window of ops that the next ops repeat with micro-batches k higher::
     F0 F1 | F2 B0 | F3 B1 | F4 B2 | F5 B3 | B4 B5
 
 and one more window is put behind it, with all that follows moved up by k.
+
+With several pipes, all this counts a micro-batch by its turn: how many of its pipe
+have a lower number. A window has k micro-batches of each pipe.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,89 +22,118 @@ from numpy.typing import NDArray
 from pipeproof.sched.errors import ParameterError, at_least_one
 from pipeproof.sched.ir import STAGE_KINDS, Ops, Schedule
 
+Index = NDArray[np.int64]
+Pipes = NDArray[np.int16]
+
 
 def with_micro_batches(schedule: Schedule, micro_batches: int) -> Schedule:
     """The same schedule for fewer or more micro-batches.
 
-    Fewer: the ops of those numbered from `micro_batches` on are dropped, and the
-    others keep their order. What a generator makes of the smaller number can be
-    better: a warm-up that was cut for more stays as it was.
+    Fewer: the ops of the last micro-batches are dropped, and the others keep their
+    order. What a generator makes of the smaller number can be better: a warm-up that
+    was cut for more stays as it was. Of several pipes each gives some up: those with
+    the lowest turns stay, and are numbered anew without gaps.
 
     More: the steady state goes on. It is derived: the smallest k such that on
-    every device some window of ops, each stage's ops for k micro-batches, is
-    repeated by the ops right behind it with micro-batches k higher. 1F1B has
+    every device some window of ops, each stage's ops for k micro-batches of each
+    pipe, is repeated by the ops right behind it with turns k higher. 1F1B has
     k = 1, from one micro-batch more than devices on; interleaved schedules the
-    size of their groups. GPipe has none: it does not repeat, it widens.
+    size of their groups, Chimera half its devices. GPipe has none: it does not
+    repeat, it widens. What is there keeps its number, the new ones come behind.
 
     Args:
-        schedule: of one pipe and one step.
+        schedule: of one step.
         micro_batches: how many it shall have.
 
     Raises:
-        ParameterError: below 1, several pipes or steps, no steady state, or a
-            number that is not reached in steps of k.
+        ParameterError: below 1, several steps, no steady state, or a number that is
+            not reached in steps of k for each pipe.
         ScheduleError: `check` has findings.
     """
     at_least_one(micro_batches=micro_batches)
-    if len(schedule.placement.pipes) > 1 or schedule.steps > 1:
+    if schedule.steps > 1:
         raise ParameterError(
-            f"{schedule.summary}: with_micro_batches takes a schedule of one pipe and "
-            f"one step, got {len(schedule.placement.pipes)} and {schedule.steps}"
+            f"{schedule.summary}: with_micro_batches takes a schedule of one step, got "
+            f"{schedule.steps}"
         )
     schedule.report.raise_if_bad()
     if micro_batches > schedule.micro_batches:
         return _extended(schedule, micro_batches)
     if micro_batches == schedule.micro_batches:
         return schedule
-    rows = [
-        _shortened(schedule.row(device), micro_batches)
-        for device in range(schedule.devices)
-    ]
-    return _resized(schedule, rows, micro_batches)
+    in_turn = np.lexsort((schedule.pipe_of, _turns(schedule.pipe_of)))
+    kept = np.sort(in_turn[:micro_batches])
+    rows = [_shortened(schedule.row(d), kept) for d in range(schedule.devices)]
+    return _resized(schedule, rows, schedule.pipe_of[kept])
 
 
-def _resized(schedule: Schedule, rows: list[Ops], micro_batches: int) -> Schedule:
+def _resized(schedule: Schedule, rows: list[Ops], pipe_of: Pipes) -> Schedule:
     return Schedule.of(
         [[row] for row in rows],
         name=schedule.name,
         placement=schedule.placement,
-        micro_batches=micro_batches,
+        micro_batches=len(pipe_of),
         slices=schedule.slices,
+        pipe_of=pipe_of,
         offload_to=schedule.offload_to,
     )
+
+
+def _turns(pipe_of: Pipes) -> Index:
+    """How many of its pipe come ahead of each micro-batch."""
+    result = np.empty(len(pipe_of), dtype=np.int64)
+    for pipe in np.unique(pipe_of):
+        members = np.flatnonzero(pipe_of == pipe)
+        result[members] = np.arange(len(members))
+    return result
 
 
 def _of_micro_batches(row: Ops) -> NDArray[np.bool_]:
     return ~np.isin(row.kind, list(STAGE_KINDS))
 
 
-def _shortened(row: Ops, micro_batches: int) -> Ops:
-    keep = ~_of_micro_batches(row) | (row.micro_batch < micro_batches)
+def _renumbered(row: Ops, micro_batch: Index) -> Ops:
+    """The same ops of other micro-batches."""
+    number = np.where(_of_micro_batches(row), micro_batch, 0).astype(np.int32)
+    return Ops(row.kind, row.stage, number, row.slice, row.joined)
+
+
+def _shortened(row: Ops, kept: Index) -> Ops:
+    """Without the ops of other micro-batches, and these numbered without gaps."""
+    keep = ~_of_micro_batches(row) | np.isin(row.micro_batch, kept)
     group = np.cumsum(~row.joined)[keep]
     # What is left of a group opens with its first op that is left.
     joined = np.append(False, group[1:] == group[:-1])[: len(group)]
-    return row.take(keep).grouped(joined)
+    left = row.take(keep).grouped(joined)
+    return _renumbered(left, np.searchsorted(kept, left.micro_batch))
 
 
 def _extended(schedule: Schedule, micro_batches: int) -> Schedule:
-    rows = [schedule.row(device) for device in range(schedule.devices)]
-    for period in range(1, schedule.micro_batches // 2 + 1):
-        ends = [_window(row, schedule.micro_batches, period) for row in rows]
-        if None in ends:
+    turns = _turns(schedule.pipe_of)
+    rows = [_Row.of(schedule, device, turns) for device in range(schedule.devices)]
+    pipes, counts = np.unique(schedule.pipe_of, return_counts=True)
+    middle = int(counts.min()) // 2
+    for period in range(1, int(counts.min()) // 2 + 1):
+        windows = [row.window(middle, period) for row in rows]
+        if None in windows:
             continue
-        times, rest = divmod(micro_batches - schedule.micro_batches, period)
+        step = period * len(pipes)
+        times, rest = divmod(micro_batches - schedule.micro_batches, step)
         if rest:
             raise ParameterError(
-                f"{schedule.summary}: its steady state repeats every {period} "
+                f"{schedule.summary}: its steady state repeats every {step} "
                 f"micro-batches, so it can have {micro_batches - rest} or "
-                f"{micro_batches - rest + period} of them, not {micro_batches}"
+                f"{micro_batches - rest + step} of them, not {micro_batches}"
             )
+        pipe_of = _more(schedule.pipe_of, period * times)
+        number = np.zeros((len(schedule.placement.pipes), micro_batches), np.int64)
+        number[pipe_of, _turns(pipe_of)] = np.arange(micro_batches)
         longer = [
-            _repeated(row, end, period, times)
-            for row, end in zip(rows, ends)
-            if end is not None
+            row.repeated(window, period, times).ops(number)
+            for row, window in zip(rows, windows)
+            if window is not None
         ]
-        result = _resized(schedule, longer, micro_batches)
+        result = _resized(schedule, longer, pipe_of)
         if result.report.ok:
             return result
     raise ParameterError(
@@ -109,38 +143,62 @@ def _extended(schedule: Schedule, micro_batches: int) -> Schedule:
     )
 
 
-def _window(row: Ops, micro_batches: int, period: int) -> tuple[int, int] | None:
-    """First and last (excluded) op of a window that is repeated behind it."""
-    ours = _of_micro_batches(row)
-    if not ours.any():
-        return 0, 0
-    # A warm-up or a last micro-batch may differ; one in the middle is as most are.
-    each = int((ours & (row.micro_batch == micro_batches // 2)).sum())
-    length = period * each
-    if not length or 2 * length > len(row):
+def _more(pipe_of: Pipes, each: int) -> Pipes:
+    """The pipes with so many micro-batches more on each, in the order of turns."""
+    pipes, counts = np.unique(pipe_of, return_counts=True)
+    pipe = np.repeat(pipes, each)
+    turn = np.repeat(counts, each) + np.tile(np.arange(each), len(pipes))
+    return np.append(pipe_of, pipe[np.lexsort((pipe, turn))])
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A device's ops, with the pipe and the turn of each one's micro-batch."""
+
+    row: Ops
+    pipe: Pipes
+    turn: Index
+
+    @classmethod
+    def of(cls, schedule: Schedule, device: int, turns: Index) -> _Row:
+        row = schedule.row(device)
+        return cls(row, schedule.pipe_of[row.micro_batch], turns[row.micro_batch])
+
+    def ops(self, number: Index) -> Ops:
+        """The ops, of the micro-batches that have this number (by pipe and turn)."""
+        return _renumbered(self.row, number[self.pipe, self.turn])
+
+    def window(self, middle: int, period: int) -> tuple[int, int] | None:
+        """First and last (excluded) op of a window that is repeated behind it."""
+        row, turn = self.row, self.turn
+        ours = _of_micro_batches(row)
+        if not ours.any():
+            return 0, 0
+        # A warm-up or a last micro-batch may differ; those in the middle are as most.
+        length = int((ours & (middle <= turn) & (turn < middle + period)).sum())
+        if not length or 2 * length > len(row):
+            return None
+        same = ours[length:] & ours[:-length]
+        for column in (row.kind, row.stage, row.slice, row.joined, self.pipe):
+            same &= column[length:] == column[:-length]
+        same &= turn[length:] == turn[:-length] + period
+        run = np.concatenate([[0], np.cumsum(same)])
+        starts = np.flatnonzero(run[length:] - run[:-length] == length)
+        for start in starts[~row.joined[starts]].tolist():
+            at = slice(start, start + length)
+            columns = (row.kind, row.stage, row.slice, self.pipe, turn % period)
+            if np.unique([c[at] for c in columns], axis=1).shape[1] == length:
+                return start, start + length
         return None
-    same = ours[length:] & ours[:-length]
-    for column in (row.kind, row.stage, row.slice, row.joined):
-        same &= column[length:] == column[:-length]
-    same &= row.micro_batch[length:] == row.micro_batch[:-length] + period
-    run = np.concatenate([[0], np.cumsum(same)])
-    starts = np.flatnonzero(run[length:] - run[:-length] == length)
-    for start in starts[~row.joined[starts]].tolist():
-        window = row[start : start + length]
-        ops = np.stack([window.kind, window.stage, window.slice])
-        _, counts = np.unique(ops, axis=1, return_counts=True)
-        if (counts == period).all():
-            return start, start + length
-    return None
 
-
-def _repeated(row: Ops, window: tuple[int, int], period: int, times: int) -> Ops:
-    start, end = window
-    parts = [row[:end]]
-    parts += [_moved(row[start:end], period * n) for n in range(1, times)]
-    return Ops.of([*parts, _moved(row[start:], period * times)])
-
-
-def _moved(row: Ops, by: int) -> Ops:
-    micro_batch = row.micro_batch + np.where(_of_micro_batches(row), by, 0)
-    return Ops(row.kind, row.stage, micro_batch.astype(np.int32), row.slice, row.joined)
+    def repeated(self, window: tuple[int, int], period: int, times: int) -> _Row:
+        """With the window so many times more, and all behind it moved up."""
+        start, end = window
+        parts = [slice(0, end), *[slice(start, end)] * (times - 1), slice(start, None)]
+        return _Row(
+            Ops.of([self.row[part] for part in parts]),
+            np.concatenate([self.pipe[part] for part in parts]),
+            np.concatenate(
+                [self.turn[part] + period * n for n, part in enumerate(parts)]
+            ),
+        )

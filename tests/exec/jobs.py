@@ -17,16 +17,17 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from models import Attention
+from models import Attention, Masked, Nested, keywords
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.nn import functional
 
-from pipeproof.exec import Pipeline, group
+from pipeproof.exec import Pipeline, group, profile
 from pipeproof.exec.bind import holders
-from pipeproof.exec.errors import RankError
+from pipeproof.exec.errors import BatchError, RankError
 from pipeproof.exec.group import Ranks
 from pipeproof.exec.launch import launch
+from pipeproof.exec.profile import Profile
 from pipeproof.sched import Schedule, Trace, catalog, recompute
 from pipeproof.sched.lower import Messages
 
@@ -75,6 +76,10 @@ def mixed(number: int) -> nn.Module:
     return Mixed()
 
 
+def nested(number: int) -> nn.Module:
+    return Nested()
+
+
 def frozen_start(number: int) -> nn.Module:
     """What enters stage 1 wants no gradient, so none comes back."""
     layer = nn.Linear(WIDTH, WIDTH)
@@ -102,6 +107,7 @@ class Job:
         own_only: ranks are given None for the stages of others.
         weighted: micro-batches count as `weight_of` says.
         dtype: of everything.
+        loss: of the last stage's output.
         messages: how they are posted.
     """
 
@@ -110,10 +116,11 @@ class Job:
     micro_batches: int
     policy: str = "never"
     stage: Callable[[int], nn.Module] = attentive
-    shapes: tuple[tuple[int, int], ...] = ((11, 6),)
+    shapes: tuple[tuple[int, ...], ...] = ((11, 6),)
     own_only: bool = False
     weighted: bool = False
     dtype: torch.dtype = torch.float64
+    loss: Callable[[Any, Tensor], Tensor] = same_values
     messages: Messages = "single"
 
     @property
@@ -182,7 +189,7 @@ def alone(job: Job) -> Result:
     """In one process."""
     stages = job.stages()
     pipeline = Pipeline(
-        stages, job.schedule, same_values, messages=job.messages, **job.options
+        stages, job.schedule, job.loss, messages=job.messages, **job.options
     )
     return run(job, pipeline.step, stages, range(len(stages)))
 
@@ -224,7 +231,7 @@ def part(ranks: Ranks, job: Job) -> Result:
     pipeline = Pipeline(
         given,
         schedule,
-        same_values,
+        job.loss,
         ranks=ranks,
         messages=job.messages,
         **job.options,
@@ -236,6 +243,204 @@ def part(ranks: Ranks, job: Job) -> Result:
 
     # Rank 0's seed counts; the others' own draws are not used.
     return run(job, step, stages, mine, seed=5 + ranks.rank)
+
+
+def small_stages(number: int) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [
+        nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        for _ in range(number)
+    ]
+
+
+def profiled(ranks: Ranks | None, name: str) -> Profile:
+    schedule = catalog.make(name, devices=2, micro_batches=2)
+    stages, x = small_stages(schedule.stages), torch.randn(6, 8)
+    stages[0][0].weight.grad = torch.ones(8, 8)
+    found = profile(stages, schedule, functional.mse_loss, x, x, ranks=ranks, rounds=1)
+    assert stages[0][0].weight.grad.sum() == 64, "gradients are as they were"
+    assert stages[1][0].weight.grad is None
+    return found
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation gives, between two steps.
+
+    Attributes:
+        losses: of a step, the evaluation, and another step.
+        predicted: where the last stage is; else empty.
+    """
+
+    losses: list[str]
+    predicted: str
+
+
+def evaluated(ranks: Ranks | bool, job: Job) -> Evaluated:
+    """Evaluate and predict between two steps."""
+    (batch,) = job.batches()
+    pipeline = Pipeline(job.stages(), job.schedule, job.loss, ranks=ranks)
+    torch.manual_seed(5)
+    losses = [pipeline.step(*batch), pipeline.evaluate(*batch)]
+    predicted = pipeline.predict(batch[0])
+    losses.append(pipeline.step(*batch))
+    return Evaluated(
+        list(map(digest, losses)), "" if predicted is None else digest(predicted)
+    )
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """The norm of all gradients, and those of the stages here when clipped."""
+
+    norm: float
+    grads: dict[int, str]
+
+
+def clipped(ranks: Ranks | bool, job: Job) -> Clipped:
+    """Clip after a step."""
+    (batch,) = job.batches()
+    stages, schedule = job.stages(), job.schedule
+    mine = [
+        n
+        for n in range(schedule.stages)
+        if not isinstance(ranks, Ranks) or ranks.rank in holders(schedule, n)
+    ]
+    pipeline = Pipeline(stages, schedule, job.loss, ranks=ranks)
+    torch.manual_seed(5)
+    pipeline.step(*batch)
+    norm = pipeline.clip_grad_norm_(1e-2)
+    return Clipped(norm, grads_of(stages, mine))
+
+
+@dataclass(frozen=True)
+class Tied:
+    """Steps of a model whose first and last stage share their weight.
+
+    Attributes:
+        name, devices: of the schedule.
+        told: ranks that are given all stages; the others only have their own.
+    """
+
+    name: str = "1f1b"
+    devices: int = 4
+    told: tuple[int, ...] = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What tied training leaves.
+
+    Attributes:
+        norms: of each step, before clipping.
+        weights: of each stage here.
+    """
+
+    norms: list[float]
+    weights: dict[int, Tensor]
+
+
+def tied(ranks: Ranks | bool, job: Tied) -> Trained:
+    """Three steps with clipping, an optimizer, and gradients over two steps once."""
+    schedule = catalog.make(job.name, devices=job.devices, micro_batches=4)
+    torch.manual_seed(0)
+    stages = [
+        nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()).double()
+        for _ in range(schedule.stages)
+    ]
+    stages[-1][0].weight = stages[0][0].weight
+    mine = list(range(schedule.stages))
+    given: list[Any] = list(stages)
+    if isinstance(ranks, Ranks):
+        mine = [n for n in mine if ranks.rank in holders(schedule, n)]
+        if ranks.rank not in job.told:
+            given = [stage if n in mine else None for n, stage in enumerate(stages)]
+    pipeline = Pipeline(given, schedule, functional.mse_loss, ranks=ranks)
+    parameters = {id(p): p for n in mine for p in stages[n].parameters()}
+    optimizer = torch.optim.Adam(parameters.values(), lr=0.1)
+    norms = []
+    for twice in (False, True, False):
+        for _ in range(1 + twice):
+            torch.manual_seed(len(norms))
+            pipeline.step(*torch.randn(2, 9, WIDTH, dtype=torch.float64))
+        norms.append(pipeline.clip_grad_norm_(1e-2))
+        optimizer.step()
+        optimizer.zero_grad()
+    return Trained(norms, {n: stages[n][0].weight.detach() for n in mine})
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A step with scaled losses, in which a stage's gradient may overflow."""
+
+    broken: int | None
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Of each stage here, whether its optimizer stepped, and its scale afterwards."""
+
+    moved: list[bool]
+    scales: list[float]
+
+
+def scaled(ranks: Ranks | bool, job: Scaled) -> Moved:
+    """Each stage has its own optimizer, each process a scaler."""
+    schedule = catalog.make("1f1b", devices=2, micro_batches=3)
+    torch.manual_seed(0)
+    stages = [nn.Linear(WIDTH, WIDTH) for _ in range(2)]
+    if job.broken is not None:
+        stages[job.broken].weight.register_hook(lambda grad: grad * torch.inf)
+    mine = [ranks.rank] if isinstance(ranks, Ranks) else [0, 1]
+    pipeline = Pipeline(stages, schedule, functional.mse_loss, ranks=ranks)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    pipeline.step(*torch.randn(2, 6, WIDTH), scaler=scaler)
+    before = [stages[n].weight.detach().clone() for n in mine]
+    for optimizer in [torch.optim.SGD(stages[n].parameters(), lr=0.1) for n in mine]:
+        scaler.step(optimizer)
+    scaler.update()
+    moved = [not torch.equal(stages[n].weight, w) for n, w in zip(mine, before)]
+    return Moved(moved, [scaler.get_scale()] * len(mine))
+
+
+@dataclass(frozen=True)
+class Keyed:
+    """A step with keyword inputs.
+
+    Attributes:
+        missing: a rank that is not given one of them.
+        unknown: whether there is one that no unit takes.
+    """
+
+    missing: int = -1
+    unknown: bool = False
+
+
+def keyed(ranks: Ranks | bool, job: Keyed) -> Any:
+    """The gradients of the stages here, or what is refused."""
+    schedule = catalog.make("1f1b", devices=2, micro_batches=3)
+    torch.manual_seed(0)
+    stages = [Masked(), Masked()]
+    x, y = torch.randn(2, 7, WIDTH, dtype=torch.float64)
+    given = keywords(7)
+    mine = range(2)
+    if isinstance(ranks, Ranks):
+        mine = range(ranks.rank, ranks.rank + 1)
+        store = PrefixStore(f"{job}", ranks.store)
+        ranks = Ranks(store, ranks.rank, ranks.size, timeout_s=5)
+        if ranks.rank == job.missing:
+            del given["mask"]
+    if job.unknown:
+        given["musk"] = 1
+    try:
+        pipeline = Pipeline(stages, schedule, functional.mse_loss, ranks=ranks)
+        pipeline.step(x, y, keywords=given)
+        return [digest(*(p.grad for p in stages[n].parameters())) for n in mine]
+    except (BatchError, RankError) as error:
+        return str(error)
+    finally:
+        if isinstance(ranks, Ranks):
+            ranks.leave()
 
 
 def serve(
@@ -286,7 +491,7 @@ class Failing(nn.Module):
 
 def spoil(fault: Fault) -> None:
     match fault.kind:
-        case "stage":
+        case "stage" | "lender":
             raise ValueError("no such word: 7")
         case "interrupt":
             raise KeyboardInterrupt
@@ -314,10 +519,10 @@ def faulty(ranks: Ranks, fault: Fault) -> None:
     here, kind = ranks.rank == fault.rank, fault.kind
     micro_batches = 5 if here and kind == "schedule" else 4
     devices = ranks.size + (kind == "devices")
-    name = "bpipe" if kind == "bpipe" else "1f1b"
+    name = "bpipe" if kind == "lender" else "1f1b"
     schedule = catalog.make(name, devices=devices, micro_batches=micro_batches)
     stages: list[Any] = [nn.Linear(WIDTH, WIDTH) for _ in range(schedule.stages)]
-    if here and kind in ("stage", "interrupt", "signal"):
+    if here and kind in ("stage", "lender", "interrupt", "signal"):
         stages[ranks.rank] = Failing(lambda: spoil(fault))
     elif here and kind == "shapes":
         stages[0] = nn.Linear(WIDTH, WIDTH, bias=False)
@@ -325,6 +530,8 @@ def faulty(ranks: Ranks, fault: Fault) -> None:
         stages[ranks.rank] = None
     elif kind == "tied":
         stages[1].weight = stages[3].weight
+        if here:
+            nn.init.zeros_(stages[3].weight)
     elif kind == "data":
         stages[fault.rank] = Dropping()
     loss_fn = bad_loss if kind == "loss" else sum_of_squares

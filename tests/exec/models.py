@@ -12,11 +12,12 @@ from strategies import sizes_of
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeproof.exec import Pipeline, reference
+from pipeproof.exec import Pipeline, Whole, reference
 from pipeproof.exec.rng import key
 from pipeproof.sched import CATALOG, POLICIES, Kind, Schedule, catalog, recompute
 from pipeproof.sched.row import Case
 
+WIDTH = 4
 DTYPES = (torch.float32, torch.float64)
 
 
@@ -248,3 +249,71 @@ def full_batch(
             for number, unit in enumerate(units)
         )
     )
+
+
+class Nested(nn.Module):
+    """Takes a tensor or what it returns: a bit of everything that can cross."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
+
+    def forward(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.packed(self.linear(value).tanh(), 1, value.detach() / 3)
+        assert value["nothing"] is None
+        assert value["flag"] is True
+        assert value["name"] == "é"
+        x, (keep, order, half) = value["x"], value["rest"]
+        assert keep.dtype == torch.bool
+        assert order.dtype == torch.int64
+        y = self.linear(x).where(keep, x).gather(-1, order)
+        return self.packed(y + half[0], value["depth"] + 1, half[0])
+
+    def packed(self, x: Tensor, depth: int, half: Tensor) -> Any:
+        keep, order = x.detach() > 0, x.detach().argsort(-1)
+        return {
+            "x": x,
+            "rest": (keep, order, [half]),
+            "depth": depth,
+            "flag": True,
+            "nothing": None,
+            "name": "é",
+            7: float(x.detach()[0, 0]),
+        }
+
+
+def loss_of(output: Any, targets: Tensor) -> Tensor:
+    return functional.mse_loss(output["x"], targets) * output["depth"]
+
+
+class Masked(nn.Module):
+    """Keyword inputs: a mask of rows, a table all rows share, and a number."""
+
+    def __init__(self, scaled: bool = True) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
+        self.scaled = scaled
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        table: Any = None,
+        power: int = 1,
+    ) -> Tensor:
+        y = self.linear(x).tanh()
+        if mask is not None:
+            y = y * mask[:, None]
+        if table is not None:
+            y = y + table["bias"][0]
+        return y**power
+
+
+def keywords(rows: int) -> dict[str, Any]:
+    return {
+        "mask": torch.arange(rows, dtype=torch.float64) / rows,
+        "table": Whole({"bias": torch.arange(12.0).view(3, 4)}),
+        "power": 3,
+    }

@@ -30,6 +30,16 @@ def test_a_stage_that_raises(do: Do) -> None:
         assert "in spoil\n" in said[rank], "the original traceback"
 
 
+def test_a_rank_whose_memory_another_one_uses(do: Do) -> None:
+    said = do(told, Fault("lender", 3))
+
+    for rank in (0, 1, 2):
+        assert said[rank].startswith(
+            f"RankError: rank {rank} ends: rank 3 failed in the step: StepError: the "
+            "step broke off at 3F2 (stage 3, micro-batch 2"
+        )
+
+
 def test_a_loss_that_raises(do: Do) -> None:
     said = do(told, Fault("loss", 3))
 
@@ -74,9 +84,11 @@ def test_targets_of_another_batch(do: Do) -> None:
     ("fault", "message"),
     [
         (Fault("devices", -1), "runs on 5 ranks, one for each device, got 4"),
-        (Fault("bpipe", -1), "keeps activations in another device's memory, which is"),
         (Fault("none", 2), "rank 2 runs stage 2 and was given None for it"),
-        (Fault("tied", -1), "share a parameter of shape (4, 4) across ranks: put both"),
+        (
+            Fault("tied", 3),
+            "stages 1 and 3 share a parameter, and its copies on",
+        ),
         (
             Fault("data", 0),
             "activation 0→1:0 is [1, 4] of float32, and was [2, 4] of float32 in the "

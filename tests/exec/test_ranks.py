@@ -19,21 +19,11 @@ from jobs import (
 )
 
 from pipeproof.exec import reference
-from pipeproof.sched import CATALOG, POLICIES, Kind, catalog
+from pipeproof.sched import CATALOG, POLICIES, Kind
 from pipeproof.sched.groups import needs
 from pipeproof.sched.row import Case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-ROWS = [
-    name
-    for name in CATALOG
-    if all(
-        target is None
-        for target in catalog.make(name, devices=4, micro_batches=8).offload_to
-    )
-]
-"""All but those that keep activations in another rank's memory."""
 
 
 def assert_equal(results: list[Result], expected: Result) -> None:
@@ -58,7 +48,7 @@ def unpipelined(job: Job) -> Result:
     return run(job, step, stages, range(len(stages)))
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", CATALOG)
 def test_every_row_equals_one_process_and_the_reference(name: str, do: Do) -> None:
     job = Job(name, 4, 8)
 
@@ -144,7 +134,7 @@ def test_clocks_of_other_hosts_are_set_by_those_of_the_first(do: Do) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("micro_batches", [4, 8, 16])
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", CATALOG)
 def test_every_row_in_more_sizes(
     name: str, micro_batches: int, policy: str, do: Do
 ) -> None:

@@ -351,13 +351,9 @@ def test_no_steady_state_no_more_micro_batches() -> None:
         with_micro_batches(short, 5)
     with pytest.raises(ParameterError, match="micro_batches must be at least 1, got 0"):
         with_micro_batches(gpipe, 0)
-    two = Schedule.of(
-        [[F(0, 0), F(1, 1), B(1, 1), B(0, 0)], [F(1, 0), F(0, 1), B(0, 1), B(1, 0)]],
-        placement=Placement.bidirectional(2),
-        pipe_of=[0, 1],
-    )
-    with pytest.raises(ParameterError, match="one pipe and one step, got 2 and 1"):
-        with_micro_batches(two, 1)
+    two_steps = Schedule.of([[F(0, range(2)), B(0, range(2))]], steps=2)
+    with pytest.raises(ParameterError, match="a schedule of one step, got 2"):
+        with_micro_batches(two_steps, 3)
 
 
 # Times

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import costs_of_stages, policies, positive_times, schedules, times
+from strategies import (
+    costs_of_stages,
+    policies,
+    positive_times,
+    schedules,
+    times,
+    whole_language,
+)
 
 from pipeproof.sched import CATALOG, Program, Schedule, Trace, catalog, kernels, lower
 from pipeproof.sched.errors import ParameterError, UnsupportedError
@@ -39,6 +46,7 @@ def clusters(draw: st.DrawFn) -> Cluster:
         link_latency=draw(times),
         link_bandwidth=draw(st.none() | positive_times),
         links=draw(st.dictionaries(pair, link, max_size=3)),
+        host_bandwidth=draw(st.none() | positive_times),
         buffering=draw(st.sampled_from(BUFFERING)),
         shared_processor=draw(st.booleans()),
         streams=draw(st.sampled_from(["dir", "pair", "one", "sync"])),
@@ -83,13 +91,20 @@ def both(program: Program, cost: Cost, cluster: Cluster) -> Trace | None:
     return events
 
 
-@given(data=st.data(), schedule=schedules(), cluster=clusters(), policies=policies)
+@given(
+    data=st.data(),
+    schedule=schedules() | whole_language(),
+    cluster=clusters(),
+    policies=policies,
+)
 def test_equals_the_engine(
     data: st.DataObject, schedule: Schedule, cluster: Cluster, policies: dict[str, Any]
 ) -> None:
     program = lower(schedule, **policies)
     cost = dataclasses.replace(
-        data.draw(costs_of_stages(schedule.stages)), boundary_bytes=3
+        data.draw(costs_of_stages(schedule.stages)),
+        boundary_bytes=3,
+        activation_bytes=99,
     )
     exact = both(program, cost, cluster)
     floats = both(program, of_floats(cost), of_floats(cluster))

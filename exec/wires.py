@@ -1,0 +1,204 @@
+"""One-way links between two ranks, and what is under way on them.
+
+gloo's waits can be neither polled nor given up, but for this: a communicator on which
+any wait runs out of time closes its links, and all its waits fail. So who needs a
+tensor waits for it in gloo itself, which costs no change of threads, and the thread
+that beats ends such a wait when a rank has failed. What nobody waits for, or not yet,
+is followed by a thread of the wire, if it matters when it is done.
+
+NCCL's waits only order the device's stream and return.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from queue import SimpleQueue
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import Backend
+
+NEVER = timedelta(days=365)
+"""Deadlines are the ranks', who know why they wait; a communicator has none."""
+AT_ONCE = timedelta(milliseconds=1)
+NO_TAG = 99
+"""Of messages that never come."""
+FIRST_BYTES = 1024
+"""Size of a text's first tensor; a longer text is followed by the rest."""
+
+
+class Pending:
+    """A tensor under way.
+
+    Attributes:
+        tensor: it; held as long as its memory is read or written.
+        wire: that it goes by.
+        work: torch's, until somebody has waited for it.
+        followed: what a thread that waits for it sets when it is done; None where
+            who needs it waits.
+        ended: when it was sent or was there, by `perf_counter`; where it was
+            followed.
+        error: why it never will be.
+    """
+
+    __slots__ = ("ended", "error", "followed", "tensor", "wire", "work")
+
+    def __init__(self, tensor: Tensor, wire: Wire) -> None:
+        self.tensor: Tensor | None = tensor
+        self.wire = wire
+        self.work: Any = None
+        self.followed: threading.Event | None = None
+        self.ended = 0.0
+        self.error: Exception | None = None
+
+    def finish(self) -> None:
+        """Wait for it, without a deadline."""
+        work, self.work = self.work, None
+        if work is None:
+            return
+        try:
+            # NCCL's waits hold up the host if they are given a deadline.
+            work.wait(NEVER) if self.wire.blocks else work.wait()
+        except RuntimeError as error:
+            self.error = error
+
+
+class Wire:
+    """One direction of one communicator: first in, first out.
+
+    Args:
+        group: the communicator.
+        place: of the other end in it.
+        peer: its rank.
+        blocks: whether waits block, as gloo's do.
+        tag: tells wires of one communicator apart, which only gloo can do.
+
+    Attributes:
+        peer, blocks: as given.
+    """
+
+    def __init__(
+        self, group: Backend, place: int, peer: int, blocks: bool, tag: int = 0
+    ) -> None:
+        self._group, self._place, self._tag = group, place, tag
+        self.peer, self.blocks = peer, blocks
+        self._send = group.send  # type: ignore[attr-defined]
+        self._recv = group.recv  # type: ignore[attr-defined]
+        self._queue: SimpleQueue[Pending | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def send(self, tensor: Tensor, *, followed: bool = True) -> Pending:
+        """Start to send a contiguous tensor.
+
+        Args:
+            tensor: whose memory is read until it is sent.
+            followed: hold it until then; otherwise hold what is returned.
+        """
+        return self._started(self._send, tensor, followed)
+
+    def receive(self, tensor: Tensor, *, followed: bool = False) -> Pending:
+        """Start to fill a contiguous tensor.
+
+        Args:
+            tensor: to be filled.
+            followed: have a thread note when it is.
+        """
+        return self._started(self._recv, tensor, followed)
+
+    def _started(self, function: Any, tensor: Tensor, followed: bool) -> Pending:
+        pending = Pending(tensor, self)
+        try:
+            pending.work = function([tensor], self._place, self._tag)
+        except RuntimeError as error:  # the link is broken already
+            pending.error = error
+            return pending
+        if followed and self.blocks:
+            self.follow(pending)
+        return pending
+
+    def follow(self, pending: Pending) -> None:
+        """Have a thread wait for it, note when it is done, and let go of it then."""
+        pending.followed = threading.Event()
+        if self._thread is None:
+            self._thread = threading.Thread(target=_serve, args=(self._queue,))
+            self._thread.daemon = True
+            self._thread.start()
+        self._queue.put(pending)
+
+    def interrupt(self) -> None:
+        """Have all waits on the communicator fail, now and ever after."""
+        if self.blocks:
+            with suppress(RuntimeError):
+                never = self._recv([torch.empty(1)], self._place, NO_TAG)
+                never.wait(AT_ONCE)
+
+    def close(self, timeout_s: float) -> None:
+        """Have the thread end, once all is done that it follows."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(timeout_s)
+
+
+def _serve(queue: SimpleQueue[Pending | None]) -> None:
+    while (pending := queue.get()) is not None:
+        pending.finish()
+        pending.ended = perf_counter()
+        assert pending.followed is not None
+        pending.followed.set()
+        del pending
+
+
+Wait = Callable[[Pending, object], None]
+"""Returns once it is done; raises if it never will be. The object says for what."""
+
+
+class TextWire:
+    """Short texts over two wires, one for each direction.
+
+    Args:
+        out, into: the wires.
+        wait: as `Ranks.wait`.
+    """
+
+    def __init__(self, out: Wire, into: Wire, wait: Wait) -> None:
+        self._out, self._into, self._wait = out, into, wait
+        self._ahead: Pending | None = None
+
+    def send(self, text: str, *, followed: bool = True) -> list[Pending]:
+        """Start to send, as `Wire.send`."""
+        data = text.encode()
+        data = len(data).to_bytes(8, "little") + data
+        first = bytearray(data[:FIRST_BYTES].ljust(FIRST_BYTES, b"\0"))
+        parts = [first]
+        if rest := bytearray(data[FIRST_BYTES:]):
+            parts.append(rest)
+        rows = (torch.frombuffer(part, dtype=torch.uint8) for part in parts)
+        return [self._out.send(row, followed=followed) for row in rows]
+
+    def expect(self) -> None:
+        """Get ready for the next one, so that it need not wait for `receive`."""
+        if self._ahead is None:
+            buffer = torch.empty(FIRST_BYTES, dtype=torch.uint8)
+            self._ahead = self._into.receive(buffer)
+
+    def receive(self, what: str) -> str:
+        """Wait for the next one."""
+        self.expect()
+        assert self._ahead is not None
+        first, self._ahead = self._ahead, None
+        data = self._read(first, what)
+        length, data = int.from_bytes(data[:8], "little"), data[8:]
+        if length > len(data):
+            rest = torch.empty(length - len(data), dtype=torch.uint8)
+            data += self._read(self._into.receive(rest), what)
+        return data[:length].decode()
+
+    def _read(self, pending: Pending, what: str) -> bytes:
+        self._wait(pending, what)
+        assert pending.tensor is not None
+        return bytes(pending.tensor.numpy())
