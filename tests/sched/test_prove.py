@@ -117,6 +117,15 @@ def test_a_certificate_in_words() -> None:
     assert (again["ok"], again["program"]) == (True, certificate.program)
 
 
+def test_the_digest_is_of_the_program() -> None:
+    """Two programs of one schedule, on the same streams, are told apart."""
+    schedule = catalog.make("1f1b", devices=2, micro_batches=3)
+    programs = [lower(schedule, receives=r) for r in ("early", "late", "early")]
+    digests = [prove(program).to_dict()["program"] for program in programs]
+
+    assert digests[0] == digests[2] != digests[1]
+
+
 def test_a_refutation_names_the_first_operand_that_differs() -> None:
     """The stage's input is that of another micro-batch."""
     program = two_devices()
