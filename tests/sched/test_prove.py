@@ -183,6 +183,16 @@ def test_what_is_dropped_or_doubled_is_named() -> None:
     ]
 
 
+def test_what_a_slice_lacks_is_named_by_both_numbers() -> None:
+    program = lower(catalog.make("seq1f1b", devices=2, micro_batches=2, slices=2))
+    last = label(program, "0B1")
+    dropped = [part for part in parts_of(program) if part.key != last]
+
+    assert [f.found for f in prove(assembled(program, dropped)).findings] == [
+        "the gradient of stage 0 lacks micro-batch 1.0"
+    ]
+
+
 def test_a_reduction_before_the_last_backward_is_refuted() -> None:
     program = lower(catalog.make("chimera", devices=2, micro_batches=2))
     parts = parts_of(program)
