@@ -91,7 +91,10 @@ class Deferred:
         if by is None:
             by = 1.0 / float(self.num_batches_tracked)
         variance = self.squares / (self.seen - 1)
-        for running, found in ((self.running_mean, self.mean), (self.running_var, variance)):
+        for running, found in (
+            (self.running_mean, self.mean),
+            (self.running_var, variance),
+        ):
             running.mul_(1 - by).add_(found.to(running.dtype), alpha=by)
         self.forget()
 
@@ -131,7 +134,9 @@ def defer_batch_norm(module: nn.Module) -> nn.Module:
     Raises:
         ModelError: a batch norm of another class, whose statistics are its own affair.
     """
-    found = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    found = [
+        m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    ]
     found = [m for m in found if not isinstance(m, Deferred) and m.track_running_stats]
     for norm in found:
         if type(norm) not in _DEFERRED:

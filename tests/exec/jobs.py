@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import psutil
 import torch
 from models import Attention, Masked, Nested, keywords
 from torch import Tensor, nn
@@ -243,6 +244,13 @@ def part(ranks: Ranks, job: Job) -> Result:
 
     # Rank 0's seed counts; the others' own draws are not used.
     return run(job, step, stages, mine, seed=5 + ranks.rank)
+
+
+def listening(ranks: Ranks, job: Job) -> list[str]:
+    """Where this process accepts connections, once it has run a job."""
+    part(ranks, job)
+    found = psutil.Process().net_connections(kind="inet")
+    return [c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN]
 
 
 def small_stages(number: int) -> list[nn.Module]:
