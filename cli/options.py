@@ -120,6 +120,18 @@ def buffering(text: str) -> str | int:
     return int(text)
 
 
+FLAGS = {
+    "chunks": "-v",
+    "slices": "--slices",
+    "waves": "--waves",
+    "group": "--group",
+    "offload": "--offload",
+    "backward": "--backward-order",
+    "times": "--times",
+}
+"""How the command line calls the generators' options."""
+
+
 @dataclass(frozen=True, slots=True)
 class Features:
     """What a catalogue's schedule may have beside its two sizes.
@@ -199,13 +211,12 @@ class Conditions:
 
     @property
     def given(self) -> list[str]:
-        """What differs from the defaults, by name."""
-        defaults = {
-            spec.name: None if spec.default is MISSING else spec.default
-            for spec in fields(self)
-        }
+        """What differs from the defaults, by the name of the option that says it."""
         return [
-            name for name, usual in defaults.items() if getattr(self, name) != usual
+            spec.metadata.get("said_by", spec.name)
+            for spec in fields(self)
+            if getattr(self, spec.name)
+            != (None if spec.default is MISSING else spec.default)
         ]
 
 

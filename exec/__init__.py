@@ -4,6 +4,7 @@ Knows `sched` and torch, never `sim`.
 """
 
 from pipeproof.exec.batch import Whole as Whole
+from pipeproof.exec.batch_norm import defer_batch_norm as defer_batch_norm
 from pipeproof.exec.errors import BatchError as BatchError
 from pipeproof.exec.errors import LossError as LossError
 from pipeproof.exec.errors import ModelError as ModelError
