@@ -68,6 +68,8 @@ experiments: $(VENV)/ready
 	$(BIN)/python experiments/executor_overhead.py
 	$(BIN)/python experiments/executor/split_backward.py
 	$(BIN)/python experiments/executor/against_torch.py
+	$(BIN)/python experiments/executor/prediction.py
+	$(BIN)/python experiments/executor/injections.py --jobs 2
 
 lint: $(VENV)/ready $(VENV)/typing
 	$(BIN)/ruff format --check
