@@ -4,6 +4,7 @@ Knows `sched` and torch, never `sim`.
 """
 
 from pipeproof.exec.batch import Whole as Whole
+from pipeproof.exec.batch_norm import defer_batch_norm as defer_batch_norm
 from pipeproof.exec.errors import BatchError as BatchError
 from pipeproof.exec.errors import LossError as LossError
 from pipeproof.exec.errors import ModelError as ModelError
@@ -18,4 +19,6 @@ from pipeproof.exec.partition import profile_layers as profile_layers
 from pipeproof.exec.partition import split_at as split_at
 from pipeproof.exec.partition import split_evenly as split_evenly
 from pipeproof.exec.pipeline import Pipeline as Pipeline
+from pipeproof.exec.profile import Profile as Profile
+from pipeproof.exec.profile import profile as profile
 from pipeproof.exec.reference import reference as reference

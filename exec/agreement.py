@@ -28,7 +28,7 @@ from pipeproof.sched import Schedule
 def check_given(
     stages: Sequence[StageModule | None], mine: Sequence[int], rank: int
 ) -> None:
-    """Refuse what cannot be this rank's stages.
+    """Refuse None as one of this rank's stages.
 
     Args:
         stages: of all ranks; others' may be None.
@@ -36,26 +36,13 @@ def check_given(
         rank: this one.
 
     Raises:
-        ModelError: one of them is None, or shares a parameter with another rank's.
+        ModelError: one of them is None.
     """
-    owner: dict[int, int] = {}
     for number in mine:
-        module = stages[number]
-        if module is None:
+        if stages[number] is None:
             raise ModelError(
                 f"rank {rank} runs stage {number} and was given None for it"
             )
-        owner |= {id(p): number for p in _parameters(module)}
-    for number, module in enumerate(stages):
-        if module is None or number in mine:
-            continue
-        for parameter in _parameters(module):
-            if (first := owner.get(id(parameter))) is not None:
-                raise ModelError(
-                    f"stages {first} and {number} share a parameter of shape "
-                    f"{tuple(parameter.shape)} across ranks: put both on one "
-                    "device, or untie them"
-                )
 
 
 def agree(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from pipeproof.exec.errors import BatchError, LossError
 from pipeproof.exec.tensors import PLAIN, flat, learning, mapped
@@ -45,6 +46,7 @@ class Batch:
     inputs: Value | None
     targets: Value | None
     keywords: Mapping[str, Any] = field(default_factory=dict)
+    scaler: GradScaler | None = None
 
 
 def split(
@@ -241,6 +243,11 @@ def rows_of(name: str, value: Value) -> int:
     return rows.pop()
 
 
+def size_of(name: str, value: Value, slices: int) -> tuple[int, int]:
+    """Rows and positions of a value; positions 1 where they are not cut."""
+    return rows_of(name, value), positions_of(name, value) if slices > 1 else 1
+
+
 def check_scale(loss_scale: LossScale) -> None:
     """Refuse a loss scale that is none.
 
@@ -263,21 +270,18 @@ def check_pairs(inputs: Value, targets: Value, slices: int) -> tuple[int, int]:
     Raises:
         BatchError: other rows, or with slices other positions.
     """
-    rows, found = rows_of("inputs", inputs), rows_of("targets", targets)
-    if rows != found:
+    size, found = size_of("inputs", inputs, slices), size_of("targets", targets, slices)
+    if size[0] != found[0]:
         raise BatchError(
-            f"targets have {found} rows and inputs {rows}: each row of the inputs "
-            "needs its target"
+            f"targets have {found[0]} rows and inputs {size[0]}: each row of the "
+            "inputs needs its target"
         )
-    if slices == 1:
-        return rows, 1
-    positions, found = positions_of("inputs", inputs), positions_of("targets", targets)
-    if positions != found:
+    if size[1] != found[1]:
         raise BatchError(
-            f"targets have {found} positions and inputs {positions}: in slices each "
+            f"targets have {found[1]} positions and inputs {size[1]}: in slices each "
             "position of the inputs needs its target"
         )
-    return rows, positions
+    return size
 
 
 Weights = list[list[float]]

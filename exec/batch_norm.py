@@ -9,9 +9,9 @@ once, at the end of the step::
     of one step       count, mean, M2 ─┼─▶ mean, M2 / (count − 1) ─▶ running statistics
                       count, mean, M2 ─┘
 
-M2 is the sum of squares of what is left after the mean is taken off, so a large mean
-does not cancel it; two such triples make one as in Chan, Golub and LeVeque 1979
-(Stanford STAN-CS-79-773), in float64.
+M2 is the sum of squares of what is left after the mean is taken off; two such triples
+make one as in Chan, Golub and LeVeque 1979 (Stanford STAN-CS-79-773), in float64. All
+is counted from the first micro-batch's mean, so a large mean cancels nothing.
 
 What is added up lies in buffers of the module, so that recomputation is undone to it
 as to any buffer, and no micro-batch counts twice. They are not in the state_dict.
@@ -23,44 +23,42 @@ Source: Huang et al. 2018, arXiv:1811.06965, 2.3, for what is normalised; Kim et
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeproof.exec.errors import ModelError
 
 
-class Deferred:
+class Deferred(_BatchNorm):
     """What the deferred batch norms have in common."""
 
-    # Of nn.modules.batchnorm._BatchNorm, which stands beside this one.
-    training: bool
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    momentum: float | None
-    eps: float
     seen: Tensor
+    origin: Tensor
     mean: Tensor
     squares: Tensor
 
-    def make_room(self: Any) -> None:
+    def make_room(self) -> None:
         """Add the buffers for one step."""
         nothing = torch.zeros_like(self.running_mean, dtype=torch.float64)
         for name in ("mean", "squares"):
             self.register_buffer(name, nothing.clone(), persistent=False)
+        self.register_buffer(
+            "origin", torch.zeros_like(self.running_mean), persistent=False
+        )
         self.register_buffer("seen", nothing.new_zeros(()), persistent=False)
 
-    def forward(self: Any, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Normalise by the micro-batch's own statistics, and add these up."""
         if not self.training:
-            output: Tensor = super().forward(input)  # type: ignore[misc]
-            return output
-        self._check_input_dim(input)
+            return super().forward(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             self._add(input.detach())
         return functional.batch_norm(
@@ -70,7 +68,11 @@ class Deferred:
     def _add(self, input: Tensor) -> None:
         dims = [dim for dim in range(input.dim()) if dim != 1]
         count = input.numel() // max(input.shape[1], 1)
-        var, mean = torch.var_mean(input, dims, correction=0)
+        first = input.mean(dims).to(self.origin.dtype)
+        self.origin.copy_(torch.where(self.seen == 0, first, self.origin))
+        # Of numbers close to each other the difference is exact.
+        shape = [-1 if dim == 1 else 1 for dim in range(input.dim())]
+        var, mean = torch.var_mean(input - self.origin.view(shape), dims, correction=0)
         total = self.seen + count
         apart = mean.double() - self.mean
         self.squares += var.double() * count + apart**2 * (self.seen * count / total)
@@ -91,7 +93,10 @@ class Deferred:
         if by is None:
             by = 1.0 / float(self.num_batches_tracked)
         variance = self.squares / (self.seen - 1)
-        for running, found in ((self.running_mean, self.mean), (self.running_var, variance)):
+        for running, found in (
+            (self.running_mean, self.origin + self.mean),
+            (self.running_var, variance),
+        ):
             running.mul_(1 - by).add_(found.to(running.dtype), alpha=by)
         self.forget()
 
@@ -108,7 +113,7 @@ class DeferredBatchNorm3d(Deferred, nn.BatchNorm3d):
     """`nn.BatchNorm3d`, deferred."""
 
 
-_DEFERRED: dict[type[nn.Module], type[nn.Module]] = {
+_DEFERRED: dict[type[_BatchNorm], type[Deferred]] = {
     nn.BatchNorm1d: DeferredBatchNorm1d,
     nn.BatchNorm2d: DeferredBatchNorm2d,
     nn.BatchNorm3d: DeferredBatchNorm3d,
@@ -131,8 +136,13 @@ def defer_batch_norm(module: nn.Module) -> nn.Module:
     Raises:
         ModelError: a batch norm of another class, whose statistics are its own affair.
     """
-    found = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    found = [m for m in found if not isinstance(m, Deferred) and m.track_running_stats]
+    found = [
+        norm
+        for norm in module.modules()
+        if isinstance(norm, _BatchNorm)
+        and norm.track_running_stats
+        and not isinstance(norm, Deferred)
+    ]
     for norm in found:
         if type(norm) not in _DEFERRED:
             raise ModelError(
@@ -141,7 +151,7 @@ def defer_batch_norm(module: nn.Module) -> nn.Module:
             )
     for norm in found:
         norm.__class__ = _DEFERRED[type(norm)]
-        norm.make_room()
+        cast(Deferred, norm).make_room()
     return module
 
 

@@ -108,6 +108,33 @@ class Binder:
                 return self._bind_weight_grad(op, instruction)
         raise AssertionError(f"not bound: {op}")
 
+    def bind_output(self, op: Op, instruction: Instruction) -> Run:
+        """What a forward does if no backward follows."""
+        values, stage = self.values, self._stage(op, instruction)
+        last = op.stage == self.program.schedule.stages - 1
+        compute = self._bind_units(op, instruction)
+        finish = self._bind_loss(op, stage) if last else stage.checked
+        out = _find(instruction.writes, (BufferKind.OUTPUT,), op)
+        brought = _find(instruction.writes, INPUTS, op)
+        read = _find(instruction.reads + instruction.writes, INPUTS, op)
+
+        def forward() -> None:
+            if brought >= 0:
+                batch = self.step.inputs[op.micro_batch][op.slice]
+                values[brought] = tensors.handed_on(batch)
+            output, carry = compute()
+            values[read] = None
+            self._carried.pop(_of(op), None)
+            self._carry_on(op, carry)
+            if last:
+                self.step.outputs[op.micro_batch][op.slice] = output
+            if not last or self.step.targets:
+                output = finish(output)
+            if out >= 0:
+                values[out] = tensors.handed_on(output)
+
+        return forward
+
     def leaves(self, op: Op, instruction: Instruction) -> list[Tensor]:
         """The leaves of the graph that a forward made; an OFFLOAD reads them."""
         read = _find(instruction.reads, INPUTS, op)
@@ -174,10 +201,21 @@ class Binder:
 
     def _bind_stage(self, op: Op, instruction: Instruction) -> Forward:
         """From the stage's input to its output (of the last, the loss) and carry."""
-        values, stage = self.values, self._stage(op, instruction)
-        read = _find(instruction.reads + instruction.writes, INPUTS, op)
+        stage = self._stage(op, instruction)
+        units = self._bind_units(op, instruction)
         last = op.stage == self.program.schedule.stages - 1
         finish = self._bind_loss(op, stage) if last else stage.checked
+
+        def compute() -> tuple[Value, tuple[Any, ...]]:
+            output, left = units()
+            return finish(output), left
+
+        return _inside(stage.splitter.watching, compute) if self._split else compute
+
+    def _bind_units(self, op: Op, instruction: Instruction) -> Forward:
+        """From the stage's input to what its units make of it, and carry."""
+        values, stage = self.values, self._stage(op, instruction)
+        read = _find(instruction.reads + instruction.writes, INPUTS, op)
         of, micro_batch, part = _of(op), op.micro_batch, op.slice
         first = ((),) * stage.carries if self._sliced else None
 
@@ -197,9 +235,9 @@ class Binder:
             if tensors.versions(leaves) != before:
                 found = tensors.versions((values[read],))
                 raise ModelError(_in_place(op, found, before))
-            return finish(output), left
+            return output, left
 
-        return _inside(stage.splitter.watching, compute) if self._split else compute
+        return compute
 
     def _bind_loss(self, op: Op, stage: Stage) -> Callable[[Any], Tensor]:
         sources = generators(stage.device)

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
+from pipeproof.exec import clipping, scaling
 from pipeproof.exec.batch import (
     NO_KEYWORDS,
     Batch,
@@ -20,12 +22,14 @@ from pipeproof.exec.batch import (
     check_scale,
     factors,
     no_unit_takes,
+    size_of,
     split,
     split_keywords,
     unmarked,
 )
 from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError, ModelError
+from pipeproof.exec.evaluation import evaluating, joined
 from pipeproof.exec.grid import Grid
 from pipeproof.exec.group import Along, Ranks
 from pipeproof.exec.ranked import Ranked
@@ -132,6 +136,7 @@ class Pipeline:
         data_parallel: Along | int = 1,
     ) -> None:
         self._trace: Trace | None = None
+        self._losses: list[Tensor] = []
         self._ranked: Ranked | None = None
         self._loss_scale = loss_scale
         grid = _grid_of(ranks, data_parallel)
@@ -199,6 +204,7 @@ class Pipeline:
         targets: Value | None,
         *,
         keywords: Mapping[str, Any] = NO_KEYWORDS,
+        scaler: GradScaler | None = None,
         record: bool = False,
     ) -> Tensor:
         """Forward and backward of one batch, micro-batch by micro-batch.
@@ -216,6 +222,9 @@ class Pipeline:
             keywords: further inputs by name, for every unit of any stage whose
                 forward has a parameter of that name behind its first. A tensor must
                 have the batch's rows, and is cut as it is, or be marked `Whole`.
+            scaler: scales the losses for their backwards. If any gradient of any
+                stage then is not finite, all are set to infinity, so that the scalers
+                of all optimizers on all ranks skip their steps alike.
             record: measure a `trace`.
 
         Of several ranks all call it. Those that run a first stage need the inputs,
@@ -242,24 +251,152 @@ class Pipeline:
                 "step computes gradients, and torch.inference_mode forbids them: call "
                 "it outside"
             )
+        batch = Batch(inputs, targets, keywords, scaler)
         if self._ranked is not None:
-            return self._step_of(self._ranked, inputs, targets, keywords, record)
+            return self._step_of(self._ranked, batch, record)
         if inputs is None or targets is None:
             raise BatchError("got no batch: only other ranks' parts may be None")
-        schedule = self.schedule
-        size = check_pairs(inputs, targets, schedule.slices)
-        batch = split("inputs", inputs, schedule.micro_batches, schedule.slices)
-        labels = split("targets", targets, schedule.micro_batches, schedule.slices)
-        scale = factors(labels, self._loss_scale, *size)
         with torch.enable_grad(), step_seed(self._devices) as seed:
-            step = Step(seed, self._sent(batch, 0), self._sent(labels, -1), scale)
-            step.keywords = self._keywords(keywords, size)
+            step = self._opened(batch, seed)
             if record:
                 self._trace = self._timed(step)
             else:
                 self._runtime.run(step)
             _pass_on(unmarked(inputs), step)
+        if scaler is not None and scaling.overflowed(self._runtime.parameters):
+            scaling.overflow(self._runtime.parameters)
+        self._losses = step.parts
         return step.loss
+
+    def _opened(self, batch: Batch, seed: int) -> Step:
+        """The batch in parts, each where it is needed; without targets none."""
+        parts = self.schedule.micro_batches, self.schedule.slices
+        if batch.inputs is None:
+            raise BatchError("got no inputs: only other ranks' may be None")
+        inputs = split("inputs", batch.inputs, *parts)
+        labels: list[list[Value]] = []
+        scale: list[list[float | None]] = [[None] * parts[1] for _ in range(parts[0])]
+        if batch.targets is None:
+            size = size_of("inputs", batch.inputs, parts[1])
+        else:
+            size = check_pairs(batch.inputs, batch.targets, parts[1])
+            labels = split("targets", batch.targets, *parts)
+            scale = factors(labels, self._loss_scale, *size)
+        step = Step(seed, self._sent(inputs, 0), self._sent(labels, -1), scale)
+        step.keywords = self._keywords(batch.keywords, size)
+        step.scaler = batch.scaler
+        return step
+
+    @property
+    def losses(self) -> list[Tensor]:
+        """What each micro-batch added to the loss of the last step or `evaluate`.
+
+        They sum to it, in this order; where there are slices, one for each of these.
+
+        Raises:
+            ParameterError: there was none.
+        """
+        if not self._losses:
+            raise ParameterError("there are no losses yet: call step or evaluate")
+        return self._losses
+
+    def evaluate(
+        self,
+        inputs: Value | None,
+        targets: Value | None,
+        *,
+        keywords: Mapping[str, Any] = NO_KEYWORDS,
+    ) -> Tensor:
+        """The loss of one batch, without gradients and without recomputation.
+
+        All modules are in eval mode meanwhile. Of several ranks all call it, with
+        what they give to `step`.
+
+        Args:
+            inputs: as for `step`.
+            targets: likewise.
+            keywords: likewise.
+
+        Returns:
+            The batch's loss, as `step` would have it.
+
+        Raises:
+            BatchError, LossError, ModelError, StepError, RankError: as `step`.
+        """
+        if self._ranked is None and targets is None:
+            raise BatchError("evaluate needs targets; predict does without")
+        done = self._forward(Batch(inputs, targets, keywords), with_targets=True)
+        self._losses = done.parts
+        return done.loss
+
+    def predict(
+        self, inputs: Value | None, *, keywords: Mapping[str, Any] = NO_KEYWORDS
+    ) -> Value | None:
+        """What the last stage makes of one batch, as `evaluate` runs it.
+
+        Args:
+            inputs: as for `step`.
+            keywords: likewise.
+
+        Returns:
+            The outputs of all micro-batches, joined: tensors by rows, scalars to one
+            number for each, and of what is no tensor a list of each one's. None on
+            ranks without the last stage; where several have it, of their own
+            micro-batches.
+
+        Raises:
+            BatchError, ModelError, StepError, RankError: as `step`.
+        """
+        done = self._forward(Batch(inputs, None, keywords), with_targets=False)
+        found = [parts for parts in done.outputs if parts[0] is not None]
+        return joined(found) if found else None
+
+    def _forward(self, batch: Batch, *, with_targets: bool) -> Step:
+        """The forwards alone."""
+        stages = self._runtime.stages
+        modules = [module for stage in stages for module in stage.modules]
+        with (
+            evaluating(modules),
+            torch.no_grad(),
+            step_seed(list(set(self._devices))) as seed,
+        ):
+            if self._ranked is not None:
+                with self._ranked.grid.ranks.together("the evaluation"):
+                    return self._ranked.forward(
+                        self._runtime, seed, batch, with_targets=with_targets
+                    )
+            step = self._opened(batch, seed)
+            self._runtime.forward(step)
+            return step
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> float:
+        """Clip the norm of all gradients of the model, those of other ranks included.
+
+        As `torch.nn.utils.clip_grad_norm_` on the whole model: each parameter counts
+        once, however many stages, replicas or ranks hold it. Of several ranks all call
+        it.
+
+        Args:
+            max_norm: what the norm is at most afterwards.
+            norm_type: 2 for the Euclidean, `math.inf` for the largest entry.
+
+        Returns:
+            The norm before, the same on every rank.
+
+        Raises:
+            ParameterError: a norm that is not above 0.
+            RankError: as `step`.
+        """
+        clipping.check_norm(max_norm, norm_type)
+        parameters = self._runtime.parameters
+        if self._ranked is None:
+            found = clipping.norms(parameters, norm_type)
+        else:
+            with self._ranked.grid.ranks.together("clipping"):
+                found = self._ranked.norms(norm_type)
+        norm = clipping.total(found, norm_type)
+        clipping.scale(parameters, norm, max_norm)
+        return norm
 
     def _keywords(
         self, keywords: Mapping[str, Any], size: tuple[int, int]
@@ -277,9 +414,7 @@ class Pipeline:
     def _step_of(
         self,
         ranked: Ranked,
-        inputs: Value | None,
-        targets: Value | None,
-        keywords: Mapping[str, Any],
+        batch: Batch,
         record: bool,
     ) -> Tensor:
         """This rank's part of a step."""
@@ -288,7 +423,6 @@ class Pipeline:
             torch.enable_grad(),
             step_seed(list(set(self._devices))) as seed,
         ):
-            batch = Batch(inputs, targets, keywords)
             if record:
                 step, start, end = ranked.timed_step(self._runtime, seed, batch)
                 shares = _shares(self.program)
@@ -297,8 +431,14 @@ class Pipeline:
                 )
             else:
                 step = ranked.step(self._runtime, seed, batch)
-            if inputs is not None:
-                _pass_on(unmarked(inputs), step)
+            if batch.inputs is not None:
+                _pass_on(unmarked(batch.inputs), step)
+            if batch.scaler is not None:
+                scaling.ready(batch.scaler, self._devices[ranked.grid.device])
+                parameters = self._runtime.parameters
+                if ranked.anywhere(scaling.overflowed(parameters)):
+                    scaling.overflow(parameters)
+        self._losses = step.parts
         return step.loss
 
     def _sent(self, batch: list[list[Value]], stage: int) -> list[list[Value]]:

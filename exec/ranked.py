@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeproof.exec import clipping
 from pipeproof.exec.agreement import agree, check_given
 from pipeproof.exec.batch import (
     Batch,
@@ -24,9 +25,8 @@ from pipeproof.exec.batch import (
     Value,
     Weights,
     no_unit_takes,
-    positions_of,
-    rows_of,
     shares,
+    size_of,
     split,
     split_keywords,
     total_of,
@@ -44,6 +44,7 @@ from pipeproof.exec.sharded import Sharded, check_wrapped, is_sharded
 from pipeproof.exec.stage import Stage, StageModule
 from pipeproof.exec.step import Step
 from pipeproof.exec.tensors import flat, placed
+from pipeproof.exec.ties import tie_up
 from pipeproof.exec.timetable import Array, merged
 from pipeproof.sched import ParameterError, Program
 
@@ -108,6 +109,7 @@ class Ranked:
         self._signatures: list[str] = []
         self._decides: tuple[list[Any], str] = [], ""
         self.links = Links(grid, program, device, apart=self.sharded)
+        self._ties = tie_up(grid, schedule, stages, mine, device)
 
     def step(self, runtime: Runtime, seed: int, batch: Batch) -> Step:
         """One step of all ranks.
@@ -122,8 +124,9 @@ class Ranked:
             The step, with the losses of all ranks.
         """
         step = self._opened(runtime, seed, batch)
-        runtime.run(step)
-        self.links.reducer.finish()
+        with self._ties.apart():
+            runtime.run(step)
+            self.links.reducer.finish()
         self._close(step)
         return step
 
@@ -135,11 +138,12 @@ class Ranked:
         offset = self._ranks.clock_offset()
         messages, reducer = self.links.messages, self.links.reducer
         messages.recorded = True
-        try:
-            start, end = runtime.run_timed(step)
-        finally:
-            messages.recorded = False
-        reducer.finish()
+        with self._ties.apart():
+            try:
+                start, end = runtime.run_timed(step)
+            finally:
+                messages.recorded = False
+            reducer.finish()
         self._close(step)
         zero = runtime.clock.origin + offset
         times = {
@@ -151,7 +155,41 @@ class Ranked:
         said = self._ranks.exchange(list(times.values()), "the other ranks' times")
         return step, *merged(self._program, [said[rank] for rank in self.grid.row])
 
-    def _opened(self, runtime: Runtime, seed: int, batch: Batch) -> Step:
+    def forward(
+        self, runtime: Runtime, seed: int, batch: Batch, *, with_targets: bool
+    ) -> Step:
+        """The forwards alone of all ranks, with losses if there are targets."""
+        step = self._opened(runtime, seed, batch, "forward", with_targets)
+        runtime.forward(step)
+        self._close(step)
+        return step
+
+    def anywhere(self, here: bool) -> bool:
+        """Whether something is so on any rank."""
+        said = self._ranks.exchange(here, "whether the other ranks' gradients overflow")
+        return any(said)
+
+    def norms(self, norm_type: float) -> list[float]:
+        """Of the gradient of each parameter of the model, once, in their order."""
+        counted = set(self._ties.elsewhere)
+        ours = []
+        for (number, device), stage in sorted(self.homes.items()):
+            if holders(self._schedule, number)[0] == device:
+                own = [p for p in stage.parameters if id(p) not in counted]
+                counted.update(map(id, own))
+                ours.append([number, clipping.norms(own, norm_type)])
+        said = self._ranks.exchange(ours, "the other ranks' norms")
+        of_stages = sorted(of for rank in self.grid.row for of in said[rank])
+        return [norm for _, found in of_stages for norm in found]
+
+    def _opened(
+        self,
+        runtime: Runtime,
+        seed: int,
+        batch: Batch,
+        kind: str = "step",
+        with_targets: bool = True,
+    ) -> Step:
         """The step, when all ranks have agreed on it."""
         sizes = self._schedule.micro_batches, self._schedule.slices
         inputs: list[list[Value]] = []
@@ -161,11 +199,11 @@ class Ranked:
         if self._first:
             value = self._there(batch.inputs, "inputs")
             inputs = split("inputs", value, *sizes)
-            own["inputs"] = self._size("inputs", value)
-        if self._last:
+            own["inputs"] = list(size_of("inputs", value, sizes[1]))
+        if self._last and with_targets:
             value = self._there(batch.targets, "targets")
             labels = split("targets", value, *sizes)
-            own["targets"] = self._size("targets", value)
+            own["targets"] = list(size_of("targets", value, sizes[1]))
             # Rows and positions are those of the inputs; that is made sure of.
             found = weights(labels, self._loss_scale, *own["targets"])
         factors: list[list[float | None]]
@@ -173,7 +211,8 @@ class Ranked:
         step = Step(
             seed, placed(inputs, self._device), placed(labels, self._device), factors
         )
-        signature = self._signature(step, found, batch.keywords)
+        step.scaler = batch.scaler
+        signature = self._signature(kind, step, found, batch.keywords)
         names = sorted(batch.keywords), sorted(runtime.takes_keywords)
         said = self._ranks.exchange(
             [step.seed, own, signature, total_of(found), *names],
@@ -222,17 +261,12 @@ class Ranked:
             )
         return value
 
-    def _size(self, name: str, value: Value) -> list[int]:
-        """Rows and positions."""
-        sliced = self._schedule.slices > 1
-        return [rows_of(name, value), positions_of(name, value) if sliced else 1]
-
     def _words(self, size: list[int]) -> str:
         sliced = self._schedule.slices > 1
         return f"{size[0]} rows" + (f" of {size[1]} positions" if sliced else "")
 
     def _signature(
-        self, step: Step, counts: Weights | None, keywords: Mapping[str, Any]
+        self, kind: str, step: Step, counts: Weights | None, keywords: Mapping[str, Any]
     ) -> str:
         """All on this rank that may decide what tensors cross to other ranks."""
         given = [value for slices in step.inputs for value in slices]
@@ -246,8 +280,9 @@ class Ranked:
         for stage in self.homes.values():
             parts.append([p.requires_grad for p in stage.parameters])
             parts.append([m.training for m in stage.modules])
-        if torch.is_autocast_enabled(kind := self._device.type):
-            parts.append(torch.get_autocast_dtype(kind))
+        parts.append(kind)
+        if torch.is_autocast_enabled(device := self._device.type):
+            parts.append(torch.get_autocast_dtype(device))
         if parts != self._decides[0]:
             self._decides = parts, hashlib.sha256(repr(parts).encode()).hexdigest()
         return self._decides[1]

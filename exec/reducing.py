@@ -31,8 +31,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Backend
 
 from pipeproof.exec.group import Ranks
-from pipeproof.exec.replicas import Sums, accumulate
-from pipeproof.exec.stage import Stage
+from pipeproof.exec.replicas import Owner, Sums, accumulate
 from pipeproof.exec.wires import NEVER
 
 Gradients = list[Tensor | None]
@@ -130,7 +129,7 @@ class _Reduction:
         error: why there are no sums.
     """
 
-    def __init__(self, index: int, stage: Stage, grads: Gradients, group: Any) -> None:
+    def __init__(self, index: int, stage: Owner, grads: Gradients, group: Any) -> None:
         self.index, self.stage, self.grads, self.group = index, stage, grads, group
         self.event: torch.cuda.Event | None = None
         self.done = threading.Event()
@@ -149,7 +148,9 @@ class _Reduction:
         by_dtype: dict[torch.dtype, list[int]] = {}
         for number, parameter in enumerate(self.stage.parameters):
             if known[number]:
-                by_dtype.setdefault(parameter.dtype, []).append(number)
+                # Gradients of halves may be summed in float32: `grad_dtype`.
+                dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
+                by_dtype.setdefault(dtype, []).append(number)
         for dtype, numbers in by_dtype.items():
             self._sum(dtype, numbers, device)
 

@@ -25,6 +25,7 @@ from pipeproof.exec.batch import (
     split,
     split_keywords,
 )
+from pipeproof.exec.batch_norm import deferred
 from pipeproof.exec.errors import BatchError
 from pipeproof.exec.rng import generators, key, of_replica, seed, step_seed
 from pipeproof.exec.stage import (
@@ -108,6 +109,8 @@ def reference(
             losses[number] = one.forward(batch[number], labels[number], scale[number])
             for part, found in enumerate(one.backward(parameters)):
                 grads[number, part] = found
+    for norm in deferred(module for unit in units for module in unit.modules()):
+        norm.move()
     order = _backward_order(schedule)
     for place, (parameter, stage) in enumerate(owners):
         chains = [[grads[of][place] for of in chain] for chain in order[stage]]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,18 @@ from pipeproof.exec.stage import Stage, StageModule
 Run = Callable[[], None]
 
 
+class Owner(Protocol):
+    """A stage, or what else has parameters whose gradients are summed."""
+
+    @property
+    def number(self) -> int | str:
+        """To say which."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """In an order that all that hold them have."""
+
+
 class Sums:
     """The gradients of one stage on one device of the schedule, in this step.
 
@@ -34,7 +47,7 @@ class Sums:
         stage: as that device holds it.
     """
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Owner) -> None:
         self.stage = stage
         self.begin()
 
@@ -72,7 +85,9 @@ def add_up(parts: Sequence[Sums]) -> None:
     Args:
         parts: of the devices, in ascending order; used up.
     """
-    parameters = parts[0].stage.original.parameters
+    stage = parts[0].stage
+    assert isinstance(stage, Stage)
+    parameters = stage.original.parameters
     found = list(zip(*(part.taken() for part in parts)))
     accumulate(parameters, list(map(_total, parameters, found)))
 

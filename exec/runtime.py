@@ -23,9 +23,14 @@ from pipeproof.exec.replicas import Run, Sums, add_up
 from pipeproof.exec.sharded import Sharded
 from pipeproof.exec.stash import Copies, Place
 from pipeproof.exec.step import Step
-from pipeproof.sched import Action, Kind, Op, Program, Schedule
+from pipeproof.sched import Action, BufferKind, Kind, Op, Program, Schedule
 from pipeproof.sched.errors import PipeproofError
-from pipeproof.sched.program import Instruction, Message
+from pipeproof.sched.program import Instruction, Message, MessageKind
+
+HALF_DONE = (
+    "\nGradients of some micro-batches are in .grad and others are not: zero them "
+    "before the next step."
+)
 
 
 class Transport(Protocol):
@@ -81,6 +86,8 @@ class Runtime:
 
     Attributes:
         here: the instructions that this process runs.
+        stages: that run here.
+        parameters: of these, each once; the user's own.
         takes_keywords: names of keyword inputs that any unit here takes.
         clock: of the last timed step.
     """
@@ -100,9 +107,12 @@ class Runtime:
     ) -> None:
         self._program = program
         self._devices = devices
-        self._stages = list({id(stage): stage for stage in homes.values()}.values())
+        self.stages = list({id(stage): stage for stage in homes.values()}.values())
+        self.parameters = list(
+            {id(p): p for s in self.stages for p in s.original.parameters}.values()
+        )
         self.takes_keywords = frozenset[str]().union(
-            *(stage.takes_keywords for stage in self._stages)
+            *(stage.takes_keywords for stage in self.stages)
         )
         self._transport = transport
         self._reduction, self._lend = reduction, lend
@@ -127,6 +137,7 @@ class Runtime:
             (index, self._bind(program[index])) for index in self.here
         ]
         self._busy = [(i, run) for i, run in self._runs if run is not _nothing]
+        self._forwards: tuple[list[tuple[int, Run]], list[Message]] | None = None
 
     def run(self, step: Step) -> None:
         """All instructions, in the program's order.
@@ -140,6 +151,7 @@ class Runtime:
         try:
             for index, run in self._busy:  # noqa: B007
                 run()
+            self._complete()
         except RankError:  # says where by itself
             raise
         except Exception as error:
@@ -150,7 +162,7 @@ class Runtime:
     def run_timed(self, step: Step) -> tuple[list[float], list[float]]:
         """As `run`; when each instruction started and ended, in seconds."""
         index = -1
-        clock = self.clock = Clock([stage.device for stage in self._stages])
+        clock = self.clock = Clock([stage.device for stage in self.stages])
         device_of = [self._device(i) for i in range(len(self._program))]
         self._begin(step)
         try:
@@ -158,6 +170,7 @@ class Runtime:
                 clock.mark(device_of[index])
                 run()
                 clock.mark(device_of[index])
+            self._complete()
         except RankError:  # says where by itself
             raise
         except Exception as error:
@@ -170,12 +183,101 @@ class Runtime:
         self._binder.step = step
         self._binder.autocast = any(
             torch.is_autocast_enabled(device.type)
-            for device in {stage.device for stage in self._stages}
+            for device in {stage.device for stage in self.stages}
         )
-        for stage in self._stages:
+        for stage in self.stages:
             stage.begin()
         for sharded in self._sharded.values():
             sharded.begin()
+
+    def _complete(self) -> None:
+        for stage in self.stages:
+            stage.complete()
+
+    def forward(self, step: Step) -> None:
+        """The forwards alone, without gradients; outputs go into the step.
+
+        Raises:
+            StepError: as `run`.
+        """
+        if self._forwards is None:
+            self._forwards = self._bind_forwards()
+        forwards, awaited = self._forwards
+        index = -1
+        self._begin(step)
+        try:
+            with torch.no_grad():
+                for index, run in forwards:  # noqa: B007
+                    run()
+                for message in awaited:
+                    assert self._transport is not None
+                    self._transport.finish(message)
+        except RankError:  # says where by itself
+            raise
+        except Exception as error:
+            raise self._broken(index, error, "") from error
+        finally:
+            self._end()
+
+    def _bind_forwards(self) -> tuple[list[tuple[int, Run]], list[Message]]:
+        """The part of the program that leads to outputs, and what is posted in groups.
+
+        Nobody waits for what else a group has, so what was sent in one is waited for
+        at the end.
+        """
+        program = self._program
+        runs: list[tuple[int, Run]] = []
+        awaited = []
+        for index in self.here:
+            instruction = program[index]
+            message = instruction.message
+            run: Run
+            match instruction.action:
+                case Action.COMPUTE:
+                    forwards = [op for op in instruction.ops if op.kind == Kind.F]
+                    bound = [
+                        self._binder.bind_output(op, instruction) for op in forwards
+                    ]
+                    run = partial(_in_turn, bound)
+                    if not bound:
+                        continue
+                    if self._transport is not None and index in self._reader:
+                        run = self._taking_outputs(self._reader[index], run)
+                case Action.SEND | Action.RECV:
+                    assert message is not None
+                    if message.kind != MessageKind.ACTIVATION:
+                        continue
+                    run = self._bind_action(instruction)
+                    if instruction.action == Action.SEND and any(
+                        program.action[other] == Action.RECV
+                        for other in program.posted_with(index)
+                    ):
+                        awaited.append(message)
+                case Action.LOCAL:
+                    if instruction.reads[0].kind != BufferKind.OUTPUT:
+                        continue
+                    run = self._bind_handing_over(instruction)
+                case _:
+                    continue
+            runs.append((index, run))
+        return runs, awaited if self._transport is not None else []
+
+    def _taking_outputs(self, arriving: list[int], run: Run) -> Run:
+        transport, values = self._transport, self._binder.values
+        assert transport is not None
+        messages = map(self._program.message_at, arriving)
+        pairs = [
+            (message, self._program.writes[message.recv][0])
+            for message in messages
+            if message.kind == MessageKind.ACTIVATION
+        ]
+
+        def taking() -> None:
+            for message, write in pairs:
+                values[write] = transport.take(message)
+            run()
+
+        return taking
 
     def _end(self) -> None:
         """Let go of every tensor of the step, whether or not it came to its end."""
@@ -188,7 +290,7 @@ class Runtime:
     def _device(self, index: int) -> torch.device:
         return self._devices[int(self._program.device[index])]
 
-    def _broken(self, index: int, error: Exception) -> Exception:
+    def _broken(self, index: int, error: Exception, then: str = HALF_DONE) -> Exception:
         instruction = self._program[index]
         if instruction.ops:
             op = instruction.ops[0]
@@ -196,11 +298,7 @@ class Runtime:
         else:
             where = f"{instruction.label} ("
         where += f"{', ' if instruction.ops else ''}device {self._device(index)})"
-        text = (
-            f"the step broke off at {where}: {type(error).__name__}: {error}\n"
-            "Gradients of some micro-batches are in .grad and others are not: zero "
-            "them before the next step."
-        )
+        text = f"the step broke off at {where}: {type(error).__name__}: {error}{then}"
         return (
             type(error)(text) if isinstance(error, PipeproofError) else StepError(text)
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeproof.exec import tensors
 from pipeproof.exec.batch import NO_KEYWORDS, Value
+from pipeproof.exec.batch_norm import deferred
 from pipeproof.exec.errors import ModelError
 from pipeproof.exec.rng import generators, key, seed
 from pipeproof.exec.split import Splitter
@@ -200,6 +201,7 @@ class Stage:
         self.modules = list(
             {id(m): m for unit in unique for m in unit.modules()}.values()
         )
+        self._deferred = deferred(self.modules)
         self._has_buffers = any(module._buffers for module in self.modules)
         self.carries = sum(map(takes_carry, self.units))
         self.takes_keywords = frozenset[str]().union(*self._keywords)
@@ -231,6 +233,8 @@ class Stage:
     def begin(self) -> None:
         """Get ready for a step."""
         self._staying = None
+        for norm in self._deferred:
+            norm.forget()
         modes = [module.training for module in self.modules]
         if modes != self._modes:
             self._modes, self._learning = modes, True
@@ -241,6 +245,11 @@ class Stage:
                 zip(self.units, self._keywords), start=self.first_unit
             )
         ]
+
+    def complete(self) -> None:
+        """A step has come to its end: what waited for the whole batch is done."""
+        for norm in self._deferred:
+            norm.move()
 
     def run(
         self,

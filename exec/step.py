@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from pipeproof.exec.batch import NO_KEYWORDS, Value, check_loss
+from pipeproof.exec.scaling import scaled
 
 
 @dataclass
@@ -23,9 +25,11 @@ class Step:
         inputs, targets: on the first and the last device of their pipe.
         factors: of the losses; None for not at all.
         keywords: by device, of each micro-batch and slice, the keyword inputs.
+        scaler: multiplies losses before their backward.
         losses: with their factors, once they are known.
         of_all: where ranks run the step, the losses of all of them, in order.
         input_grads: where the inputs want a gradient.
+        outputs: of the last stage, where there are only forwards.
     """
 
     seed: int
@@ -35,13 +39,16 @@ class Step:
     keywords: dict[torch.device, list[list[dict[str, Any]]]] = field(
         default_factory=dict
     )
+    scaler: GradScaler | None = None
     losses: list[list[Tensor | None]] = field(init=False)
     of_all: list[Tensor] = field(init=False, default_factory=list)
     input_grads: list[list[Value | None]] = field(init=False)
+    outputs: list[list[Value]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.losses = [[None] * len(parts) for parts in self.factors]
         self.input_grads = [[None] * len(parts) for parts in self.factors]
+        self.outputs = [[None] * len(parts) for parts in self.factors]
 
     def keywords_at(
         self, device: torch.device, micro_batch: int, part: int
@@ -66,14 +73,19 @@ class Step:
             loss = loss * factor
         if self.losses[micro_batch][part] is None:
             self.losses[micro_batch][part] = loss.detach()
-        return loss
+        return scaled(loss, self.scaler)
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """What each micro-batch and slice adds to the batch's loss, in order."""
+        return self.of_all or [
+            loss for parts in self.losses for loss in parts if loss is not None
+        ]
 
     @property
     def loss(self) -> Tensor:
         """The batch's loss, summed by micro-batch and slice."""
-        first, *others = self.of_all or [
-            loss for parts in self.losses for loss in parts if loss is not None
-        ]
+        first, *others = self.parts
         total = first.clone()
         for loss in others:
             total += loss.to(total.device)

@@ -26,6 +26,7 @@ COMMANDS = [
     "explain",
     "sweep",
     "run",
+    "profile",
     "verify",
     "export",
 ]
@@ -94,19 +95,28 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("check nope", "'nope' is neither a schedule of the catalogue (naive, gpipe"),
+        (
+            "check nope",
+            "'nope' is neither a schedule of the catalogue nor a file: the catalogue "
+            "has naive, gpipe",
+        ),
         ("check gpipe", "gpipe needs -p and -m: for example gpipe -p 4 -m 8"),
         ("check gpipe -p 2", "gpipe needs -m"),
         ("check gpipe -p 0 -m 3", "devices must be at least 1, got 0"),
         ("check gpipe -p 2 -m -1", "micro_batches must be at least 1, got -1"),
         ("check gpipe -p two -m 1", "'two' is not a valid integer"),
-        ("check 1f1b -p 2 -m 3 -v 2", "1f1b does not take chunks: it has no options"),
-        ("check 1f1b -p 2 -m 3 --slices 2", "1f1b does not take slices"),
-        ("check 1f1b -p 2 -m 3 --waves 2", "1f1b does not take waves"),
-        ("check 1f1b -p 2 -m 3 --group 2", "1f1b does not take group"),
-        ("check 1f1b -p 2 -m 3 --offload 1", "1f1b does not take offload"),
+        ("show GPIPE", "nor a file: did you mean 'gpipe'? The catalogue has naive"),
+        ("check gpipe -p 2 -m 3 -v 2", "it has --backward-order"),
+        ("check 1f1b -p 2 -m 3 -v 2", "1f1b does not take -v: it has no options"),
+        ("check 1f1b -p 2 -m 3 --slices 2", "1f1b does not take --slices"),
+        ("check 1f1b -p 2 -m 3 --waves 2", "1f1b does not take --waves"),
+        ("check 1f1b -p 2 -m 3 --group 2", "1f1b does not take --group"),
+        ("check 1f1b -p 2 -m 3 --offload 1", "1f1b does not take --offload"),
         ("check v-half -p 2 -m 3 --times 5", "times must be three finite numbers"),
-        ("check naive -p 2 -m 3 --backward-order fifo", "naive does not take backward"),
+        (
+            "check naive -p 2 -m 3 --backward-order fifo",
+            "naive does not take --backward-order",
+        ),
         ("check 1f1b -p 2 -m 3 --remat often", "'often' is not one of"),
         ("check gpipe -p 100000 -m 10000", "exceed 100,000,000, the most"),
         ("simulate gpipe -p 2 -m 2 --forward x", "'--forward': expected a number"),

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.nn import functional
 
-from pipeproof.exec import Pipeline, group
+from pipeproof.exec import Pipeline, group, profile
 from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError, RankError
 from pipeproof.exec.group import Ranks
 from pipeproof.exec.launch import launch
+from pipeproof.exec.profile import Profile
 from pipeproof.sched import Schedule, Trace, catalog, recompute
 from pipeproof.sched.lower import Messages
 
@@ -244,6 +245,164 @@ def part(ranks: Ranks, job: Job) -> Result:
     return run(job, step, stages, mine, seed=5 + ranks.rank)
 
 
+def small_stages(number: int) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [
+        nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        for _ in range(number)
+    ]
+
+
+def profiled(ranks: Ranks | None, name: str) -> Profile:
+    schedule = catalog.make(name, devices=2, micro_batches=2)
+    stages, x = small_stages(schedule.stages), torch.randn(6, 8)
+    stages[0][0].weight.grad = torch.ones(8, 8)
+    found = profile(stages, schedule, functional.mse_loss, x, x, ranks=ranks, rounds=1)
+    assert stages[0][0].weight.grad.sum() == 64, "gradients are as they were"
+    assert stages[1][0].weight.grad is None
+    return found
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation gives, between two steps.
+
+    Attributes:
+        losses: of a step, the evaluation, and another step.
+        predicted: where the last stage is; else empty.
+    """
+
+    losses: list[str]
+    predicted: str
+
+
+def evaluated(ranks: Ranks | bool, job: Job) -> Evaluated:
+    """Evaluate and predict between two steps."""
+    (batch,) = job.batches()
+    pipeline = Pipeline(job.stages(), job.schedule, job.loss, ranks=ranks)
+    torch.manual_seed(5)
+    losses = [pipeline.step(*batch), pipeline.evaluate(*batch)]
+    predicted = pipeline.predict(batch[0])
+    losses.append(pipeline.step(*batch))
+    return Evaluated(
+        list(map(digest, losses)), "" if predicted is None else digest(predicted)
+    )
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """The norm of all gradients, and those of the stages here when clipped."""
+
+    norm: float
+    grads: dict[int, str]
+
+
+def clipped(ranks: Ranks | bool, job: Job) -> Clipped:
+    """Clip after a step."""
+    (batch,) = job.batches()
+    stages, schedule = job.stages(), job.schedule
+    mine = [
+        n
+        for n in range(schedule.stages)
+        if not isinstance(ranks, Ranks) or ranks.rank in holders(schedule, n)
+    ]
+    pipeline = Pipeline(stages, schedule, job.loss, ranks=ranks)
+    torch.manual_seed(5)
+    pipeline.step(*batch)
+    norm = pipeline.clip_grad_norm_(1e-2)
+    return Clipped(norm, grads_of(stages, mine))
+
+
+@dataclass(frozen=True)
+class Tied:
+    """Steps of a model whose first and last stage share their weight.
+
+    Attributes:
+        name, devices: of the schedule.
+        told: ranks that are given all stages; the others only have their own.
+    """
+
+    name: str = "1f1b"
+    devices: int = 4
+    told: tuple[int, ...] = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What tied training leaves.
+
+    Attributes:
+        norms: of each step, before clipping.
+        weights: of each stage here.
+    """
+
+    norms: list[float]
+    weights: dict[int, Tensor]
+
+
+def tied(ranks: Ranks | bool, job: Tied) -> Trained:
+    """Three steps with clipping, an optimizer, and gradients over two steps once."""
+    schedule = catalog.make(job.name, devices=job.devices, micro_batches=4)
+    torch.manual_seed(0)
+    stages = [
+        nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()).double()
+        for _ in range(schedule.stages)
+    ]
+    stages[-1][0].weight = stages[0][0].weight
+    mine = list(range(schedule.stages))
+    given: list[Any] = list(stages)
+    if isinstance(ranks, Ranks):
+        mine = [n for n in mine if ranks.rank in holders(schedule, n)]
+        if ranks.rank not in job.told:
+            given = [stage if n in mine else None for n, stage in enumerate(stages)]
+    pipeline = Pipeline(given, schedule, functional.mse_loss, ranks=ranks)
+    parameters = {id(p): p for n in mine for p in stages[n].parameters()}
+    optimizer = torch.optim.Adam(parameters.values(), lr=0.1)
+    norms = []
+    for twice in (False, True, False):
+        for _ in range(1 + twice):
+            torch.manual_seed(len(norms))
+            pipeline.step(*torch.randn(2, 9, WIDTH, dtype=torch.float64))
+        norms.append(pipeline.clip_grad_norm_(1e-2))
+        optimizer.step()
+        optimizer.zero_grad()
+    return Trained(norms, {n: stages[n][0].weight.detach() for n in mine})
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A step with scaled losses, in which a stage's gradient may overflow."""
+
+    broken: int | None
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Of each stage here, whether its optimizer stepped, and its scale afterwards."""
+
+    moved: list[bool]
+    scales: list[float]
+
+
+def scaled(ranks: Ranks | bool, job: Scaled) -> Moved:
+    """Each stage has its own optimizer, each process a scaler."""
+    schedule = catalog.make("1f1b", devices=2, micro_batches=3)
+    torch.manual_seed(0)
+    stages = [nn.Linear(WIDTH, WIDTH) for _ in range(2)]
+    if job.broken is not None:
+        stages[job.broken].weight.register_hook(lambda grad: grad * torch.inf)
+    mine = [ranks.rank] if isinstance(ranks, Ranks) else [0, 1]
+    pipeline = Pipeline(stages, schedule, functional.mse_loss, ranks=ranks)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    pipeline.step(*torch.randn(2, 6, WIDTH), scaler=scaler)
+    before = [stages[n].weight.detach().clone() for n in mine]
+    for optimizer in [torch.optim.SGD(stages[n].parameters(), lr=0.1) for n in mine]:
+        scaler.step(optimizer)
+    scaler.update()
+    moved = [not torch.equal(stages[n].weight, w) for n, w in zip(mine, before)]
+    return Moved(moved, [scaler.get_scale()] * len(mine))
+
+
 @dataclass(frozen=True)
 class Keyed:
     """A step with keyword inputs.
@@ -371,6 +530,8 @@ def faulty(ranks: Ranks, fault: Fault) -> None:
         stages[ranks.rank] = None
     elif kind == "tied":
         stages[1].weight = stages[3].weight
+        if here:
+            nn.init.zeros_(stages[3].weight)
     elif kind == "data":
         stages[fault.rank] = Dropping()
     loss_fn = bad_loss if kind == "loss" else sum_of_squares

@@ -85,7 +85,10 @@ def test_targets_of_another_batch(do: Do) -> None:
     [
         (Fault("devices", -1), "runs on 5 ranks, one for each device, got 4"),
         (Fault("none", 2), "rank 2 runs stage 2 and was given None for it"),
-        (Fault("tied", -1), "share a parameter of shape (4, 4) across ranks: put both"),
+        (
+            Fault("tied", 3),
+            "stages 1 and 3 share a parameter, and its copies on",
+        ),
         (
             Fault("data", 0),
             "activation 0→1:0 is [1, 4] of float32, and was [2, 4] of float32 in the "
