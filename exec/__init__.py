@@ -20,3 +20,4 @@ from pipeproof.exec.partition import split_at as split_at
 from pipeproof.exec.partition import split_evenly as split_evenly
 from pipeproof.exec.pipeline import Pipeline as Pipeline
 from pipeproof.exec.reference import reference as reference
+from pipeproof.exec.tracing import trace as trace

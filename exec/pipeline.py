@@ -369,6 +369,24 @@ class Pipeline:
             self._runtime.forward(step)
             return step
 
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """The entries of `model.state_dict()` that belong to the stages here.
+
+        For checkpoints: all ranks' together are the model's, under its own keys, and
+        load into any other partition of it, or into the model itself.
+
+        Args:
+            model: whose modules the stages are made of.
+        """
+        here = {
+            id(tensor)
+            for stage in self._runtime.stages
+            for module in stage.original.modules
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+        }
+        entries = model.state_dict(keep_vars=True)
+        return {key: x.detach() for key, x in entries.items() if id(x) in here}
+
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> float:
         """Clip the norm of all gradients of the model, those of other ranks included.
 

@@ -28,21 +28,26 @@ def units_of(stage: StageModule) -> list[nn.Module]:
     down. A Sequential with a forward or hooks of its own is one unit: only
     calling it whole runs them.
     """
-    if isinstance(stage, nn.Module) and not isinstance(stage, nn.ModuleList):
-        plain = (
-            isinstance(stage, nn.Sequential)
-            and type(stage).forward is nn.Sequential.forward
-            and not stage._forward_hooks
-            and not stage._forward_pre_hooks
-            and not stage._backward_hooks
-            and not stage._backward_pre_hooks
-        )
-        if not plain:
-            return [stage]
+    if isinstance(stage, nn.Module) and not is_plain(stage):
+        return [stage]
     parts: Iterable[nn.Module] = (
         stage.children() if isinstance(stage, nn.Module) else stage
     )
     return [unit for part in parts for unit in units_of(part)]
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is a sequence of others, and calling it does nothing else."""
+    if isinstance(module, nn.ModuleList):
+        return True
+    return (
+        isinstance(module, nn.Sequential)
+        and type(module).forward is nn.Sequential.forward
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
 
 
 def takes_carry(unit: nn.Module) -> bool:
