@@ -12,12 +12,13 @@ export PYTHONSAFEPATH := 1
 # Small kernels on few cores: torch's thread pool costs more than it brings.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test test-all experiments lint format dist clean
+.PHONY: help demo test test-all coverage experiments lint format dist clean
 
 help:
 	@echo 'make demo      train a small GPT pipelined and not, compare, write a trace'
 	@echo 'make test      the tests (a few minutes)'
 	@echo 'make test-all  the tests, long ones too'
+	@echo 'make coverage  lines and branches of sched/ that its tests run; loops not compiled'
 	@echo 'make experiments  repeat figures and measurements, write experiments/results/'
 	@echo 'make lint      formatting, lint, types'
 	@echo 'make format    rewrite files as the formatter wants them'
@@ -45,16 +46,25 @@ test: $(VENV)/ready
 test-all: $(VENV)/ready
 	$(BIN)/pytest $(WORKERS) -m 'slow or not slow'
 
+# Compiled loops are not seen; plain ones do the same.
+coverage: $(VENV)/ready
+	NUMBA_DISABLE_JIT=1 $(BIN)/pytest $(WORKERS) tests/sched tests/sim tests/cli \
+		tests/test_contract.py tests/test_fuzz.py \
+		--cov --cov-report=term-missing:skip-covered --cov-fail-under=97
+
 experiments: $(VENV)/ready
 	$(BIN)/python experiments/gpipe_table2.py
 	$(BIN)/python experiments/zero_bubble_tables.py
 	$(BIN)/python experiments/recomputation.py
+	$(BIN)/python experiments/policies.py
 	$(BIN)/python experiments/bubble_by_stages.py
 	$(BIN)/python experiments/simulation_speed.py
 	$(BIN)/python experiments/replay_speed.py
 	$(BIN)/python experiments/lowering_speed.py
 	$(BIN)/python experiments/torch_under_proof.py
 	$(BIN)/python experiments/mutants.py
+	$(BIN)/python experiments/mutation_testing.py
+	$(BIN)/python experiments/proof_speed.py
 	$(BIN)/python experiments/executor_overhead.py
 	$(BIN)/python experiments/executor/split_backward.py
 	$(BIN)/python experiments/executor/against_torch.py

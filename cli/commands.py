@@ -1,19 +1,19 @@
 # ruff: noqa: D301  (click reads the \\b: what follows it keeps its lines)
 """Every command's interface: its options, its help, and which module does it.
 
+Those of the commands that train are in `training.py`.
+
 What a command does is in a module of its own, imported when it runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import click
 
 from pipeproof.cli.options import (
     Conditions,
-    Function,
     Wanted,
     as_json,
     memory_size,
@@ -24,6 +24,7 @@ from pipeproof.cli.options import (
     takes_schedule,
 )
 from pipeproof.cli.shape import Shape, takes_conditions, takes_shape
+from pipeproof.cli.training import profile, run, verify
 
 
 @click.command("list")
@@ -304,117 +305,6 @@ def sweep(
     tabulate(points, output, jobs, as_json=as_json)
 
 
-def _takes_model(function: Function) -> Function:
-    for option in reversed(
-        [
-            click.option(
-                "--model",
-                default="mlp",
-                show_default=True,
-                metavar="mlp|gpt|MODULE:FUNCTION",
-                help="The stages to train.",
-            ),
-            click.option(
-                "--batch",
-                type=int,
-                metavar="N",
-                help="Rows of the batch; default 4 a micro-batch.",
-            ),
-            click.option(
-                "--device",
-                default="cpu",
-                show_default=True,
-                metavar="D[,D…]",
-                help="One for all, or one for each device of the schedule.",
-            ),
-            click.option("--seed", type=int, default=0, show_default=True),
-        ]
-    ):
-        function = option(function)
-    return function
-
-
-def _dtype(default: str) -> Callable[[Function], Function]:
-    return click.option(
-        "--dtype",
-        type=click.Choice(["float32", "float64", "bfloat16"]),
-        default=default,
-        show_default=True,
-        help="Of parameters and inputs.",
-    )
-
-
-@click.command()
-@takes_schedule
-@_takes_model
-@_dtype("float32")
-@click.option("--steps", type=int, metavar="K", default=5, show_default=True)
-@click.option(
-    "--lr",
-    type=float,
-    metavar="X",
-    default=0.01,
-    show_default=True,
-    help="Learning rate of SGD.",
-)
-@click.option(
-    "--ranks",
-    type=int,
-    metavar="P",
-    help="Start a process for each device of the schedule, on this host.",
-)
-@click.option(
-    "--trace", "trace_path", metavar="PATH", help="Write the last step's Chrome trace."
-)
-@as_json
-def run(*, wanted: Wanted, as_json: bool, **rest: Any) -> None:
-    """Train a model with a schedule, and measure it.
-
-    In this process, in one for each device (--ranks), or as one of torchrun's:
-    torchrun --nproc-per-node=P -m pipeproof.exec, with these arguments.
-
-    Needs torch. MODULE:FUNCTION is your own code (MODULE a dotted name or a path
-    that ends in .py): it is called with stages=, batch=, dtype=, seed= and
-    returns stages, inputs, targets, loss_fn.
-
-    \b
-    Example:
-      pipeproof run 1f1b -p 4 -m 8 --model gpt --steps 10 --trace step.json
-    """
-    from pipeproof.cli.model import require_torch
-
-    require_torch()
-    from pipeproof.cli.running import train
-
-    train(wanted, as_json=as_json, **rest)
-
-
-@click.command()
-@takes_schedule
-@_takes_model
-@_dtype("float64")
-@as_json
-def verify(*, wanted: Wanted, as_json: bool, **rest: Any) -> None:
-    """Compare gradients with those of unpipelined training.
-
-    Needs torch. Gradients must equal, bit for bit, those of a plain loop over the
-    micro-batches. In float64 they must also equal those of one step over the
-    whole batch, within 1e-12 of their size, unless the model has dropout or batch
-    statistics, whose results depend on how the batch is cut. Exits with 1 if they
-    do not. See `run` for MODULE:FUNCTION.
-
-    \b
-    Example:
-      pipeproof verify 1f1b -p 4 -m 8 --model gpt --remat always
-    """
-    from pipeproof.cli.model import require_torch
-
-    require_torch()
-    from pipeproof.cli.verifying import compare
-
-    compare(wanted, as_json=as_json, **rest)
-
-
 @click.command()
 @takes_schedule
 @takes_conditions
@@ -454,4 +344,16 @@ def export(
     write(wanted, conditions, form, output, as_json=as_json)
 
 
-ALL = (list_, show, check, prove, simulate, explain, sweep, run, verify, export)
+ALL = (
+    list_,
+    show,
+    check,
+    prove,
+    simulate,
+    explain,
+    sweep,
+    run,
+    profile,
+    verify,
+    export,
+)

@@ -5,23 +5,13 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from pipeproof.cli.options import FLAGS
 from pipeproof.cli.output import emit_json, emit_table
 from pipeproof.sched import CATALOG
 from pipeproof.sched.row import Row
 
 if TYPE_CHECKING:
     from pipeproof.sim import Preset
-
-FLAGS = {
-    "chunks": "-v",
-    "slices": "--slices",
-    "waves": "--waves",
-    "group": "--group",
-    "offload": "--offload",
-    "backward": "--backward-order",
-    "times": "--times",
-}
-"""How the command line calls the generators' options."""
 
 
 def show_catalogue(*, as_json: bool) -> None:

@@ -120,6 +120,18 @@ def buffering(text: str) -> str | int:
     return int(text)
 
 
+FLAGS = {
+    "chunks": "-v",
+    "slices": "--slices",
+    "waves": "--waves",
+    "group": "--group",
+    "offload": "--offload",
+    "backward": "--backward-order",
+    "times": "--times",
+}
+"""How the command line calls the generators' options."""
+
+
 @dataclass(frozen=True, slots=True)
 class Features:
     """What a catalogue's schedule may have beside its two sizes.
@@ -189,6 +201,7 @@ class Conditions:
     link_bandwidth: Number | None
     host_bandwidth: Number | None
     cluster: str | None
+    cost: str | None
     buffering: Any
     streams: str | None
     transfers: str = "overlapped"
@@ -198,13 +211,12 @@ class Conditions:
 
     @property
     def given(self) -> list[str]:
-        """What differs from the defaults, by name."""
-        defaults = {
-            spec.name: None if spec.default is MISSING else spec.default
-            for spec in fields(self)
-        }
+        """What differs from the defaults, by the name of the option that says it."""
         return [
-            name for name, usual in defaults.items() if getattr(self, name) != usual
+            spec.metadata.get("said_by", spec.name)
+            for spec in fields(self)
+            if getattr(self, spec.name)
+            != (None if spec.default is MISSING else spec.default)
         ]
 
 
@@ -299,6 +311,12 @@ _CONDITIONS = [
         "bytes and seconds, in place of the three before; see --unit.",
     ),
     click.option(
+        "--cost",
+        metavar="FILE",
+        help="Times, bytes and links of stages that `pipeproof profile` measured; what "
+        "is given beside it counts instead. See --unit.",
+    ),
+    click.option(
         "--buffering",
         "--buffer",
         type=buffering,
@@ -318,7 +336,7 @@ _CONDITIONS = [
         type=click.Choice(UNITS),
         default="ms",
         show_default=True,
-        help="What a unit of time is, for --cluster and in a Chrome trace.",
+        help="What a unit of time is, for --cluster, --cost and in a Chrome trace.",
     ),
 ]
 

@@ -137,14 +137,14 @@ def write_file(path: str, write: Callable[[TextIO], object]) -> None:
     if path == "-":
         write(sys.stdout)
         return
-    target = os.path.realpath(path)
     mode = None
-    if os.path.exists(target):
-        mode = os.stat(target).st_mode
+    if os.path.exists(path):
+        mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
-            with open(target, "w", encoding="utf-8") as file:
+            with open(path, "w", encoding="utf-8") as file:
                 write(file)
             return
+    target = os.path.realpath(path)
     draft = f"{target}.{secrets.token_hex(4)}.part"
     try:
         with open(draft, "x", encoding="utf-8") as file:

@@ -12,7 +12,15 @@ from pipeproof.cli.output import full
 from pipeproof.cli.progress import bar, watched
 from pipeproof.cli.shape import Described
 from pipeproof.sched import ParameterError, Program, Schedule, Trace, lower
-from pipeproof.sim import PRESETS, Cluster, Cost, preset, simulate
+from pipeproof.sim import (
+    PRESETS,
+    Cluster,
+    Cost,
+    Measured,
+    preset,
+    read_cost,
+    simulate,
+)
 
 LONG = 200_000
 """Ops from which on a simulation takes seconds, and shows how far it is."""
@@ -32,12 +40,25 @@ def cost_of(conditions: Conditions, schedule: Schedule | None = None) -> Cost:
         ParameterError: as `model_of`, or costs that do not fit the schedule.
     """
     if isinstance(conditions, Described) and conditions.shape is not None:
+        if conditions.cost is not None:
+            raise ParameterError(
+                "--cost says what stages take, and so does a model's shape: give one"
+            )
         from pipeproof.cli.transformer import cost_of_transformer
 
         assert schedule is not None  # only a sweep has none, and no such conditions
         unit = PER_SECOND[conditions.unit]
         return cost_of_transformer(conditions, schedule, unit)
-    return Cost(**_given(conditions, Cost))
+    given = _given(conditions, Cost)
+    if conditions.cost is None:
+        return Cost(**given)
+    return replace(measured_of(conditions.cost, conditions.unit).cost, **given)
+
+
+@cache
+def measured_of(path: str, unit: str) -> Measured:
+    """A cost file, in a unit of the command line."""
+    return read_cost(path).in_units(PER_SECOND[unit])
 
 
 def cluster_of(conditions: Conditions) -> Cluster:
@@ -48,6 +69,9 @@ def cluster_of(conditions: Conditions) -> Cluster:
         ParseError: a file that does not describe one.
     """
     given = _given(conditions, Cluster)
+    if conditions.cost is not None:
+        links = measured_of(conditions.cost, conditions.unit).links
+        given = {"links": links} | given
     if conditions.cluster is None:
         return Cluster(**given)
     if twice := [name for name in OF_LINKS if name in given]:

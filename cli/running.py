@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from pipeproof.cli.model import load_example
 from pipeproof.cli.options import Wanted
-from pipeproof.cli.output import emit_json, write_file
+from pipeproof.cli.output import emit_json, full, shown, write_file
 from pipeproof.cli.predict import figures
 from pipeproof.cli.proving import as_proved, in_passing, in_words
 from pipeproof.cli.simulating import tell
@@ -28,7 +28,9 @@ from pipeproof.sched import (
     ScheduleError,
     Trace,
 )
+from pipeproof.sched.causes import SHARED_PROCESSOR
 from pipeproof.sched.interop.chrome import write_chrome
+from pipeproof.sim import Measured, cost_of, links_of, read_cost, simulate
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def train(
     *,
     ranks: int | None,
     trace_path: str | None,
+    cost_path: str | None,
     as_json: bool,
     steps: int,
     lr: float,
@@ -76,29 +79,51 @@ def train(
         raise ParameterError(f"lr must be a finite number of at least 0, got {lr}")
     schedule = load(wanted)
     training = Training(schedule, steps=steps, lr=lr, quiet=as_json, **options)
-    by_torchrun = dist.is_available() and dist.is_torchelastic_launched()
-    if by_torchrun:
+    if by_torchrun():
         trained = _as_rank_of_torchrun(training, ranks)
     elif ranks is not None:
-        _check_ranks(ranks, schedule)
+        check_ranks(ranks, schedule)
         (trained, *_) = launch(train_as_rank, ranks, training)
     else:
         trained = _train(training)
     if trained is not None:
-        _report(trained, trace_path, as_json=as_json)
+        _report(trained, trace_path, cost_path, as_json=as_json)
 
 
 def _as_rank_of_torchrun(training: Training, ranks: int | None) -> Trained | None:
+    return train_as_rank(rank_of_torchrun(ranks, training.schedule), training)
+
+
+def by_torchrun() -> bool:
+    """Whether this is one of torchrun's processes."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def rank_of_torchrun(ranks: int | None, schedule: Schedule) -> Ranks:
+    """This process among those that torchrun started.
+
+    Args:
+        ranks: of `--ranks`, which is for those that were not.
+        schedule: that they are to run.
+
+    Raises:
+        ParameterError: another number than the schedule's devices.
+    """
     if ranks is not None:
         raise ParameterError("--ranks starts ranks, and torchrun has done so already")
     dist.init_process_group("gloo")
     joined = Ranks.of(True)
     with joined.together("its beginning"):
-        _check_ranks(joined.size, training.schedule)
-    return train_as_rank(joined, training)
+        check_ranks(joined.size, schedule)
+    return joined
 
 
-def _check_ranks(ranks: int, schedule: Schedule) -> None:
+def check_ranks(ranks: int, schedule: Schedule) -> None:
+    """Refuse another number of ranks than the schedule has devices.
+
+    Raises:
+        ParameterError: it is.
+    """
     if ranks != schedule.devices:
         raise ParameterError(
             f"{schedule.summary} needs {schedule.devices} ranks, one for each device, "
@@ -143,10 +168,13 @@ def _train(training: Training, ranks: Ranks | None = None) -> Trained:
     return Trained(losses, seconds, pipeline.trace, proof)
 
 
-def _report(trained: Trained, trace_path: str | None, *, as_json: bool) -> None:
+def _report(
+    trained: Trained, trace_path: str | None, cost_path: str | None, *, as_json: bool
+) -> None:
     trace, seconds = trained.trace, trained.seconds
+    predicted = foretold(trace, cost_path)
     if trace_path is not None:
-        write_file(trace_path, lambda file: write_chrome(trace, file))
+        write_file(trace_path, lambda file: write_chrome(trace, file, beside=predicted))
     if as_json:
         emit_json(
             {
@@ -154,6 +182,7 @@ def _report(trained: Trained, trace_path: str | None, *, as_json: bool) -> None:
                 "losses": [x if math.isfinite(x) else None for x in trained.losses],
                 "step_seconds": seconds,
                 "median_step_seconds": median(seconds),
+                "predicted_makespan": full(predicted.makespan),
                 "proved": as_proved(trained.proof),
             }
         )
@@ -162,6 +191,26 @@ def _report(trained: Trained, trace_path: str | None, *, as_json: bool) -> None:
     click.echo(f"median step time: {median(seconds) * 1e3:,.1f} ms")
     click.echo("The last step, in seconds:")
     tell(trace)
+    source = f"of {cost_path}" if cost_path else "fitted to this step"
+    click.echo(f"Predicted with the times {source}: {shown(predicted.makespan)}.")
+
+
+def foretold(trace: Trace, cost_path: str | None) -> Trace:
+    """What is predicted of a measured step.
+
+    Args:
+        trace: of it.
+        cost_path: of what `pipeproof profile` measured; otherwise the step's own
+            times are taken.
+    """
+    if cost_path is not None:
+        known = read_cost(cost_path)
+    else:
+        known = Measured(cost_of([trace]), links_of([trace]))
+    shared = SHARED_PROCESSOR in trace.notes
+    return simulate(
+        trace.program, known.cost, replace(known.cluster, shared_processor=shared)
+    )
 
 
 def devices_of(names: str) -> list[torch.device]:

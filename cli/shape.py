@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import wraps
 from typing import Any
 
@@ -127,14 +127,7 @@ class Described(Conditions):
         shape: its options, or None where none was given.
     """
 
-    shape: Shape | None = None
-
-    @property
-    def given(self) -> list[str]:
-        """What differs from the defaults, by name; `model` for any of a shape."""
-        # slots and super() without arguments do not go together before 3.14
-        names = Conditions.given.fget(self)  # type: ignore[attr-defined]
-        return ["model" if name == "shape" else name for name in names]
+    shape: Shape | None = field(default=None, metadata={"said_by": "model"})
 
 
 def takes_conditions(function: Function) -> Function:

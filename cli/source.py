@@ -6,7 +6,7 @@ import os
 import sys
 from typing import BinaryIO
 
-from pipeproof.cli.options import Features, Wanted
+from pipeproof.cli.options import FLAGS, Features, Wanted
 from pipeproof.sched import CATALOG, Program, Schedule, catalog, recompute
 from pipeproof.sched.errors import ParameterError, ParseError
 from pipeproof.sched.interop.json_form import parse_json
@@ -30,8 +30,8 @@ def load(wanted: Wanted) -> Schedule:
         return _generate(wanted)
     if not _exists(wanted.source):
         raise ParameterError(
-            f"{wanted.source!r} is neither a schedule of the catalogue "
-            f"({', '.join(CATALOG)}) nor a file"
+            f"{wanted.source!r} is neither a schedule of the catalogue nor a file: "
+            f"{catalog.known_instead(wanted.source)}"
         )
     _own_sizes(wanted)
     read = _read(wanted.source, agreeing=True)
@@ -73,11 +73,17 @@ def make(name: str, devices: int, micro_batches: int, features: Features) -> Sch
             f"{devices:,} devices × {micro_batches:,} micro-batches exceed "
             f"{MAX_CELLS:,}, the most that the command line generates"
         )
+    options = features.of_generator()
+    if row := CATALOG.get(name):
+        flags = [FLAGS.get(option, option) for option in row.options]
+        has = ", ".join(flags) or "no options"
+        for option, value in options.items():
+            if value is not None and option not in row.options:
+                raise ParameterError(
+                    f"{name} does not take {FLAGS[option]}: it has {has}"
+                )
     schedule = catalog.make(
-        name,
-        devices=devices,
-        micro_batches=micro_batches,
-        **features.of_generator(),
+        name, devices=devices, micro_batches=micro_batches, **options
     )
     return _rematerialised(schedule, features)
 
@@ -104,8 +110,7 @@ def _own_sizes(wanted: Wanted) -> None:
     """Refuse sizes and options of generators for a file."""
     given = {"-p": wanted.devices, "-m": wanted.micro_batches}
     options = wanted.features.of_generator()
-    options["backward-order"] = options.pop("backward")
-    given |= {f"--{name}": value for name, value in options.items()}
+    given |= {FLAGS[name]: value for name, value in options.items()}
     if surplus := [flag for flag, value in given.items() if value is not None]:
         raise ParameterError(
             f"a file has its own sizes: leave out {', '.join(surplus)}, or name a "

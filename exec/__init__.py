@@ -19,5 +19,7 @@ from pipeproof.exec.partition import profile_layers as profile_layers
 from pipeproof.exec.partition import split_at as split_at
 from pipeproof.exec.partition import split_evenly as split_evenly
 from pipeproof.exec.pipeline import Pipeline as Pipeline
+from pipeproof.exec.profile import Profile as Profile
+from pipeproof.exec.profile import profile as profile
 from pipeproof.exec.reference import reference as reference
 from pipeproof.exec.tracing import trace as trace

@@ -20,10 +20,9 @@ Each receive has memory of its own. Autograd may keep a view of what arrived as 
 gradient, so writing to the same place again could change it. A receive is posted
 only when its slot is free, so there is never more in flight than slots.
 
-What is sent is held until it has gone. A large tensor has a thread that waits for
-it. A small one is known to have gone once its target, having taken it, has sent
-something that arrived here: nobody waits for it, and no more are held than are
-under way there and back.
+What is sent is held until it has gone. It is known to have gone once its target,
+having taken it, has sent something that arrived here; nobody need wait for it. Where
+more than a little is held like that, the oldest has a thread that waits for it.
 """
 
 from __future__ import annotations
@@ -39,11 +38,12 @@ from torch import Tensor
 from pipeproof.exec.errors import ModelError
 from pipeproof.exec.forms import Form, Part, as_bytes
 from pipeproof.exec.runtime import readers
-from pipeproof.exec.tensors import RELEASED_FROM
 from pipeproof.exec.wires import Pending, TextWire, Wait, Wire
 from pipeproof.sched import Action, Program
 from pipeproof.sched.program import Message
 
+HELD = 1 << 18
+"""Bytes sent to a peer that may be held until something comes back from there."""
 Arriving = list[tuple[Part, Tensor, Pending | None]]
 """Of each tensor of a value: what it is, itself, and its transfer."""
 
@@ -84,9 +84,10 @@ class Across:
         self._kept: list[tuple[int, float, list[Pending]]] = []
         self._moving: dict[int, Arriving] = {}
         self._unknown: dict[int, deque[Message]] = {peer: deque() for peer in into}
-        self._sent: dict[int, deque[tuple[int, Pending]]] = {
+        self._sent: dict[int, deque[tuple[int, int, Pending]]] = {
             peer: deque() for peer in {*out, *into}
         }
+        self._held = dict.fromkeys(self._sent, 0)
 
     def begin(self, *, announced: bool) -> None:
         """Get ready for a step.
@@ -104,19 +105,30 @@ class Across:
         began = perf_counter()
         tensors = self._fitting(message, value)
         wire, moving = self._out[message.target], []
-        awaited = message.index in self._awaited
         for part, tensor in zip(self._forms[message.index].parts, tensors):
             if not part.empty:
-                large = tensor.nbytes >= RELEASED_FROM and not awaited
                 row = self._row(part, tensor)
-                pending = wire.send(row, followed=self.recorded or large)
-                moving.append(pending)
-                if pending.followed is None and not awaited:
-                    self._sent[message.target].append((message.send, pending))
-        if awaited:
+                moving.append(wire.send(row, followed=self.recorded))
+        if message.index in self._awaited:
             self._going[message.index] = moving
+        elif not self.recorded:
+            self._hold(message, moving)
         if self.recorded:
             self._begun[message.index] = message.send, began, moving
+
+    def _hold(self, message: Message, moving: list[Pending]) -> None:
+        """Hold what was sent, the oldest no longer than a thread finds it gone."""
+        sent = self._sent[message.target]
+        for pending in moving:
+            assert pending.tensor is not None
+            size = pending.tensor.nbytes
+            sent.append((message.send, size, pending))
+            self._held[message.target] += size
+        # NCCL's waits order the stream of the thread that calls them: not one beside.
+        while self._out[message.target].blocks and self._held[message.target] > HELD:
+            _, size, pending = sent.popleft()
+            self._held[message.target] -= size
+            pending.wire.follow(pending)
 
     def _fitting(self, message: Message, value: Any) -> list[Tensor]:
         """The tensors of a value, each dense, of the form that is announced."""
@@ -200,7 +212,9 @@ class Across:
         """Let go of what this rank sent to a peer, up to an instruction."""
         sent = self._sent[peer]
         while sent and sent[0][0] <= until:
-            sent.popleft()[1].finish()
+            _, size, pending = sent.popleft()
+            self._held[peer] -= size
+            pending.finish()
 
     def forget(self) -> None:
         """Let go of everything of a step but what is not sent yet."""
@@ -213,9 +227,9 @@ class Across:
 
     def end(self) -> None:
         """Let go of what was sent, now that all of it has been taken."""
-        for sent in self._sent.values():
+        for peer, sent in self._sent.items():
             while sent:
-                sent.popleft()[1].finish()
+                self._settle(peer, sent[-1][0])
 
     def times(self) -> list[tuple[int, float, float]]:
         """When sends and receives of the last recorded step began and ended here.

@@ -553,6 +553,18 @@ def put_off(program: Program) -> Iterator[tuple[Event, Event]]:
                     yield ("end", one), ("end", other)
 
 
+def in_rings(program: Program) -> bool:
+    """Whether a buffer takes over, in some steps, from itself."""
+    before = program.buffers[:, 5].tolist()
+    for buffer in range(len(before)):
+        root, steps = buffer, 0
+        while before[root] >= 0:
+            root, steps = before[root], steps + 1
+            if steps > len(before):
+                return True
+    return False
+
+
 def well_formed(program: Program) -> bool:
     """Whether each instruction says what is the case: device, stream and message.
 
@@ -560,6 +572,8 @@ def well_formed(program: Program) -> bool:
     any buffer from anywhere. A device has its own only, and the executor takes the
     message at its name.
     """
+    if in_rings(program):
+        return False
     for it in program:
         stream, message = it.stream, it.message
         for buffer in (*it.reads, *it.writes, *it.frees):

@@ -71,13 +71,16 @@ def make(name: str, *, devices: int, micro_batches: int, **options: Any) -> Sche
     """
     row = CATALOG.get(name)
     if row is None:
-        close = difflib.get_close_matches(name.lower(), CATALOG, n=1)
-        hint = f"did you mean {close[0]!r}? The" if close else "the"
-        raise ParameterError(
-            f"no schedule is called {name!r}: {hint} catalogue has {', '.join(CATALOG)}"
-        )
+        raise ParameterError(f"no schedule is called {name!r}: {known_instead(name)}")
     given = {key: value for key, value in options.items() if value is not None}
     if unknown := sorted(given.keys() - set(row.options)):
         has = ", ".join(row.options) or "no options"
         raise ParameterError(f"{name} does not take {', '.join(unknown)}: it has {has}")
     return row.generator(devices, micro_batches, **given)
+
+
+def known_instead(name: str) -> str:
+    """The name that may have been meant, and all that there are."""
+    close = difflib.get_close_matches(name.lower(), CATALOG, n=1)
+    hint = f"did you mean {close[0]!r}? The" if close else "the"
+    return f"{hint} catalogue has {', '.join(CATALOG)}"

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-COMPILE_FROM = 30_000
+COMPILE_FROM = 90_000
 """Below this the plain loop is done before numba is loaded."""
 
 COMPILE_FROM_IF_LOADED = 500
 """Below this it is done before a compiled one is read from its file."""
 
-COMPILE_AFTER = 300_000
+COMPILE_AFTER = 500_000
 """Steps of plain loops in all after which numba is worth loading: whoever has done
 so many, one small schedule after the other, will do more."""
 
@@ -80,6 +80,14 @@ def run(
     for place in results:
         columns[place][:] = lists[place]
     return [columns[place] for place in results]
+
+
+def distinct(values: NDArray[Any]) -> NDArray[Any]:
+    """The different ones, ascending: `np.unique` without what it imports."""
+    ordered = np.sort(values)
+    first = np.ones(len(ordered), dtype=np.bool_)
+    first[1:] = ordered[1:] != ordered[:-1]
+    return ordered[first]
 
 
 def csr(

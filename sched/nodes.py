@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipeproof.sched.deps import Index, csr, neighbours
 from pipeproof.sched.ir import BESIDE_KINDS, Kind, Schedule
+from pipeproof.sched.kernels import distinct
 from pipeproof.sched.program import Action, Stream, StreamKind
 
 
@@ -92,12 +93,12 @@ class Streams:
         devices = schedule.devices
         streams = [Stream(device, StreamKind.COMPUTE) for device in range(devices)]
         homes = np.array(schedule.placement.pipes, dtype=np.int64)
-        used = np.unique(schedule.pipe_of)
+        used = distinct(schedule.pipe_of)
         upper, lower = homes[used, :-1].ravel(), homes[used, 1:].ravel()
         apart = upper != lower
         ends = [(upper, lower), (lower, upper)]
         codes = [source[apart] * devices + target[apart] for source, target in ends]
-        pairs = np.unique(np.concatenate(codes))
+        pairs = distinct(np.concatenate(codes))
         for a, b in (divmod(pair, devices) for pair in pairs.tolist()):
             streams += [Stream(a, StreamKind.SEND, b), Stream(b, StreamKind.RECV, a)]
         links = []
@@ -109,7 +110,7 @@ class Streams:
             links.append(link.ravel())
         of_kind = np.tile(np.arange(devices, dtype=np.int32), (len(Kind), 1))
         for kind, (_, where) in BESIDE.items():
-            mine = np.unique(schedule.device_of_op[schedule.ops.kind == kind]).tolist()
+            mine = distinct(schedule.device_of_op[schedule.ops.kind == kind]).tolist()
             for device in mine:
                 of_kind[kind, device] = len(streams)
                 streams.append(_beside(schedule, device, where))

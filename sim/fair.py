@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 from pipeproof.sched.exact import Number, ratio
@@ -25,12 +26,14 @@ from pipeproof.sched.exact import Number, ratio
 if TYPE_CHECKING:
     import simpy
 
+REMEMBERED = 4096
+"""Meetings of transfers whose rates are kept."""
+
 
 @dataclass(slots=True)
 class _Transfer:
     index: int
     route: tuple[int, ...]
-    own_rate: Any
     left: Any
     """How long it would still take at its own rate."""
     speed: Any = 0
@@ -60,6 +63,8 @@ class FairLinks:
         self._using: list[dict[int, _Transfer]] = [{} for _ in bandwidths]
         self._changed: set[int] = set()
         self._own_rates: dict[tuple[int, ...], Number] = {}
+        # A step repeats itself: so do the transfers that meet.
+        self._speeds_of = lru_cache(REMEMBERED)(self._speeds)
 
     def begin(self, index: int, route: tuple[int, ...], duration: Any) -> None:
         """A transfer begins; `share` must follow before the clock moves.
@@ -71,7 +76,7 @@ class FairLinks:
         """
         if route not in self._own_rates:
             self._own_rates[route] = min(self._bandwidths[link] for link in route)
-        transfer = _Transfer(index, route, self._own_rates[route], left=duration)
+        transfer = _Transfer(index, route, left=duration)
         for link in route:
             self._using[link][index] = transfer
         self._changed.update(route)
@@ -83,15 +88,22 @@ class FairLinks:
         together = self._connected()
         self._changed.clear()
         if len(together) == 1:  # the most frequent case by far
-            rates = {index: one.own_rate for index, one in together.items()}
-        else:
-            routes = {index: transfer.route for index, transfer in together.items()}
-            rates = fair_rates(routes, self._bandwidths)
-        for index, rate in rates.items():
-            transfer = together[index]
-            speed = ratio(rate, transfer.own_rate)
+            for transfer in together.values():
+                if transfer.speed != 1:
+                    self._estimate(transfer, 1)
+            return
+        speeds = self._speeds_of(*(transfer.route for transfer in together.values()))
+        for transfer, speed in zip(together.values(), speeds):
             if speed != transfer.speed:
                 self._estimate(transfer, speed)
+
+    def _speeds(self, *routes: tuple[int, ...]) -> list[Number]:
+        """The fair rate of each of these transfers, as a part of its own rate."""
+        rates = fair_rates(dict(enumerate(routes)), self._bandwidths)
+        return [
+            ratio(rates[place], self._own_rates[route])
+            for place, route in enumerate(routes)
+        ]
 
     def _connected(self) -> dict[int, _Transfer]:
         """All that share a link with what changed, or with one that does, ….

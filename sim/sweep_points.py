@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from fractions import Fraction
-from importlib.metadata import version
 from itertools import product
 from typing import Any
 
@@ -270,6 +269,8 @@ def keyed(points: list[Point]) -> tuple[dict[str, Point], dict[str, str]]:
     have changed.
     """
     asked, programs = {}, {}
+    from importlib.metadata import version  # not needed to simulate
+
     release = version("pipeproof")
     seen: dict[int, str] = {}  # one sweep has few costs and many points
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from pipeproof.sched import Action, Program
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, plain, ratio
+from pipeproof.sched.kernels import distinct
 from pipeproof.sched.program import StreamKind
 from pipeproof.sched.trace import Timetable
 from pipeproof.sched.weights import Sizes
@@ -201,7 +202,9 @@ def _copying(program: Program, cluster: Cluster, sizes: Sizes) -> list[Prices]:
         if stream.link is not None and stream.kind in BETWEEN_DEVICES
     }
     copies = np.flatnonzero(program.action == Action.COPY)
-    over = np.isin(program.stream[copies], list(links))
+    between = np.zeros(len(program.streams), dtype=np.bool_)
+    between[list(links)] = True
+    over = between[program.stream[copies]]
     away, host = copies[over], copies[~over]
     result = []
     if cluster.host_link.bandwidth is not None and len(host):
@@ -273,5 +276,5 @@ def _read(
 
 def _distinct(values: NDArray[Any]) -> tuple[list[Any], Index]:
     """The different values, and which of them each is: few among many."""
-    different = np.unique(values)
+    different = distinct(values)
     return different.tolist(), np.searchsorted(different, values)

@@ -10,12 +10,13 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from hashlib import md5
 
 import numpy as np
 
 from pipeproof.sched import Action, BufferKind, Kind, Op, Program, Schedule
-from pipeproof.sched.program import Lists, Stored, StreamKind
+from pipeproof.sched.program import Instruction, Lists, Stored, StreamKind
 
 
 @dataclass
@@ -212,6 +213,12 @@ Content = str | tuple[object, ...] | None
 """A term; of an accumulator, a tuple of terms; None for nothing there."""
 
 
+@lru_cache(maxsize=8)
+def instructions_of(program: Program) -> list[Instruction]:
+    """All, spelled out once for many runs."""
+    return list(program)
+
+
 class Play:
     """One run in one random order; `contents` is what is left.
 
@@ -221,7 +228,7 @@ class Play:
     def __init__(self, program: Program, dice: random.Random) -> None:
         self.program, self.dice = program, dice
         self.rendezvous = dice.random() < 0.5
-        self.instructions = list(program)
+        self.instructions = instructions_of(program)
         table = program.buffers.tolist()
         self.slot = list(range(len(table)))
         for buffer in range(len(table)):
@@ -258,6 +265,7 @@ class Play:
                 key = instruction.ops[0].stage, stream.device
                 self.reduces[key[0], times[key]].append(i)
                 times[key] += 1
+        self.needs = [self.needs_of(i) for i in range(len(self.instructions))]
 
     def run(self) -> bool:
         """Whether all instructions came to their end."""
@@ -274,6 +282,10 @@ class Play:
         return True
 
     def may_start(self, i: int) -> bool:
+        return i not in self.started and self.needs[i] <= self.done
+
+    def needs_of(self, i: int) -> set[int]:
+        """What must be done before an instruction, or its group, starts."""
         group = self.group(i)
         needs: set[int] = set()
         for member in group:
@@ -283,8 +295,7 @@ class Play:
                 before = self.before.get(before)
             if before is not None:
                 needs.add(before)
-        everyone = {other for need in needs for other in self.group(need)}
-        return i not in self.started and everyone <= self.done
+        return {other for need in needs for other in self.group(need)}
 
     def group(self, i: int) -> set[int]:
         """Those that start as one with an instruction."""

@@ -80,7 +80,8 @@ def chimera(devices: int, micro_batches: int) -> Schedule:
         devices, odd ones up.
     Bubble: (p-2)/(2m+p-2) of step time where F = B and p divides m; at B = 2F,
         (p-2)(1+m/p)F of a device idle, as units of p micro-batches are just
-        concatenated; equal stages, free links.
+        concatenated; equal stages, free links. Otherwise at most what GPipe idles,
+        (p-1)(F+B), for each unit.
     Peak memory: p/2+1 micro-batch activations on the outer devices, one more on
         each further in, up to p, where p divides m; beside weights twice.
 

@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from typing import Any
 
 from pipeproof.sched.errors import ParameterError, at_least_one
 from pipeproof.sched.exact import Number, is_number, ratio
@@ -59,7 +60,8 @@ def v_half(devices: int, micro_batches: int, *, times: Times | None = None) -> S
     Placement: stages d and 2p-1-d on device d.
     Bubble: (3p-7)F/2 of a device idle in the step for even p, (3p-4)F/2 for odd
         p; F = I = W, p >= 3, m >= 2p, free links. Published order: it does not
-        grow with m where 2|F-I| <= W, else by |F-I|-W/2 for each micro-batch.
+        grow with m where 2|F-I| <= W, else by |F-I|-W/2 for each micro-batch; beside
+        that, it is at most p(F+I+W).
         With `times`: at most p(F+I+W) for any m where |F-I| <= W, else by |F-I|-W
         more for each micro-batch; never more than published.
     Peak memory: floor(p/2)+1 micro-batch activations, 2 floor(p/2)+2 chunks, on
@@ -102,7 +104,8 @@ def v_min(devices: int, micro_batches: int, *, times: Times | None = None) -> Sc
     Placement: stages d and 2p-1-d on device d.
     Bubble: (4p-5)F/2 of a device idle in the step, (4p-7)F/2 where 3 divides p;
         F = I = W, p >= 2, m >= 2p, free links. For p >= 3 it grows with m where W <
-        2 max(F,I) - min(F,I), by what is missing for each micro-batch. Much of that
+        2 max(F,I) - min(F,I), by what is missing for each micro-batch; beside that,
+        it is at most p(F+I+W). Much of that growth
         is the memory's price: with c chunks of activations no order takes less than
         m((2p+1)(F+I)+2W)/2c, which for F = I >= W and large p is what this takes.
         With `times` never more than published; V-Half's law where p <= 3 or p = 5,
@@ -225,18 +228,26 @@ def _laid(places: Sequence[dict[int, int]], times: tuple[int, int, int]) -> Bloc
     return Block(tuple((*row,) for row in starts), interval, times)
 
 
+def _published(case: Case) -> bool:
+    """Whether it is the published order; one built for times has no formula."""
+    return case.options.get("times") is None
+
+
+def _grows(case: Case, each: Any) -> Bounds:
+    """A round for each device at most, and what each micro-batch adds."""
+    if not _published(case):
+        return 0, (case.p - 1) * case.ideal
+    return 0, case.p * (case.forward + case.backward) + case.m * max(0, each)
+
+
 def _v_half_bounds(case: Case) -> Bounds:
-    """A round for each device, and what each micro-batch adds."""
     f, i, w = case.times
-    grows = max(0, abs(f - i) - ratio(w, 2))
-    return 0, case.p * (case.forward + case.backward) + case.m * grows
+    return _grows(case, abs(f - i) - ratio(w, 2))
 
 
 def _v_min_bounds(case: Case) -> Bounds:
-    """A round for each device, and what each micro-batch adds."""
     f, i, w = case.times
-    grows = max(0, 2 * max(f, i) - min(f, i) - w)
-    return 0, case.p * (case.forward + case.backward) + case.m * grows
+    return _grows(case, 2 * max(f, i) - min(f, i) - w)
 
 
 V_HALF = Row(
@@ -249,7 +260,9 @@ V_HALF = Row(
     peak="floor(p/2)+1",
     idle=lambda case: ratio((3 * case.p - (4 if case.p % 2 else 7)) * case.forward, 2),
     peak_of=lambda case, d: case.p // 2 + 1,
-    holds=lambda case: case.p >= 3 and case.m >= 2 * case.p and case.equal_times,
+    holds=lambda case: (
+        case.p >= 3 and case.m >= 2 * case.p and case.equal_times and _published(case)
+    ),
     bounds=_v_half_bounds,
 )
 
@@ -265,6 +278,8 @@ V_MIN = Row(
     peak_of=lambda case, d: ratio(
         2 * ((case.p + 4) // 3) - (d == 0 and case.p % 3 == 2), 2
     ),
-    holds=lambda case: case.p >= 2 and case.m >= 2 * case.p and case.equal_times,
+    holds=lambda case: (
+        case.p >= 2 and case.m >= 2 * case.p and case.equal_times and _published(case)
+    ),
     bounds=_v_min_bounds,
 )

@@ -32,7 +32,7 @@ def dualpipe(devices: int, micro_batches: int) -> Schedule:
         goes down the devices, the second up.
     Bubble: (p/2-1)(F&B+B-3W) idle in the step on the device that idles most,
         where F = I, W <= F and F&B, the joint time, lies in max(F,B) ... F+B;
-        equal stages, free links.
+        equal stages, free links. At other times at most GPipe's (p-1)(F+B).
     Peak memory: p+1 micro-batch activations on every device, beside weights twice.
 
     Args:
@@ -77,7 +77,7 @@ def dualpipe_v(devices: int, micro_batches: int) -> Schedule:
     Placement: stages d and 2p-1-d on device d.
     Bubble: (p-1)(F&B+B-3W)/2 idle in the step on the device that idles most,
         where F = I, W <= F and F&B, the joint time, lies in max(F,B) ... F+B;
-        equal stages, free links.
+        equal stages, free links. At other times at most GPipe's (p-1)(F+B).
     Peak memory: p + 1/2 micro-batch activations, 2p+1 chunks, on every device.
 
     Args:

@@ -27,7 +27,7 @@ def hanayo(devices: int, micro_batches: int, *, waves: int = 1) -> Schedule:
         and B >= 2F; equal stages, free links. At m = p and B = 2F the fraction is
         (2p-2)/(5p-2), which is less than the published (2p-2)/(3pw+p-1). So it is
         with two and three waves, for p up to 16; with four and five the step is up
-        to 0.4 % longer than published. At any times, at most
+        to 0.6 % longer than published. At any times, at most
         (p-1)(F+B)+(m-1)max(F,B).
     Peak memory: (m+min(m, floor(3d/2)+1))/2 micro-batch activations on device d,
         likewise.

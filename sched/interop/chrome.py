@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, TextIO
 
 import numpy as np
@@ -45,13 +46,19 @@ CATEGORIES = {
 
 
 def write_chrome(
-    trace: Trace, file: TextIO, *, microseconds: Number | None = None
+    trace: Trace,
+    file: TextIO,
+    *,
+    microseconds: Number | None = None,
+    beside: Trace | None = None,
 ) -> None:
     """Write a trace as one JSON object of trace events.
 
     Args:
         trace: predicted or measured.
         file: open for writing text.
+        beside: another in the same unit of time, such as what was predicted of a
+            measured one; its devices follow those of the first.
         microseconds: how many a unit of the trace's time is. Default: a
             million if measured, since that is in seconds; a thousand if
             predicted, taking the costs for milliseconds.
@@ -72,7 +79,12 @@ def write_chrome(
     file.write('"traceEvents":[')
     encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
     between = "\n"
-    for event in chrome_events(trace, microseconds=microseconds):
+    events = chrome_events(trace, microseconds=microseconds)
+    if beside is not None:
+        second = chrome_events(beside, microseconds=_scale(trace, microseconds))
+        moved = _behind(trace, second)
+        events = chain(_said(trace, events), _said(beside, moved))
+    for event in events:
         file.write(between + encode(event))
         between = ",\n"
     file.write("\n]}\n")
@@ -97,6 +109,27 @@ def chrome_events(
         yield from _counter("activations", device, total, clock)
         if trace.sizes.bytes is not None:
             yield from _counter("bytes", device, trace.memory(device), clock)
+
+
+def _said(trace: Trace, events: Iterator[Event]) -> Iterator[Event]:
+    """With what each device's trace is: predicted or measured."""
+    for event in events:
+        if event["name"] == "process_name":
+            name = f"{event['args']['name']}, {trace.source}"
+            event = {**event, "args": {"name": name}}
+        yield event
+
+
+def _behind(trace: Trace, events: Iterator[Event]) -> Iterator[Event]:
+    """Another trace's, with numbers of their own behind those of this one."""
+    devices, messages = trace.program.schedule.devices, len(trace.program.messages)
+    for event in events:
+        event["pid"] += devices
+        if event["name"] == "process_sort_index":
+            event["args"] = {"sort_index": event["args"]["sort_index"] + devices}
+        if "id" in event:
+            event["id"] += messages
+        yield event
 
 
 def _scale(trace: Trace, microseconds: Number | None) -> Number:

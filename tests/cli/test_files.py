@@ -43,6 +43,15 @@ def test_round_trip_through_a_file(form: str, tmp_path: Path) -> None:
     assert json.loads(call(f"simulate {path} --json").stdout) == by_name
 
 
+def test_writes_into_a_pipe_by_its_path() -> None:
+    """`-o /dev/stdout` in a pipeline: what the link leads to is no path."""
+    reader, writer = os.pipe()
+    write_file(f"/dev/fd/{writer}", lambda file: file.write("a schedule"))
+    os.close(writer)
+    with open(reader) as pipe:
+        assert pipe.read() == "a schedule"
+
+
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_standard_input(form: str) -> None:
     text = call(f"export gpipe -p 2 -m 3 --to {form}").stdout

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.nn import functional
 
-from pipeproof.exec import Pipeline, group, split_at
+from pipeproof.exec import Pipeline, group, profile, split_at
 from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError, RankError
 from pipeproof.exec.group import Ranks
 from pipeproof.exec.launch import launch
+from pipeproof.exec.profile import Profile
 from pipeproof.sched import Schedule, Trace, catalog, recompute
 from pipeproof.sched.lower import Messages
 
@@ -242,6 +243,24 @@ def part(ranks: Ranks, job: Job) -> Result:
 
     # Rank 0's seed counts; the others' own draws are not used.
     return run(job, step, stages, mine, seed=5 + ranks.rank)
+
+
+def small_stages(number: int) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [
+        nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        for _ in range(number)
+    ]
+
+
+def profiled(ranks: Ranks | None, name: str) -> Profile:
+    schedule = catalog.make(name, devices=2, micro_batches=2)
+    stages, x = small_stages(schedule.stages), torch.randn(6, 8)
+    stages[0][0].weight.grad = torch.ones(8, 8)
+    found = profile(stages, schedule, functional.mse_loss, x, x, ranks=ranks, rounds=1)
+    assert stages[0][0].weight.grad.sum() == 64, "gradients are as they were"
+    assert stages[1][0].weight.grad is None
+    return found
 
 
 @dataclass(frozen=True)

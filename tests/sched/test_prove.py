@@ -44,6 +44,18 @@ def test_every_schedule_of_the_catalogue_is_proved(row: Row, p: int, m: int) -> 
         prove(lower(row.generator(p, m), **policy)).raise_if_bad()
 
 
+@pytest.mark.slow
+@each_row
+@pytest.mark.parametrize("p", range(2, 17))
+def test_every_schedule_of_the_catalogue_is_proved_in_every_size(
+    row: Row, p: int
+) -> None:
+    for m in (p - 1, p, 2 * p, 3 * p + 1):
+        if row.allows(Case(p, m)):
+            for policy in POLICIES:
+                prove(lower(row.generator(p, m), **policy)).raise_if_bad()
+
+
 @settings(max_examples=40)
 @given(schedule=schedules() | whole_language(), policy=policies, dice=dice)
 def test_any_schedule_is_proved(
@@ -203,3 +215,49 @@ def test_a_buffer_of_another_device_is_out_of_reach() -> None:
     assert finding.found == (
         "1B0 (7, device 1, compute) uses activation 0:0 of device 0"
     )
+
+
+def test_what_a_send_reads_is_not_touched_before_it_ends() -> None:
+    """A send that returned at once let its tensor be overwritten under way."""
+    program = two_devices()
+    parts = parts_of(program)
+    send = parts[label(program, "send activation 0→1:0")]
+    forward = parts[label(program, "0F1")]
+    forward.frees.append(send.frees.pop())
+
+    (finding,) = prove(assembled(program, parts)).findings
+    assert finding.rule == "race"
+    assert finding.found == (
+        "nothing orders 0F1, which frees output 0:0, behind send activation 0→1:0, "
+        "which reads output 0:0, in the same slot"
+    )
+
+
+def test_an_accumulated_gradient_shares_its_slot_with_nothing() -> None:
+    """It is added to from step to step; what lay there before would be in it."""
+    program = two_devices()
+    buffers = {str(program.buffer_at(b)): b for b in range(len(program.buffers))}
+    pair = {buffers["gradient 1"]: buffers["activation 1:0"]}
+
+    (finding,) = prove(assembled(program, parts_of(program), pair)).findings
+    assert finding.found == "gradient 1 shares its slot"
+
+
+def test_a_slot_is_on_one_device() -> None:
+    program = two_devices()
+    buffers = {str(program.buffer_at(b)): b for b in range(len(program.buffers))}
+    pair = {buffers["activation 1:0"]: buffers["activation 0:0"]}
+
+    (finding,) = prove(assembled(program, parts_of(program), pair)).findings
+    assert finding.found == "activation 1:0 takes over a slot of device 0"
+
+
+def test_an_op_runs_on_the_compute_stream() -> None:
+    program = two_devices()
+    parts = parts_of(program)
+    receives = parts[label(program, "recv activation 0→1:0")]
+    parts[label(program, "1F0")].stream = receives.stream
+
+    (finding,) = prove(assembled(program, parts)).findings
+    assert finding.rule == "stream"
+    assert finding.expected == "a COMPUTE on a stream 'compute'"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import schedules
+from strategies import schedules, whole_language
 
 from pipeproof.sched import (
     B,
@@ -23,7 +23,10 @@ from pipeproof.sched import (
     op,
     recompute,
 )
-from pipeproof.sched.memory import Held
+from pipeproof.sched.memory import Held, Ledger
+from pipeproof.sched.peaks import peaks_by_buffer, peaks_by_op
+from pipeproof.sched.program import Lists, Stored
+from pipeproof.sched.weights import Weights
 from pipeproof.sim import Cost, simulate
 
 COST = Cost(
@@ -92,6 +95,42 @@ def test_peaks_are_counted_instruction_by_instruction(
         assert curve.total[-1] == always
         held = sum(one.bytes for one in peak.held)
         assert peak.total == held + always + peak.by_class["workspace"]
+
+
+@given(
+    schedule=schedules() | whole_language(),
+    numbers=st.tuples(*[st.integers(0, 4) | st.fractions(0, 4)] * 3),
+    part=st.fractions(0, 1),
+)
+def test_peaks_from_what_ops_do_are_those_of_the_buffers(
+    schedule: Schedule, numbers: tuple[Any, Any, Any], part: Fraction
+) -> None:
+    """One pass over ops, one over buffers, and all events in order."""
+    trace = simulate(schedule, Cost(*numbers, weight_grad_memory=part))
+    weights, program, times = trace.sizes.activations, trace.program, trace.timetable
+    assert isinstance(weights, Weights)
+    column = weights.column(program)
+    ledger = Ledger(trace, column)
+    every = [ledger.curve(device).peak for device in range(schedule.devices)]
+
+    assert trace.peak_activations == every
+    by_op = peaks_by_op(program, weights, times.start, times.end)
+    assert (by_op is None) == schedule.has(Kind.OFFLOAD)
+    for swept in (by_op, peaks_by_buffer(program, column, times.start, times.end)):
+        for device, peak in enumerate(swept or []):
+            assert peak in (None, every[device])
+
+
+def test_a_program_made_by_hand_is_not_taken_for_its_ops() -> None:
+    """Without the buffers that it has lost, nothing is alive."""
+    trace = simulate(one_f_one_b(2, 3))
+    program = trace.program
+    none = Lists.of([[]] * len(program))
+    stored = Stored(program.messages, program.buffers, none, none, none)
+    bare = dataclasses.replace(program, storage=stored)
+
+    assert trace.peak_activations == [2, 1]
+    assert dataclasses.replace(trace, program=bare).peak_activations == [0, 0]
 
 
 def test_the_peak_of_a_small_timetable() -> None:

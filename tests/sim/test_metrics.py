@@ -1,6 +1,7 @@
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,6 +68,18 @@ def test_span_forgives_the_skew_between_devices() -> None:
     assert (run.makespan, run.spans) == (10, [10, 8])
     assert run.span_bubble == 1 - Fraction(5, 10)
     assert simulate(schedule, Cost(forward=[0, 4], backward=[0, 4])).spans == [8, 8]
+
+
+def test_fractions_are_kept_in_whole_parts_of_the_unit() -> None:
+    """Two stages a device: every op takes half of its share of a micro-batch."""
+    schedule = catalog.make("interleaved", devices=2, micro_batches=2, chunks=2)
+    run = simulate(schedule)
+
+    assert run.timetable.parts == 2
+    assert run.timetable.end.dtype == np.int32
+    assert run.start.tolist()[1] == Fraction(1, 2)
+    assert run.end.max() == run.makespan == Fraction(int(run.timetable.end.max()), 2)
+    assert simulate(one_f_one_b(2, 2)).start.dtype == np.int64
 
 
 def test_a_step_that_takes_no_time() -> None:

@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import positive_times
+from test_contract import keeps_its_formulas
 
-from pipeproof.sched import ParameterError, Schedule, check
+from pipeproof.sched import CATALOG, ParameterError, Schedule, check
 from pipeproof.sched.gen import v_half, v_min
+from pipeproof.sched.row import Case
 from pipeproof.sim import Cost, simulate
 
 Generator = Callable[..., Schedule]
@@ -99,6 +101,21 @@ def test_built_for_its_times_it_is_never_worse(
     assert built.name == published.name
     assert max(chunks(built)) <= max(chunks(published))
     assert idle(built, times) <= idle(published, times)
+
+
+@settings(max_examples=15)
+@given(
+    name=st.sampled_from(["v-half", "v-min"]),
+    p=st.integers(1, 6),
+    m=st.integers(1, 14),
+    built=st.none() | three_times,
+    cost=st.just((1, 1, 1)) | three_times,
+)
+def test_formulas_are_those_of_the_published_order(
+    name: str, p: int, m: int, built: Times | None, cost: Times
+) -> None:
+    """V-Half built for (2, 3, 1) idles 3.5 at F = I = W, p=4; the formula says 2.5."""
+    keeps_its_formulas(CATALOG[name], Case(p, m, {"times": built}, *cost))
 
 
 @settings(max_examples=15)

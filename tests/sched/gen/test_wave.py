@@ -70,7 +70,7 @@ def test_published_fraction_at_all_sizes(p: int, waves: int) -> None:
     run = simulate(hanayo(p, p, waves=waves))
 
     published = run.ideal / (1 - Fraction(2 * p - 2, 3 * p * waves + p - 1))
-    longest = 1 if waves <= 3 else Fraction("1.004")
+    longest = 1 if waves <= 3 else Fraction("1.006")
     assert run.makespan <= longest * published
 
 

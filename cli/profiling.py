@@ -1,0 +1,261 @@
+"""`pipeproof profile`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from pipeproof.cli.model import load_example
+from pipeproof.cli.options import Wanted
+from pipeproof.cli.output import emit_json, emit_table, shown, write_file
+from pipeproof.cli.running import (
+    by_torchrun,
+    check_ranks,
+    devices_of,
+    rank_of_torchrun,
+)
+from pipeproof.cli.source import load
+from pipeproof.exec import ActivationMeter, Example, Pipeline, Ranks, launch
+from pipeproof.exec.profile import Profile, StageBytes, profile
+from pipeproof.sched import Program, Schedule, Trace, lower
+from pipeproof.sim import Cost, Link, Measured, cost_of, links_of, simulate, write_cost
+from pipeproof.sim.fit import FIELDS
+
+COUNTED = ("activations", "weight_grad_stash", "stored_inputs")
+"""Classes of bytes that an ActivationMeter counts."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What to measure; see the options of the command."""
+
+    schedule: Schedule
+    model: str
+    batch: int | None
+    device: str
+    seed: int
+    dtype: str
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one process has found.
+
+    Attributes:
+        measured: times in seconds, and bytes.
+        steps: seconds of each fresh step, of the slowest rank.
+        peaks: bytes of live activations in it, of each device; of all together
+            in one process.
+        shared: whether one processor runs all devices.
+    """
+
+    measured: Measured
+    steps: list[float]
+    peaks: list[int]
+    shared: bool
+
+
+def measure(
+    wanted: Wanted,
+    *,
+    ranks: int | None,
+    output: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Profile, write the cost file, and print it beside a fresh run."""
+    schedule = load(wanted)
+    wish = Wish(schedule, **options)
+    found: Found | None
+    if by_torchrun():
+        found = as_rank(rank_of_torchrun(ranks, schedule), wish)
+    elif ranks is not None:
+        check_ranks(ranks, schedule)
+        (found, *_) = launch(as_rank, ranks, wish)
+    else:
+        found = _found(wish, None)
+    if found is None:
+        return
+    if output is not None:
+        measured = found.measured
+        write_file(output, lambda file: write_cost(measured, file))
+    _report(schedule, found, as_json=as_json)
+
+
+def as_rank(ranks: Ranks, wish: Wish) -> Found | None:
+    """One rank's part; the first one tells."""
+    found = _found(wish, ranks)
+    return found if ranks.rank == 0 else None
+
+
+def _found(wish: Wish, ranks: Ranks | None) -> Found:
+    schedule = wish.schedule
+    example = load_example(wish.model, schedule, wish.batch, wish.dtype, wish.seed)
+    devices = devices_of(wish.device)
+    taken = profile(
+        example.stages,
+        schedule,
+        example.loss_fn,
+        example.inputs,
+        example.targets,
+        devices=devices,
+        ranks=ranks,
+        rounds=wish.rounds,
+    )
+    text = f"{schedule.summary}, --model {wish.model}, torch {torch.__version__}"
+    pipeline = Pipeline(
+        example.stages, schedule, example.loss_fn, devices, ranks=ranks or False
+    )
+    steps, peak = fresh(pipeline, example, wish.rounds)
+    said = [(steps, peak)] if ranks is None else ranks.exchange([steps, peak], "steps")
+    return Found(
+        measured_from(taken, text),
+        [max(of_rank) for of_rank in zip(*(steps for steps, _ in said))],
+        [peak for _, peak in said],
+        ranks is None and len(devices) == 1,
+    )
+
+
+def fresh(pipeline: Pipeline, example: Example, rounds: int) -> tuple[list[float], int]:
+    """Seconds of steps that nothing watches, and one's peak of live activations."""
+    steps = []
+    parameters = [p for stage in example.stages for p in stage.parameters()]
+    for _ in range(rounds + 1):
+        began = perf_counter()
+        pipeline.step(example.inputs, example.targets)
+        steps.append(perf_counter() - began)
+        for parameter in parameters:
+            parameter.grad = None
+    with ActivationMeter(example.stages) as meter:
+        for value in (example.inputs, example.targets):
+            meter.ignore(*(value if isinstance(value, tuple) else (value,)))
+        pipeline.step(example.inputs, example.targets)
+    return steps[1:], meter.peak
+
+
+def measured_from(taken: Profile, text: str) -> Measured:
+    """A profile as a cost, in seconds."""
+    cost = replace(cost_of(taken.traces), **bytes_of(taken.stages))
+    return Measured(cost, links_of(taken.traces), taken.outside_s, text)
+
+
+def bytes_of(stages: tuple[StageBytes, ...]) -> dict[str, list[float]]:
+    """As attributes of a Cost."""
+    beside = [stage.activations - stage.input for stage in stages]
+    return {
+        "activation_bytes": [stage.activations for stage in stages],
+        "weight_grad_memory": [
+            stage.left / kept if kept else 1 for stage, kept in zip(stages, beside)
+        ],
+        "input_bytes": [stage.input for stage in stages],
+        "boundary_bytes": [stage.output for stage in stages],
+        "weight_bytes": [stage.weights for stage in stages],
+        "gradient_bytes": [stage.gradients for stage in stages],
+    }
+
+
+def predicted(program: Program, found: Measured, *, shared: bool) -> Trace:
+    """The step, with these costs."""
+    cluster = replace(found.cluster, shared_processor=shared)
+    return simulate(program, found.cost, cluster)
+
+
+def peaks_of(trace: Trace, *, shared: bool) -> list[int]:
+    """Most bytes that a meter would count, of each device, or of all together."""
+    devices = [None] if shared else range(trace.program.schedule.devices)
+    result = []
+    for device in devices:
+        by_class = trace.memory(device).by_class
+        counted = np.sum([by_class[name] for name in COUNTED], axis=0)
+        result.append(int(counted.max()))
+    return result
+
+
+def _report(schedule: Schedule, found: Found, *, as_json: bool) -> None:
+    program = lower(schedule, receives="late" if found.shared else "early")
+    trace = predicted(program, found.measured, shared=found.shared)
+    step = float(trace.makespan) + found.measured.step_outside
+    peaks = peaks_of(trace, shared=found.shared)
+    if as_json:
+        emit_json(
+            {
+                "schedule": schedule.name,
+                "stages": _as_json(found.measured.cost, schedule),
+                "links": [
+                    {"source": s, "target": t, "latency": link.latency}
+                    for (s, t), link in found.measured.links.items()
+                ],
+                "step_outside": found.measured.step_outside,
+                "predicted_step": step,
+                "measured_step": median(found.steps),
+                "predicted_peak_bytes": peaks,
+                "measured_peak_bytes": found.peaks,
+            }
+        )
+        return
+    _tell(found.measured, schedule)
+    rows = [
+        ("step, ms", shown(step * 1e3), shown(median(found.steps) * 1e3)),
+        *(
+            (f"activations, bytes{where}", f"{ours:,}", f"{theirs:,}")
+            for where, ours, theirs in zip(
+                [""] if found.shared else [f", device {d}" for d in range(len(peaks))],
+                peaks,
+                found.peaks,
+            )
+        ),
+    ]
+    emit_table(
+        f"A fresh run of {schedule.summary}",
+        ("most at once, or", "predicted", "measured"),
+        rows,
+        right=("predicted", "measured"),
+    )
+
+
+def _as_json(cost: Cost, schedule: Schedule) -> list[dict[str, Any]]:
+    names = [*FIELDS.values(), *bytes_of(())]
+    return [
+        {name: _of(cost, name, stage) for name in names}
+        for stage in range(schedule.stages)
+    ]
+
+
+def _of(cost: Cost, name: str, stage: int) -> Any:
+    value = getattr(cost, name)
+    return value[stage] if isinstance(value, tuple) else value
+
+
+def _tell(measured: Measured, schedule: Schedule) -> None:
+    rows = [
+        (
+            str(stage),
+            *(
+                "" if (time := _of(measured.cost, name, stage)) is None
+                else shown(time * 1e3)
+                for name in FIELDS.values()
+            ),
+            *(
+                f"{_of(measured.cost, name, stage):,}"
+                for name in ("activation_bytes", "boundary_bytes", "weight_bytes")
+            ),
+        )
+        for stage in range(schedule.stages)
+    ]  # fmt: skip
+    heads = [f"{kind.name}, ms" for kind in FIELDS]
+    heads += ["activations", "output", "weights"]
+    emit_table(f"Measured: {measured.measured}", ("stage", *heads), rows, right=heads)
+    for (source, target), link in sorted(measured.links.items()):
+        click.echo(f"link {source} → {target}: {_us(link):,.0f} µs a message")
+    click.echo(f"outside of instructions: {measured.step_outside * 1e6:,.0f} µs a step")
+
+
+def _us(link: Link) -> float:
+    return float(link.latency) * 1e6

@@ -1,0 +1,307 @@
+"""What a schedule's stages take: traces of steps with each kind of op, and bytes.
+
+A schedule has only some kinds of op. So the same stages also run variants of it, on
+the same batch, in turn with it:
+
+    whole        F B        backwards whole
+    halves       F I W      each W behind the next I, so that no pair runs as one
+    recomputed   F R B      where nothing is offloaded
+
+`pipeproof.sim.profile` makes costs of the traces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from pipeproof.exec.batch import LossFn, LossScale, Value, split
+from pipeproof.exec.bind import holders
+from pipeproof.exec.group import Ranks
+from pipeproof.exec.measure import ActivationMeter
+from pipeproof.exec.pipeline import Pipeline
+from pipeproof.exec.split import Splitter
+from pipeproof.exec.stage import StageModule, takes_carry, units_of
+from pipeproof.exec.tensors import flat
+from pipeproof.sched import (
+    Kind,
+    Op,
+    ParameterError,
+    Schedule,
+    Trace,
+    recompute,
+    reduce_gradients,
+)
+from pipeproof.sched.ir import BESIDE_KINDS
+
+WARM_UP = 2
+"""Steps of each variant before those that count."""
+
+
+@dataclass(frozen=True)
+class StageBytes:
+    """What one micro-batch, the first, leaves of a stage.
+
+    Of a micro-batch in slices, what its first slice leaves, times the slices.
+
+    Attributes:
+        activations: all that F keeps, the stage's input included.
+        left: of it, beside the input, what I leaves for W.
+        input, output: the boundary tensors; no input of the first stage's.
+        weights, gradients: held all the time.
+    """
+
+    activations: int
+    left: int
+    input: int
+    output: int
+    weights: int
+    gradients: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measurements of one schedule's stages.
+
+    Attributes:
+        traces: of steps of the variants.
+        stages: bytes.
+        outside_s: of a step, what its instructions do not account for: the ranks'
+            agreement, the cutting of the batch; median seconds.
+    """
+
+    traces: tuple[Trace, ...]
+    stages: tuple[StageBytes, ...]
+    outside_s: float
+
+
+def variants(schedule: Schedule) -> dict[str, Schedule]:
+    """The schedule with backwards whole, in halves, and with recomputation.
+
+    Raises:
+        ParameterError: several steps.
+    """
+    if schedule.steps > 1:
+        raise ParameterError(
+            f"{schedule.summary}: a profile takes a schedule of one step, got "
+            f"{schedule.steps}"
+        )
+    whole = _of_rows(schedule, _whole)
+    halves = _of_rows(whole, _halves)
+    if schedule.has(Kind.REDUCE):
+        whole, halves = reduce_gradients(whole), reduce_gradients(halves)
+    again = recompute(whole, "always")
+    return {"whole": whole, "halves": halves, "recomputed": again}
+
+
+def profile(
+    stages: Sequence[StageModule | None] | nn.Sequential,
+    schedule: Schedule,
+    loss_fn: LossFn,
+    inputs: Value,
+    targets: Value,
+    *,
+    devices: str | torch.device | Sequence[str | torch.device] = "cpu",
+    loss_scale: LossScale = "rows",
+    ranks: Ranks | None = None,
+    rounds: int = 5,
+) -> Profile:
+    """Measure what a schedule's stages take; all ranks call it, and get the same.
+
+    Gradients are left as they were; running statistics see the batch.
+
+    Args:
+        stages: as for `Pipeline`, as are the others.
+        schedule: likewise.
+        loss_fn: likewise.
+        inputs: a batch, on all ranks.
+        targets: likewise.
+        devices: likewise.
+        loss_scale: likewise.
+        ranks: likewise.
+        rounds: measured steps of each variant.
+
+    Raises:
+        ParameterError: fewer than one round, or as `variants`.
+    """
+    if rounds < 1:
+        raise ParameterError(f"rounds must be at least 1, got {rounds}")
+    given: dict[str, Any] = {"devices": devices, "loss_scale": loss_scale}
+    pipelines = [
+        Pipeline(stages, variant, loss_fn, ranks=ranks or False, **given)
+        for variant in variants(schedule).values()
+    ]
+    mine = [
+        number
+        for number in range(schedule.stages)
+        if ranks is None or ranks.rank in holders(schedule, number)
+    ]
+    parameters = [
+        p
+        for n in mine
+        for unit in units_of(_there(stages[n]))
+        for p in unit.parameters()
+    ]
+    before = [p.grad for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    seen: dict[int, Value] = {}
+    hooks = [
+        units_of(_there(stages[n]))[0].register_forward_pre_hook(_seeing(seen, n))
+        for n in mine
+    ]
+    labels = split("targets", targets, schedule.micro_batches, schedule.slices)[0][0]
+    traces, outside = [], []
+    try:
+        pipelines[0].step(inputs, targets)
+        for hook in hooks:
+            hook.remove()
+        for round_ in range(-WARM_UP, rounds):
+            for pipeline in pipelines:
+                began = perf_counter()
+                pipeline.step(inputs, targets)
+                took = perf_counter() - began
+                pipeline.step(inputs, targets, record=True)
+                if round_ >= 0:
+                    traces.append(pipeline.trace)
+                    outside.append(took - float(pipeline.trace.makespan))
+        found = {
+            n: _weighed(_there(stages[n]), n, seen[n], schedule, loss_fn, labels)
+            for n in mine
+        }
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, grad in zip(parameters, before):
+            parameter.grad = grad
+    return _agreed(ranks, schedule, traces, found, median(outside))
+
+
+def _agreed(
+    ranks: Ranks | None,
+    schedule: Schedule,
+    traces: list[Trace],
+    found: dict[int, list[int]],
+    outside_s: float,
+) -> Profile:
+    if ranks is not None:
+        ours = [list(found.items()), outside_s]
+        said = ranks.exchange(ours, "the other ranks' bytes")
+        found = {number: sizes for of_rank, _ in said for number, sizes in of_rank}
+        outside_s = max(seconds for _, seconds in said)
+    sizes = tuple(StageBytes(*found[n]) for n in range(schedule.stages))
+    return Profile(tuple(traces), sizes, max(0.0, outside_s))
+
+
+def _there(stage: StageModule | None) -> StageModule:
+    assert stage is not None
+    return stage
+
+
+def _seeing(seen: dict[int, Value], number: int) -> Any:
+    """A hook that keeps what a stage is first called with."""
+
+    def see(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        seen.setdefault(number, arguments[0])
+
+    return see
+
+
+def _weighed(
+    stage: StageModule,
+    number: int,
+    value: Value,
+    schedule: Schedule,
+    loss_fn: LossFn,
+    targets: Value,
+) -> list[int]:
+    """Bytes of a stage, run by itself on one micro-batch; as in `StageBytes`."""
+    units = units_of(stage)
+    leaves = [_leaf(tensor) for tensor in flat(value)]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    meter = ActivationMeter([stage])
+    meter.ignore(*leaves, *flat(targets))
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), meter:
+        output: Any = tuple(leaves) if isinstance(value, tuple) else leaves[0]
+        for unit in units:
+            if schedule.slices > 1 and takes_carry(unit):
+                output, _ = unit(output, ())
+            else:
+                output = unit(output)
+        last = number == schedule.stages - 1
+        roots = [loss_fn(output, targets)] if last else flat(output)
+        handed_on = 0 if last else _bytes(roots)
+        roots = [root for root in roots if root.requires_grad]
+        ones = [torch.ones_like(root) for root in roots]
+        # What is handed on is no longer the stage's; its place in the graph is.
+        edges: list[Any] = [get_gradient_edge(root) for root in roots]
+        del output, roots
+        kept = meter.live
+        _, rest = Splitter(units).input_grads(edges, ones, wanted)
+        del edges
+        left = meter.live
+        del rest
+    parameters = {id(p): p for unit in units for p in unit.parameters()}.values()
+    of_input = _bytes(leaves) if number else 0  # the first's is a view of the batch
+    trained = [p for p in parameters if p.requires_grad]
+    slices = schedule.slices
+    return [
+        slices * (kept + of_input),
+        slices * left,
+        slices * of_input,
+        slices * handed_on,
+        _bytes(parameters),
+        _bytes(trained),
+    ]
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+Rows = Callable[[Sequence[Op]], list[Op]]
+
+
+def _of_rows(schedule: Schedule, change: Rows) -> Schedule:
+    return schedule.with_rows(
+        [change(list(schedule.row(device))) for device in range(schedule.devices)]
+    )
+
+
+def _whole(row: Sequence[Op]) -> list[Op]:
+    """Only forwards and backwards, each of these where the gradient goes on."""
+    dropped = (*BESIDE_KINDS, Kind.R, Kind.W)
+    return [
+        op._replace(kind=Kind.B) if op.kind == Kind.I else op
+        for op in row
+        if op.kind not in dropped
+    ]
+
+
+def _halves(row: Sequence[Op]) -> list[Op]:
+    """Each B as its I, and its W behind the next I."""
+    result: list[Op] = []
+    waiting: Op | None = None
+    last = max((n for n, op in enumerate(row) if op.kind == Kind.B), default=-1)
+    for place, op in enumerate(row):
+        if op.kind != Kind.B:
+            result.append(op)
+            continue
+        result.append(op._replace(kind=Kind.I))
+        if waiting is not None:
+            result.append(waiting)
+        waiting = op._replace(kind=Kind.W)
+        if place == last:
+            result.append(waiting)
+    return result

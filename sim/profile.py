@@ -1,0 +1,97 @@
+"""Traces of the same stages in several schedules → one Cost, and the links' times.
+
+An op is given all the time from when it could have started: from the end of the op
+before it on its device, or of what it waited for, if that was later. So what the
+device does beside ops, to hand messages over and to note times, counts as theirs,
+and what is simulated with these costs takes as long as what was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeproof.sched import Trace
+from pipeproof.sched.errors import ParameterError
+from pipeproof.sched.exact import Number
+from pipeproof.sched.program import StreamKind
+from pipeproof.sched.trace import Timetable
+from pipeproof.sim.cluster import Link
+from pipeproof.sim.cost import Cost
+from pipeproof.sim.fit import FIELDS, fit
+
+Links = dict[tuple[int, int], Link]
+
+
+def cost_of(traces: Sequence[Trace]) -> Cost:
+    """The times per stage that explain measured traces, of all kinds in any of them.
+
+    Args:
+        traces: of schedules with the same stages on the same devices. Of each kind
+            the median over those that have it counts.
+
+    Raises:
+        ParameterError: no traces, of other stages, or as `fit`.
+    """
+    if not traces:
+        raise ParameterError("a cost is made of at least one trace, got none")
+    placements = {trace.program.schedule.placement for trace in traces}
+    if len(placements) > 1:
+        raise ParameterError(
+            f"traces of {len(placements)} placements do not have the same stages on "
+            "the same devices"
+        )
+    found: dict[str, list[Any]] = {}
+    for trace in traces:
+        cost = fit(occupied(trace)).cost
+        for kind, name in FIELDS.items():
+            if trace.program.schedule.has(kind):
+                found.setdefault(name, []).append(getattr(cost, name))
+    times = {name: np.median(rows, axis=0).tolist() for name, rows in found.items()}
+    if "input_grad" not in times:
+        halves = [number / 2 for number in times["backward"]]
+        times |= {"input_grad": halves, "weight_grad": halves}
+    return Cost(**times)
+
+
+def occupied(trace: Trace) -> Trace:
+    """The trace, each op from when it could have started."""
+    program = trace.program
+    ready = np.zeros(len(program))
+    waits = program.waits_for
+    np.maximum.at(ready, waits.owner, trace.end[waits.values])
+    start = trace.start.copy()
+    for stream, members in zip(program.streams, program.by_stream):
+        if stream.kind != StreamKind.COMPUTE:
+            continue
+        for before, index in pairwise(members.tolist()):
+            start[index] = max(trace.end[before], ready[index])
+    return replace(trace, timetable=Timetable(np.minimum(start, trace.end), trace.end))
+
+
+def links_of(traces: Sequence[Trace]) -> Links:
+    """Of each link, the median time from handing a message over to having it.
+
+    Of messages whose receive was posted in time. All of it counts as latency: what
+    depends on the size cannot be told where all messages of a link have one size.
+    """
+    found: dict[tuple[int, int], list[NDArray[Any]]] = {}
+    for trace in traces:
+        send, recv = trace.program.send_of, trace.program.recv_of
+        took = trace.end[recv] - trace.start[send]
+        in_time = trace.start[recv] <= trace.start[send]
+        ends = trace.program.messages[:, 6:8]
+        for source, target in np.unique(ends, axis=0).tolist():
+            mine = in_time & (ends == (source, target)).all(axis=1)
+            found.setdefault((source, target), []).append(took[mine])
+    medians: dict[tuple[int, int], Number] = {
+        link: float(np.median(times))
+        for link, several in found.items()
+        if len(times := np.concatenate(several))
+    }
+    return {link: Link(latency=latency) for link, latency in medians.items()}

@@ -1,0 +1,59 @@
+"""What stages take: bytes as a meter counts them, and gradients untouched."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from jobs import Do, profiled, small_stages
+from torch.nn import functional
+
+from pipeproof.exec import profile
+from pipeproof.exec.profile import variants
+from pipeproof.sched import CATALOG, Kind, ParameterError, catalog, check
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_variants_of_every_row(name: str) -> None:
+    schedule = catalog.make(name, devices=4, micro_batches=8)
+
+    found = variants(schedule)
+
+    assert all(check(variant).ok for variant in found.values())
+    assert all(v.placement == schedule.placement for v in found.values())
+    assert found["whole"].has(Kind.B)
+    assert not found["whole"].has(Kind.W)
+    assert found["halves"].has(Kind.W)
+    assert not found["halves"].has(Kind.B)
+    assert found["recomputed"].has(Kind.R)
+    for device in range(4):
+        row = list(found["halves"].row(device))
+        for i, w in pairwise(row):
+            assert (i.kind, w.kind) != (Kind.I, Kind.W) or i[1:] != w[1:]
+
+
+def test_bytes_are_those_of_the_tensors(do: Do) -> None:
+    alone = profiled(None, "1f1b")
+    across = do(profiled, "1f1b", 2)
+
+    tensor, weights = 3 * 8 * 4, 2 * (64 + 8) * 4
+    first, last = alone.stages
+    # Tanh's output, and for W also the batch, which is no activation.
+    assert (first.activations, first.input, first.output) == (tensor, 0, tensor)
+    # Beside its input, tanh's output; the loss keeps the difference's two sides.
+    assert last.input == tensor
+    assert last.activations == 3 * tensor
+    assert last.output == 0
+    assert first.weights == first.gradients == weights
+    for found in across:
+        assert found.stages == alone.stages
+        assert len(found.traces) == 3
+
+
+def test_refusals() -> None:
+    schedule = catalog.make("1f1b", devices=2, micro_batches=2)
+    x = torch.ones(2, 8)
+
+    with pytest.raises(ParameterError, match="rounds must be at least 1, got 0"):
+        profile(small_stages(2), schedule, functional.mse_loss, x, x, rounds=0)
