@@ -11,7 +11,9 @@ module then is a unit, with the operations between it and the next::
 
 A unit hands on, as one value, what it or an earlier one computed and a later one uses.
 So a skip connection passes through the stages between, as it is. Inputs of the model
-behind its first are keyword inputs, which every unit gets that uses them.
+behind its first are keyword inputs, which every unit gets that uses them; an optional
+one is there if it is named, and else has its default, since `if mask is None` is
+decided when the forward is traced.
 
 Units share the model's modules, and their state_dicts have its keys.
 """
@@ -29,9 +31,12 @@ from torch import fx, nn
 
 from pipeproof.exec.errors import ModelError
 from pipeproof.exec.stage import is_plain
+from pipeproof.sched.errors import ParameterError
 
 
-def trace(model: nn.Module, at: Sequence[str] = ()) -> list[list[nn.Module]]:
+def trace(
+    model: nn.Module, at: Sequence[str] = (), *, keywords: Sequence[str] = ()
+) -> list[list[nn.Module]]:
     """Cut a model into stages of units, at modules given by name.
 
     Args:
@@ -39,6 +44,7 @@ def trace(model: nn.Module, at: Sequence[str] = ()) -> list[list[nn.Module]]:
             values, nor on whether it is in training mode.
         at: names, as in `named_modules`, of the modules that begin the second and
             later stages, in the order in which they are called.
+        keywords: names of optional inputs that every step will give.
 
     Returns:
         Stages for `Pipeline`, one more than names. `sum(trace(model), [])` are units
@@ -47,6 +53,7 @@ def trace(model: nn.Module, at: Sequence[str] = ()) -> list[list[nn.Module]]:
     Raises:
         ModelError: a name that is none, is not called or not in that order, or a
             forward that cannot be traced.
+        ParameterError: a keyword that is no optional input.
     """
     known = dict(model.named_modules())
     for name in at:
@@ -54,7 +61,8 @@ def trace(model: nn.Module, at: Sequence[str] = ()) -> list[list[nn.Module]]:
             near = get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ModelError(f"the model has no module {name!r}{hint}")
-    graph = _traced(model, at)
+    fixed = _fixed(model, keywords)
+    graph = _traced(model, at, fixed)
     starts = [i for i, node in enumerate(graph.nodes) if node.op == "call_module"]
     nodes = list(graph.nodes)
     if not starts:
@@ -77,14 +85,28 @@ class _Tracer(fx.Tracer):
         return not within and not is_plain(m)
 
 
-def _traced(model: nn.Module, at: Sequence[str]) -> fx.Graph:
+def _fixed(model: nn.Module, given: Sequence[str]) -> dict[str, Any]:
+    """The optional inputs that are not given, with their defaults."""
+    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
+    nothing = inspect.Parameter.empty
+    optional = {p.name: p.default for p in parameters if p.default is not nothing}
+    for name in given:
+        if name not in optional:
+            raise ParameterError(
+                f"{name!r} is no optional input of {type(model).__name__}: found "
+                f"{', '.join(map(repr, optional)) or 'none'}"
+            )
+    return {name: value for name, value in optional.items() if name not in given}
+
+
+def _traced(model: nn.Module, at: Sequence[str], fixed: dict[str, Any]) -> fx.Graph:
     """In both modes, which must not differ: what fx saw of them is fixed."""
     modes = [(module, module.training) for module in model.modules()]
     graphs = []
     try:
         for training in (True, False):
             model.train(training)
-            graphs.append(_Tracer(at).trace(model))
+            graphs.append(_Tracer(at).trace(model, fixed))
     except Exception as error:
         raise ModelError(
             f"the forward of {type(model).__name__} cannot be traced: {error}\n"
@@ -99,7 +121,19 @@ def _traced(model: nn.Module, at: Sequence[str]) -> fx.Graph:
             "in eval mode, outside of the modules that it calls: have a module do "
             "that, nn.Dropout instead of functional.dropout say"
         )
+    # In the order of the parameters; fx gives those that are fixed other names.
+    entries = [node for node in graphs[0].nodes if node.op == "placeholder"]
+    for name, node in zip(inspect.signature(model.forward).parameters, entries):
+        if name in fixed:
+            _erase(graphs[0], node)
     return graphs[0]
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """With all that uses it: of a fixed input, checks that it has that value."""
+    for user in list(node.users):
+        _erase(graph, user)
+    graph.erase_node(node)
 
 
 def _cuts(called: Sequence[str], at: Sequence[str]) -> list[int]:
@@ -186,8 +220,7 @@ class _Units:
         copies: dict[fx.Node, fx.Node] = {}
         for node in self._keywords:
             if any(user in nodes for user in node.users):
-                default = node.args[0] if node.args else inspect.Signature.empty
-                copies[node] = graph.placeholder(str(node.target), None, default)
+                copies[node] = graph.placeholder(str(node.target))
         for place, node in enumerate(before):
             copies[node] = value
             if len(before) > 1:

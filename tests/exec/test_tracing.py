@@ -14,8 +14,16 @@ from models import against_reference, close, grads
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeproof.exec import ModelError, Pipeline, profile_layers, split_at, trace
-from pipeproof.sched import POLICIES, catalog, partition, recompute
+from pipeproof.exec import (
+    BatchError,
+    ModelError,
+    Pipeline,
+    StepError,
+    profile_layers,
+    split_at,
+    trace,
+)
+from pipeproof.sched import POLICIES, ParameterError, catalog, partition, recompute
 
 mse = functional.mse_loss
 WIDTH = 4
@@ -85,14 +93,15 @@ def test_stages_by_name_have_the_gradient_of_the_model(name: str, policy: str) -
     mask = torch.arange(9.0)
     schedule = recompute(catalog.make(name, devices=3, micro_batches=3), policy)
 
-    pipeline = Pipeline(trace(model, CUTS), schedule, loss_of)
+    stages = trace(model, CUTS, keywords=["mask"])
+    pipeline = Pipeline(stages, schedule, loss_of)
     loss = pipeline.step(x, y, keywords={"mask": mask})
 
     expected = loss_of(twin(x, mask), y)
     expected.backward()
     assert close([loss], [expected.detach()])
     assert close(grads([model]), grads([twin]))
-    assert pipeline.predict(x)["rows"] == [3, 3, 3]
+    assert pipeline.predict(x, keywords={"mask": mask})["rows"] == [3, 3, 3]
 
 
 @pytest.mark.parametrize("cuts", [["blocks.0"], ["blocks.1"], ["tail.1"]])
@@ -181,6 +190,39 @@ def test_the_parts_of_ranks_are_the_model(do: Do) -> None:
 
 def net_of_ranks() -> nn.Module:
     return Saved().model()
+
+
+def test_an_optional_input_is_there_or_not_as_the_model_sees_it() -> None:
+    """Traced as if always given, `if shift is not None` would have been taken."""
+
+    class Optional(Net):
+        def forward(
+            self, x: Tensor, shift: Tensor | None = None, times: int = 2
+        ) -> Tensor:
+            x = self.enter(x)
+            if shift is not None:
+                x = x + shift
+            return self.tail(x) * times
+
+    torch.manual_seed(0)
+    model = Optional().double().eval()
+    x, _ = batch()
+    shift = torch.randn(9, WIDTH, dtype=torch.float64)
+    schedule = catalog.make("gpipe", devices=2, micro_batches=3)
+    without = Pipeline(trace(model, ["tail"]), schedule, mse)
+    given = trace(model, ["tail"], keywords=["shift", "times"])
+    whole = copy.deepcopy(model).requires_grad_(False)
+
+    assert close([without.predict(x)], [whole(x)])
+    found = Pipeline(given, schedule, mse)
+    keywords = {"shift": shift, "times": 5}
+    assert close([found.predict(x, keywords=keywords)], [whole(x, **keywords)])
+    with pytest.raises(BatchError, match="no unit takes the keyword input 'shift'"):
+        without.predict(x, keywords={"shift": shift})
+    with pytest.raises(StepError, match=r"missing 1 required positional .* 'shift'"):
+        found.predict(x, keywords={"times": 5})
+    with pytest.raises(ParameterError, match="'shoft' is no optional input"):
+        trace(model, ["tail"], keywords=["shoft"])
 
 
 class Changes(nn.Module):
