@@ -26,6 +26,7 @@ COMMANDS = [
     "explain",
     "sweep",
     "run",
+    "profile",
     "verify",
     "export",
 ]
