@@ -156,6 +156,44 @@ def test_a_refutation_names_the_first_operand_that_differs() -> None:
     assert [one["rule"] for one in found] == ["operand", "gradient", "gradient"]
 
 
+@pytest.mark.parametrize(
+    ("op", "other", "found"),
+    [
+        ("0B0", None, "0B0 finds no activation among the buffers it reads"),
+        ("0B1", "activation 0:0", "0B1 reads activation 0:0, which 0B0 (10, device 0"),
+        (
+            "0B0",
+            "activation 0:2",
+            "0B0 reads activation 0:2, which nothing has written",
+        ),
+    ],
+)
+def test_an_operand_that_is_not_there(op: str, other: str | None, found: str) -> None:
+    program = two_devices()
+    buffers = {str(program.buffer_at(b)): b for b in range(len(program.buffers))}
+    parts = parts_of(program)
+    part = parts[label(program, op)]
+    own = buffers[f"activation 0:{op[-1]}"]
+    part.reads = [b for b in part.reads if b != own]
+    if other is not None:
+        part.reads.insert(0, buffers[other])
+
+    first, *_ = prove(assembled(program, parts)).findings
+    assert first.rule == "operand"
+    assert first.found.startswith(found)
+
+
+def test_an_operand_that_is_overwritten() -> None:
+    program = two_devices()
+    buffers = {str(program.buffer_at(b)): b for b in range(len(program.buffers))}
+    pair = {buffers["activation 0:1"]: buffers["activation 0:0"]}
+
+    first, *_ = prove(assembled(program, parts_of(program), pair)).findings
+    assert first.found == (
+        "0B0 reads activation 0:0, which activation 0:1 has overwritten"
+    )
+
+
 def test_a_slot_that_is_not_waited_for_is_a_race() -> None:
     program = two_devices()
     parts = parts_of(program)
