@@ -231,6 +231,19 @@ def test_what_a_slice_lacks_is_named_by_both_numbers() -> None:
     ]
 
 
+def test_a_micro_batch_that_counts_twice_is_named() -> None:
+    schedule = catalog.make("1f1b", devices=2, micro_batches=3)
+    program = lower(schedule, receives="late")  # no slot is used again
+    parts = parts_of(program)
+    one, two = (parts[label(program, op)] for op in ("0B0", "0B1"))
+    two.reads, two.frees, one.frees = one.reads, one.frees, []
+
+    _, gradient = prove(assembled(program, parts)).findings
+    assert gradient.found == (
+        "the gradient of stage 0 lacks micro-batch 1, has micro-batch 0 twice or more"
+    )
+
+
 def test_a_reduction_before_the_last_backward_is_refuted() -> None:
     program = lower(catalog.make("chimera", devices=2, micro_batches=2))
     parts = parts_of(program)
