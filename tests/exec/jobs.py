@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.nn import functional
 
-from pipeproof.exec import Pipeline, group, profile
+from pipeproof.exec import Pipeline, group, profile, split_at
 from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError, RankError
 from pipeproof.exec.group import Ranks
@@ -434,6 +434,24 @@ def scaled(ranks: Ranks | bool, job: Scaled) -> Moved:
     scaler.update()
     moved = [not torch.equal(stages[n].weight, w) for n, w in zip(mine, before)]
     return Moved(moved, [scaler.get_scale()] * len(mine))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model of four layers whose state two ranks save."""
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4)))
+
+
+def saved(ranks: Ranks, job: Saved) -> dict[str, Tensor]:
+    """This rank's part of the model's state."""
+    model = job.model()
+    schedule = catalog.make("1f1b", devices=2, micro_batches=3)
+    stages = split_at(model, (1, 3))
+    pipeline = Pipeline(stages, schedule, functional.mse_loss, ranks=ranks)
+    return pipeline.state_dict(model)
 
 
 @dataclass(frozen=True)
