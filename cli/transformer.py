@@ -10,7 +10,7 @@ from pipeproof.cli.output import full, shown
 from pipeproof.cli.shape import Described, Shape
 from pipeproof.sched import Kind, ParameterError, Schedule
 from pipeproof.sim import Cost
-from pipeproof.sim.cost import divide
+from pipeproof.sim.per_stage import divide
 from pipeproof.sim.transformer import MODELS, Transformer
 
 OF_RUNNING = ("device_flops", "efficiency", "stage_layers")

@@ -37,7 +37,7 @@ from pipeproof.exec.replicas import Replica
 from pipeproof.exec.rng import step_seed
 from pipeproof.exec.runtime import Runtime
 from pipeproof.exec.sharded import check_wrapped
-from pipeproof.exec.stage import Stage, StageModule, check_sliced
+from pipeproof.exec.stage import Stage, StageModule, check_sliced, modules_of
 from pipeproof.exec.step import Step
 from pipeproof.exec.tensors import flat, placed
 from pipeproof.sched import (
@@ -158,6 +158,8 @@ class Pipeline:
             self._devices = _torch_devices(devices, schedule)
             _check_count(len(stages), schedule)
             if grid is None:
+                for number, module in enumerate(stages):
+                    modules_of(number, module)
                 check_wrapped(list(stages), schedule, None)
                 homes = _place(list(stages), schedule, self._devices)
                 self._runtime = Runtime(self.program, homes, loss_fn, self._devices)
@@ -369,6 +371,24 @@ class Pipeline:
             self._runtime.forward(step)
             return step
 
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """The entries of `model.state_dict()` that belong to the stages here.
+
+        For checkpoints: all ranks' together are the model's, under its own keys, and
+        load into any other partition of it, or into the model itself.
+
+        Args:
+            model: whose modules the stages are made of.
+        """
+        here = {
+            id(tensor)
+            for stage in self._runtime.stages
+            for module in stage.original.modules
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+        }
+        entries = model.state_dict(keep_vars=True)
+        return {key: x.detach() for key, x in entries.items() if id(x) in here}
+
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> float:
         """Clip the norm of all gradients of the model, those of other ranks included.
 
@@ -500,8 +520,7 @@ def _place(
     homes: dict[tuple[int, int], Stage] = {}
     unit = 0
     for number, module in enumerate(stages):
-        if module is None:
-            raise ModelError(f"stage {number} is None: only other ranks' may be")
+        assert module is not None
         held_by = holders(schedule, number)
         original = Stage(number, module, unit, devices[held_by[0]])
         unit += len(original.units)

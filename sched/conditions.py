@@ -19,7 +19,8 @@ from pipeproof.sched.touches import Touch, touching
 
 _COMPUTE, _SEND, _RECV = map(int, (Action.COMPUTE, Action.SEND, Action.RECV))
 _MOVES = Kind.OFFLOAD, Kind.RELOAD
-_B, _I, _RELOAD, _REDUCE = map(int, (Kind.B, Kind.I, Kind.RELOAD, Kind.REDUCE))
+_F, _B, _I = map(int, (Kind.F, Kind.B, Kind.I))
+_RELOAD, _REDUCE = int(Kind.RELOAD), int(Kind.REDUCE)
 
 
 def conditions(
@@ -56,7 +57,7 @@ def conditions(
     beside = bool(nodes.beside.any())
     most = 2 * hops.messages + count + 2 * int(nodes.beside.sum())
     most += count * blocking + len(
-        table.by_kind.get(Kind.RELOAD, nodes.rank[:0]).ravel()
+        table.by_kind.get(Kind.RELOAD, nodes.by_rank[:0]).ravel()
     )
     nowhere = np.zeros(0, dtype=np.int32)
     index: Any = np.int32 if most < 2**31 else np.int64
@@ -72,7 +73,7 @@ def conditions(
         table.place,
         schedule.device_of_op,
         nodes.of_op,
-        nodes.previous if beside else nodes.rank[:0],
+        nodes.previous if beside else nodes.by_rank[:0],
         hops.source,
         hops.target,
         hops.link,
@@ -80,7 +81,7 @@ def conditions(
         hops.out_of,
         hops.into,
         how,
-        table.get(Kind.F).ravel(),
+        np.full(int(np.prod(table.shape)), -1, dtype=np.int32),
         *(table.by_kind.get(kind, nowhere).ravel() for kind in _MOVES),
         touching(Touch.TAKE, Block.OUTPUT_GRAD),
         touching(Touch.TAKE, Block.INPUT),
@@ -119,7 +120,7 @@ def _wait(
     out_of: Any,
     into: Any,
     how: Any,
-    forward: Any,
+    brought: Any,
     away: Any,
     back: Any,
     takes_gradient: Any,
@@ -207,13 +208,16 @@ def _wait(
             if kind[op] == _REDUCE:
                 continue
             at = place[op]
+            if kind[op] == _F:
+                brought[at] = into[op]
+                continue
             row = kind[op] * HOWS + how[at]
             for side in range(2):
                 hop = -1
                 if side == 0 and takes_gradient[row]:
                     hop = into[op]
                 elif side == 1 and takes_input[row]:
-                    hop = into[forward[at]]
+                    hop = brought[at]
                 if hop < 0 or link[hop] < 0:
                     continue
                 spot = count

@@ -42,7 +42,7 @@ def exchanges(nodes: Nodes, hops: Hops) -> Index:
     Overlap groups may produce and consume several messages between the same two
     devices: of those the first meets the first, and so on.
     """
-    size = np.int64(len(nodes.rank))
+    size = np.int64(len(nodes.by_rank))
     other = np.full(len(hops.source), -1, dtype=np.int32)
     crossing = np.flatnonzero(hops.link >= 0)
     source, target = (

@@ -67,7 +67,7 @@ class Hops:
             _slots(schedule),
             np.array([schedule.stages]),
             *(np.empty(size, dtype=np.int32) for _ in range(5)),
-            np.zeros(len(nodes.rank) + 1, dtype=np.int32),
+            np.zeros(len(nodes.by_rank) + 1, dtype=np.int32),
             *(np.full(len(ops), -1, dtype=np.int32) for _ in range(2)),
         ]
         return cls(*run(_produce, columns, results=[*range(13, 21)], size=len(ops)))
@@ -170,14 +170,14 @@ def handed_on(
         first = np.where(together >= 0, np.minimum(every, together), every)
         every = np.argsort(first, kind="stable").astype(np.int32)
         steps = steps[every]
-    return csr(len(nodes.rank), steps, every)
+    return csr(len(nodes.by_rank), steps, every)
 
 
 def _steps(
     hops: Hops, nodes: Nodes, blocking: bool, late: bool, together: Index | None
 ) -> Index:
     """The rank of the node beside which each hop is appended."""
-    follows = nodes.following if blocking and late else nodes.rank[:0]
+    follows = nodes.following if blocking and late else nodes.by_rank[:0]
     joint = np.full(len(hops.source) if together is not None else 0, -1, dtype=np.int32)
     if together is not None:
         produced = nodes.rank[nodes.of_op[hops.source]]
@@ -190,7 +190,7 @@ def _steps(
         nodes.of_op,
         nodes.rank,
         follows,
-        np.full(int(hops.link.max(initial=-1)) + 1, len(nodes.rank)),
+        np.full(int(hops.link.max(initial=-1)) + 1, len(nodes.by_rank)),
         np.array([late], dtype=np.int8),
         joint,
         np.empty(len(hops.source), dtype=np.int32),

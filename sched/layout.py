@@ -66,7 +66,7 @@ def lay_out(
         streams: of all instructions.
         phase_of_messages: BEFORE that node, or BEHIND it.
     """
-    size, count = len(nodes.rank), len(hops.source)
+    size, count = len(nodes.by_rank), len(hops.source)
     every = np.arange(size + 1, dtype=np.int32)
     node_starts, node_at = every, nodes.by_rank
     if (nodes.kind == Kind.REDUCE).any():

@@ -26,15 +26,13 @@ class Nodes:
         of_op: the node of each op.
         starts: first op of each node, and one behind the last.
         device: of each node.
-        rank: place of each node in the canonical order.
-        by_rank: the nodes in that order.
+        by_rank: the nodes in the canonical order.
         kind: of its first op.
     """
 
     of_op: Index
     starts: Index
     device: NDArray[np.int32]
-    rank: Index
     by_rank: Index
     kind: NDArray[np.int8]
 
@@ -44,15 +42,20 @@ class Nodes:
         level = schedule.level_of_node
         numbers = np.arange(len(level) + 1, dtype=np.int32)
         _, by_rank = csr(int(level.max(initial=0)) + 1, level, numbers[:-1])
-        rank = np.empty(len(level), dtype=np.int32)
-        rank[by_rank] = numbers[:-1]
         device, kind = schedule.device_of_op, schedule.ops.kind
         if len(level) == len(schedule):  # every op a node
-            return cls(numbers[:-1], numbers, device, rank, by_rank, kind)
+            return cls(numbers[:-1], numbers, device, by_rank, kind)
         first = np.flatnonzero(~schedule.ops.joined).astype(np.int32)
         starts = np.append(first, np.int32(len(schedule)))
         of_op = schedule.node_of_op
-        return cls(of_op, starts, device[first], rank, by_rank, kind[first])
+        return cls(of_op, starts, device[first], by_rank, kind[first])
+
+    @cached_property
+    def rank(self) -> Index:
+        """Place of each node in the canonical order."""
+        rank = np.empty(len(self.by_rank), dtype=np.int32)
+        rank[self.by_rank] = np.arange(len(rank), dtype=np.int32)
+        return rank
 
     @cached_property
     def beside(self) -> NDArray[np.bool_]:

@@ -131,6 +131,30 @@ def partition(
     return Partition(sizes, busy, taken, exact, max(busy) if exact else question.least)
 
 
+def loads(
+    layers: Sequence[Layer], schedule: Schedule, sizes: Sequence[int]
+) -> tuple[list[float], list[float]]:
+    """What given cuts ask of each device: its time in a step, and most bytes at once.
+
+    Args:
+        layers: as for `partition`.
+        schedule: likewise.
+        sizes: layers in each stage.
+
+    Raises:
+        ParameterError: sizes that are not those of the layers in the stages.
+    """
+    if len(sizes) != schedule.stages or sum(sizes) != len(layers) or min(sizes) < 1:
+        raise ParameterError(
+            f"sizes must be {schedule.stages} numbers of at least 1, one for each "
+            f"stage, that sum to {len(layers)} layers, got {list(sizes)}"
+        )
+    question = _Question(layers, schedule, None, None)
+    cuts = np.concatenate([[0], np.cumsum(sizes)])
+    busy, taken = question.time.of(cuts), question.bytes.of(cuts)
+    return busy.max(axis=1).tolist(), taken.max(axis=1).tolist()
+
+
 class _Loads:
     """What a stage of some layers adds to quantities of the devices that hold it.
 

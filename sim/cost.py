@@ -15,16 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched import BufferKind, Kind, Program, Schedule, Trace
+from pipeproof.sched import Kind, Program, Schedule, Trace
 from pipeproof.sched.errors import ParameterError
-from pipeproof.sched.exact import Number, column, is_number, plain
-from pipeproof.sched.ir import BACKWARD_KINDS
-from pipeproof.sched.memory import RESIDENT
-from pipeproof.sched.weights import Sizes, Weights
+from pipeproof.sched.exact import Number, is_number, plain
+from pipeproof.sched.weights import Sizes
+from pipeproof.sim.per_stage import Table, divide
 
 PerStage = Number | Sequence[Number]
-Table = list[list[Number]]
-"""(pipe, stage) → number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,14 +184,14 @@ class Cost:
             return plain(sum(times))
         forward = next(i for i in members if schedule.ops.kind[i] == Kind.F)
         pipe = int(schedule.pipe_of[schedule.ops.micro_batch[forward]])
-        shares = self._per_stage("overlap", self.overlap, schedule, per_share=True)
+        shares = self.per_stage("overlap", self.overlap, schedule, per_share=True)
         return divide(shares[pipe][int(schedule.ops.stage[forward])], schedule.slices)
 
     def _times(self, schedule: Schedule) -> dict[Kind, Table]:
         """(pipe, stage) → time, for every kind."""
 
         def of(name: str, value: PerStage) -> Table:
-            table = self._per_stage(name, value, schedule, per_share=True)
+            table = self.per_stage(name, value, schedule, per_share=True)
             return [[divide(number, schedule.slices) for number in r] for r in table]
 
         forward = of("forward", self.forward)
@@ -211,10 +208,20 @@ class Cost:
         times |= {Kind.F: forward, Kind.B: backward, Kind.R: again}
         return times | {Kind.I: input_grad, Kind.W: weight_grad}
 
-    def _per_stage(
+    def per_stage(
         self, name: str, value: PerStage, schedule: Schedule, *, per_share: bool
     ) -> Table:
-        """(pipe, stage) → number."""
+        """(pipe, stage) → number.
+
+        Args:
+            name: of the value, for messages.
+            value: one number, or one per stage.
+            schedule: whose stages.
+            per_share: whether one number is that of a device's share.
+
+        Raises:
+            ParameterError: as `durations`.
+        """
         if not isinstance(value, int | float | Fraction):
             if len(value) != schedule.stages:
                 raise ParameterError(
@@ -237,163 +244,6 @@ class Cost:
             ParameterError: as `durations`, or an input larger than the
                 activations that include it.
         """
-        schedule = program.schedule
-        # A weight is a look-up, for Fractions are slow. Where the backward is split it
-        # is the part that I frees; where activations are recomputed, what R rebuilds.
-        parts = self._per_stage(
-            "weight_grad_memory", self.weight_grad_memory, schedule, per_share=False
-        )
-        keep = [number for row in parts for number in row]
+        from pipeproof.sim.weighing import sizes_of
 
-        def weigh(whole: Table, again: Table) -> dict[BufferKind, NDArray[Any]]:
-            """What is kept, or rebuilt."""
-            both = [n for row in [*whole, *again] for n in row]
-            stash = [plain(n * part) for n, part in zip(both, keep * 2)]
-            rest = [plain(n - part) for n, part in zip(both, stash)]
-            held, left, freed = (column(ns) for ns in (both, stash, rest))
-            return {
-                BufferKind.ACTIVATION: np.concatenate([held, freed]),
-                BufferKind.WEIGHT_STASH: np.tile(left, 2),
-            }
-
-        def spread(table: Table) -> NDArray[Any]:
-            """The same, whatever there is beside it."""
-            return np.tile(_flat(table), 4)
-
-        shares = self._per_stage("activations", 1, schedule, per_share=True)
-        full = _over(shares, schedule.slices)
-        activations = Weights(weigh(full, full))
-        if not self.knows_bytes:
-            return Sizes(activations)
-        held = self._held(schedule)
-        of_input, output = spread(held.input), spread(held.output)
-        before = [[0, *row[:-1]] for row in held.output]
-        by_kind = weigh(held.kept, held.rebuilt) | {
-            BufferKind.INPUT: of_input,
-            BufferKind.STORED_INPUT: spread(held.stored),
-            BufferKind.OUTPUT: output,
-            BufferKind.OUTPUT_GRAD: output,
-            BufferKind.INPUT_GRAD: spread(before),
-        }
-        arriving = None
-        if self.stored_bytes is not None:
-            arrived = by_kind | {BufferKind.STORED_INPUT: of_input}
-            arriving = Weights(arrived).column(program)
-        return Sizes(
-            activations,
-            Weights(by_kind).column(program),
-            self._resident(schedule),
-            self._workspace(program),
-            arriving,
-        )
-
-    def _workspace(self, program: Program) -> NDArray[Any] | None:
-        """Per instruction, what its backward needs only while it runs."""
-        if self.workspace_bytes is None:
-            return None
-        schedule, ops = program.schedule, program.schedule.ops
-        needs = _flat(self._bytes("workspace_bytes", schedule, per_share=False))
-        backward = np.flatnonzero(np.isin(ops.kind, BACKWARD_KINDS))
-        node = schedule.node_of_op
-        instruction = np.full(len(schedule), -1, dtype=np.int64)
-        instruction[node[program.first_op[program.computes]]] = program.computes
-        pipe = schedule.pipe_of[ops.micro_batch[backward]].astype(np.int64)
-        result = np.zeros(len(program), dtype=needs.dtype)
-        np.add.at(
-            result,
-            instruction[node[backward]],
-            needs[pipe * schedule.stages + ops.stage[backward]],
-        )
-        return result
-
-    def _held(self, schedule: Schedule) -> _Held:
-        """What a stage's buffers weigh, by (pipe, stage)."""
-        output = self._bytes("boundary_bytes", schedule, per_share=False)
-        inputs: Table = [[0, *row[:-1]] for row in output]
-        if self.input_bytes is not None:
-            inputs = self._bytes("input_bytes", schedule, per_share=False)
-        stored, full = inputs, inputs
-        if self.stored_bytes is not None:
-            stored = self._bytes("stored_bytes", schedule, per_share=True)
-            _refuse_less(stored, inputs, "stored_bytes that include it", "an input")
-        if self.activation_bytes is not None:
-            full = self._bytes("activation_bytes", schedule, per_share=True)
-            _refuse_less(full, inputs, "activation_bytes that include it", "an input")
-        kept = _minus(full, inputs)
-        if self.rebuilt_bytes is not None:
-            rebuilt = self._bytes("rebuilt_bytes", schedule, per_share=True)
-        elif self.activation_bytes is None:
-            rebuilt = kept
-        else:
-            _refuse_less(full, stored, "activation_bytes to rebuild", "a store")
-            rebuilt = _minus(full, stored)
-        return _Held(inputs, output, kept, stored, rebuilt)
-
-    def _bytes(self, name: str, schedule: Schedule, *, per_share: bool) -> Table:
-        value = getattr(self, name)
-        table = self._per_stage(
-            name, 0 if value is None else value, schedule, per_share=per_share
-        )
-        if name in ("weight_bytes", "gradient_bytes", "optimizer_bytes"):
-            return table
-        return _over(table, schedule.slices)
-
-    def _resident(self, schedule: Schedule) -> dict[str, list[Number]]:
-        result: dict[str, list[Number]] = {}
-        names = ("weight_bytes", "gradient_bytes", "optimizer_bytes")
-        for name, called in zip(names, RESIDENT):
-            held: list[Number] = [0] * schedule.devices
-            table = self._bytes(name, schedule, per_share=True)
-            for row, devices in zip(table, schedule.placement.pipes):
-                for number, device in zip(row, devices):
-                    held[device] = plain(held[device] + number)
-            result[called] = held
-        return result
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """Bytes of a stage for one micro-batch (or slice), by (pipe, stage).
-
-    Attributes:
-        input, output: the boundary tensors.
-        kept: what a forward keeps beside its input.
-        stored: all that it keeps where an R follows.
-        rebuilt: what that R adds.
-    """
-
-    input: Table
-    output: Table
-    kept: Table
-    stored: Table
-    rebuilt: Table
-
-
-def _minus(ones: Table, others: Table) -> Table:
-    return [[plain(a - b) for a, b in zip(*rows)] for rows in zip(ones, others)]
-
-
-def _refuse_less(whole: Table, part: Table, what: str, name: str) -> None:
-    for rows in zip(whole, part):
-        for stage, (all_of_it, of_part) in enumerate(zip(*rows)):
-            if of_part > all_of_it:
-                raise ParameterError(
-                    f"stage {stage}: {name} of {of_part} bytes exceeds the "
-                    f"{all_of_it} {what}"
-                )
-
-
-def divide(number: Number, by: int) -> Number:
-    """Number / by, exact where the number is."""
-    if by == 1:
-        return number
-    return plain(Fraction(number, by) if isinstance(number, int) else number / by)
-
-
-def _over(table: Table, by: int) -> Table:
-    return [[divide(number, by) for number in row] for row in table]
-
-
-def _flat(table: Table) -> NDArray[Any]:
-    """A table (pipe × stages) as one column."""
-    return column([plain(number) for row in table for number in row])
+        return sizes_of(self, program)

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from pipeproof.sched import Kind, Trace
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, column, plain, ratio
-from pipeproof.sim.cost import Cost, divide
+from pipeproof.sim.cost import Cost
+from pipeproof.sim.per_stage import divide
 
 Key = tuple[Kind, int]
 """A kind of op, in a stage."""

@@ -195,6 +195,8 @@ def start(*args: str, **more: object) -> "subprocess.Popen[bytes]":
         [sys.executable, "-P", "-m", "pipeproof.cli", *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A shell's background jobs ignore interrupts, and what they start does.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **more,  # type: ignore[call-overload]
     )
 
@@ -208,7 +210,7 @@ def test_control_c_ends_a_long_command_in_one_line(tmp_path: Path) -> None:
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
 
     assert (process.returncode, out, err.strip()) == (130, b"", b"interrupted")
 
@@ -222,7 +224,7 @@ def test_a_reader_that_goes_away_hears_no_complaint() -> None:
     err = process.stderr.read()
     process.stderr.close()
 
-    assert (process.wait(timeout=20), err) == (141, b"")
+    assert (process.wait(timeout=60), err) == (141, b"")
 
 
 def test_the_script_is_installed(tmp_path: Path) -> None:
