@@ -198,7 +198,8 @@ def _rank(
 
 def _joined(rank: int, job: Job, store: Store) -> Ranks:
     torch.set_num_threads(job.threads)
-    os.environ["GLOO_SOCKET_IFNAME"] = _loopback()
+    for library in ("GLOO", "NCCL"):
+        os.environ[f"{library}_SOCKET_IFNAME"] = _loopback()
     return Ranks(store, rank, job.size, timeout_s=job.timeout_s, lost_s=job.lost_s)
 
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import psutil
 import torch
 from models import Attention, Masked, Nested, keywords
 from torch import Tensor, nn
@@ -243,6 +244,38 @@ def part(ranks: Ranks, job: Job) -> Result:
 
     # Rank 0's seed counts; the others' own draws are not used.
     return run(job, step, stages, mine, seed=5 + ranks.rank)
+
+
+def on_gpus(ranks: Ranks | None, name: str, replicas: int) -> dict[int, str]:
+    """Gradients of two steps: a GPU for each rank, or all on one."""
+    size = 2 // replicas
+    schedule = catalog.make(name, devices=size, micro_batches=4)
+    torch.manual_seed(3)
+    stages = [attentive(n).double() for n in range(schedule.stages)]
+    given: dict[str, Any] = {"devices": "cuda:0"}
+    numbers = list(range(schedule.stages))
+    if ranks is not None:
+        device = ranks.rank % size
+        given = {"devices": f"cuda:{ranks.rank}", "ranks": ranks}
+        given["data_parallel"] = replicas
+        numbers = [n for n in numbers if device in holders(schedule, n)]
+    pipeline = Pipeline(stages, schedule, same_values, **given)
+    torch.manual_seed(4)
+    x = torch.randn(8, 6, WIDTH, dtype=torch.float64)
+    for _ in range(2):
+        pipeline.step(x, x)
+    cpu = [
+        [None if p.grad is None else p.grad.cpu() for p in s.parameters()]
+        for s in stages
+    ]
+    return {n: digest(*cpu[n]) for n in numbers}
+
+
+def listening(ranks: Ranks, job: Job) -> list[str]:
+    """Where this process accepts connections, once it has run a job."""
+    part(ranks, job)
+    found = psutil.Process().net_connections(kind="inet")
+    return [c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN]
 
 
 def small_stages(number: int) -> list[nn.Module]:

@@ -9,9 +9,12 @@ import psutil
 import pytest
 from jobs import Do, Fault, leaving_a_pid, standing_still, told
 from torch import nn
+from torch._C._distributed_c10d import HashStore
 from torch.nn import functional
 
 from pipeproof.exec import ModelError, Pipeline, RankError, launch
+from pipeproof.exec.beats import LOOKS, LOST_S, Beats, Silence
+from pipeproof.exec.failure import Record
 from pipeproof.sched import ParameterError, catalog
 
 
@@ -109,6 +112,20 @@ def test_ranks_need_processes() -> None:
         Pipeline(stages, schedule, functional.mse_loss, ranks=True)
     with pytest.raises(ModelError, match="stage 1 is None: only other ranks' may be"):
         Pipeline([stages[0], None], schedule, functional.mse_loss)
+
+
+def test_a_rank_beats_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was stopped before its thread first ran was missed by nobody."""
+    store = HashStore()
+    beats = Beats(store, Record(store), 1, 2, 30.0, LOST_S)
+    monkeypatch.setattr(beats._thread, "start", lambda: None)
+
+    beats.start()
+
+    silence = Silence(store, [0, 1])
+    for _ in range(LOOKS + 1):
+        silence.look()
+    assert silence.lost() == 1
 
 
 def test_ranks_that_stand_still(do: Do) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 from jobs import (
@@ -10,6 +11,7 @@ from jobs import (
     Result,
     alone,
     frozen_start,
+    listening,
     mixed,
     offsets,
     part,
@@ -129,6 +131,17 @@ def test_clocks_of_other_hosts_are_set_by_those_of_the_first(do: Do) -> None:
     for rank, (here, far) in enumerate(do(offsets, Job("gpipe", 4, 4))):
         assert here == 0
         assert round(far / 1000) == -rank
+
+
+def test_ranks_of_one_host_listen_on_loopback_only(do: Do) -> None:
+    """torch's TCPStore would listen on every interface."""
+    launcher = psutil.Process().net_connections(kind="inet")
+    assert not [c for c in launcher if c.status == psutil.CONN_LISTEN]
+
+    found = do(listening, Job("1f1b", 4, 4))
+
+    assert any(found), "ranks have sockets for each other"
+    assert {ip for of_rank in found for ip in of_rank} <= {"127.0.0.1", "::1"}
 
 
 @pytest.mark.slow
