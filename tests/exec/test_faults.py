@@ -174,7 +174,7 @@ def test_ranks_that_stand_still(do: Do) -> None:
     ("number", "reason"),
     [
         (signal.SIGKILL, "rank 1 was ended by SIGKILL"),
-        (signal.SIGSTOP, "rank 1 has not been heard of for 3 s: it was killed or stop"),
+        (signal.SIGSTOP, "rank 1 has not been heard of for 6 s: it was killed or stop"),
     ],
 )
 def test_a_rank_that_cannot_say_why(
@@ -183,7 +183,7 @@ def test_a_rank_that_cannot_say_why(
     fault = Fault("signal", 1, number)
 
     with pytest.raises(RankError, match=reason):
-        launch(leaving_a_pid, 2, fault, str(tmp_path), lost_s=3)
+        launch(leaving_a_pid, 2, fault, str(tmp_path))
 
     assert f"rank 0 ends: {reason}" in capfd.readouterr().err
     pids = [int(path.read_text()) for path in tmp_path.iterdir()]
