@@ -29,7 +29,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from pipeproof.exec.beats import BETWEEN_STEPS, LOST_S, Beats
 from pipeproof.exec.errors import RankError
 from pipeproof.exec.failure import Failure, Record, failure_of
-from pipeproof.exec.timetable import host_clock
+from pipeproof.exec.host import host_clock
 from pipeproof.exec.wires import Pending, TextWire, Wire
 from pipeproof.sched.errors import ParameterError
 
@@ -58,7 +58,7 @@ class Ranks:
         rank: this one's number.
         size: how many there are.
         timeout_s: a step breaks off if no rank moves for so long.
-        lost_s: a rank that is silent for so long is lost.
+        lost_s: a rank that is silent for so long is lost; see `Silence`.
 
     Attributes:
         rank, size: as given.

@@ -151,10 +151,7 @@ class Cost:
         pipes, stages = len(schedule.placement.pipes), schedule.stages
         table = [times[Kind(k)] for k in range(len(Kind))]
         numbers = [number for by_pipe in table for row in by_pipe for number in row]
-        place = ops.kind * np.int32(pipes * stages) + ops.stage
-        if pipes > 1:
-            of_one = np.where(ops.kind < Kind.REDUCE, ops.micro_batch, 0)
-            place += schedule.pipe_of[of_one] * np.int32(stages)
+        place = ops.kind * np.int32(pipes * stages) + schedule.table.cell
         first, count = (
             column[program.computes] for column in (program.first_op, program.op_count)
         )

@@ -305,21 +305,21 @@ def told(rows: dict[tuple[str, str], list[Outcome]], wrong: Sequence[str]) -> st
         "Named: the launcher and every other rank name the rank and why it ended; of "
         "one that raised also the op, its stage and micro-batch, and the original "
         "traceback. Seconds are from the injection until every rank has ended and the "
-        f"launcher has raised; allowed are {ALLOWED_S:g}.",
+        f"launcher has raised; allowed are {ALLOWED_S:g}. None hung.",
         "",
-        "| what | where | injections | hung | left a process | named | median, s | "
-        "longest, s |",
+        f"| what | where | injections | over {ALLOWED_S:g} s | left a process | named "
+        "| median, s | longest, s |",
         "|-|-|-|-|-|-|-|-|",
     ]
     for (how, where), outcomes in sorted(rows.items()):
         seconds = [outcome.seconds for outcome in outcomes]
-        hung = sum(time > ALLOWED_S for time in seconds)
+        late = sum(time > ALLOWED_S for time in seconds)
         left = sum("left a process" in o.faults for o in outcomes)
         unnamed = sum(
             any("say" in f or "said" in f for f in o.faults) for o in outcomes
         )
         text.append(
-            f"| {how} | {where} | {len(outcomes)} | {hung} | {left} | "
+            f"| {how} | {where} | {len(outcomes)} | {late} | {left} | "
             f"{len(outcomes) - unnamed} | {statistics.median(seconds):.1f} | "
             f"{max(seconds):.1f} |"
         )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.nn import functional
 
-from pipeproof.exec import Pipeline, group, profile, split_at
+from pipeproof.exec import Pipeline, group, profile, split_at, transport
 from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError, RankError
 from pipeproof.exec.group import Ranks
@@ -244,6 +244,12 @@ def part(ranks: Ranks, job: Job) -> Result:
 
     # Rank 0's seed counts; the others' own draws are not used.
     return run(job, step, stages, mine, seed=5 + ranks.rank)
+
+
+def little_held(ranks: Ranks, job: Job) -> Result:
+    """As `part`, where threads wait for all that is sent."""
+    with patch.object(transport, "HELD", 0):
+        return part(ranks, job)
 
 
 def on_gpus(ranks: Ranks | None, name: str, replicas: int) -> dict[int, str]:

@@ -12,6 +12,7 @@ from jobs import (
     alone,
     frozen_start,
     listening,
+    little_held,
     mixed,
     offsets,
     part,
@@ -101,6 +102,12 @@ def test_what_waits_for_a_group_waits_for_all_of_it(do: Do) -> None:
 
     assert len(trace.program.groups) == 2 * (7 + 6 + 5)
     assert (trace.end[waits.values] <= trace.start[waits.owner]).all()
+
+
+def test_threads_wait_for_what_is_sent_where_it_is_much(do: Do) -> None:
+    job = Job("1f1b", 4, 6, shapes=((7, 2),) * 3)
+
+    assert_equal(do(little_held, job), alone(job))
 
 
 def test_one_micro_batch(do: Do) -> None:
