@@ -56,6 +56,7 @@ experiments: $(VENV)/ready
 	$(BIN)/python experiments/gpipe_table2.py
 	$(BIN)/python experiments/zero_bubble_tables.py
 	$(BIN)/python experiments/recomputation.py
+	$(BIN)/python experiments/partitioning.py
 	$(BIN)/python experiments/policies.py
 	$(BIN)/python experiments/bubble_by_stages.py
 	$(BIN)/python experiments/simulation_speed.py
