@@ -161,6 +161,8 @@ def peaks_by_buffer(
     weight, parts = whole(weight)
     if weight.dtype != np.int64 or end.dtype == object:
         return None
+    if int(weight.max(initial=0)) * len(weight) >= LARGEST:
+        return None
     devices = program.schedule.devices
     columns: list[NDArray[Any]] = [
         program.writes.offsets,

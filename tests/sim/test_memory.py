@@ -29,6 +29,8 @@ from pipeproof.sched.program import Lists, Stored
 from pipeproof.sched.weights import Weights
 from pipeproof.sim import Cost, simulate
 
+TINY = Fraction(1, 2**61)
+"""Of numbers with it, whole parts cannot be added up in 64 bits."""
 COST = Cost(
     forward=2,
     input_grad=2,
@@ -100,12 +102,15 @@ def test_peaks_are_counted_instruction_by_instruction(
 @given(
     schedule=schedules() | whole_language(),
     numbers=st.tuples(*[st.integers(0, 4) | st.fractions(0, 4)] * 3),
-    part=st.fractions(0, 1),
+    part=st.fractions(0, 1, max_denominator=99) | st.just(TINY),
 )
 def test_peaks_from_what_ops_do_are_those_of_the_buffers(
     schedule: Schedule, numbers: tuple[Any, Any, Any], part: Fraction
 ) -> None:
-    """One pass over ops, one over buffers, and all events in order."""
+    """One pass over ops, one over buffers, and all events in order.
+
+    Sums of large numerators once ran over 64 bits in the second.
+    """
     trace = simulate(schedule, Cost(*numbers, weight_grad_memory=part))
     weights, program, times = trace.sizes.activations, trace.program, trace.timetable
     assert isinstance(weights, Weights)
@@ -115,7 +120,7 @@ def test_peaks_from_what_ops_do_are_those_of_the_buffers(
 
     assert trace.peak_activations == every
     by_op = peaks_by_op(program, weights, times.start, times.end)
-    assert (by_op is None) == schedule.has(Kind.OFFLOAD)
+    assert (by_op is None) == (schedule.has(Kind.OFFLOAD) or part == TINY)
     for swept in (by_op, peaks_by_buffer(program, column, times.start, times.end)):
         for device, peak in enumerate(swept or []):
             assert peak in (None, every[device])
