@@ -72,6 +72,8 @@ class Odd(nn.Module):
             case "memory":
                 raise torch.OutOfMemoryError("no memory for 7 GiB")
         result: Tensor = self.layer(x)
+        if self.kind == "not finite":
+            result = result / 0
         return result.double() if self.kind == "double" else result
 
 
@@ -82,7 +84,7 @@ def schedule() -> Schedule:
 def stages_of(kind: str, where: int) -> list[nn.Module]:
     torch.manual_seed(0)
     stages: list[nn.Module] = [Odd("") for _ in range(2)]
-    if kind in ("system exit", "backward", "memory", "double"):
+    if kind in ("system exit", "backward", "memory", "double", "not finite"):
         stages[where].kind = kind
     return stages
 
@@ -121,7 +123,11 @@ def wronged(ranks: Ranks, wrong: Wrong) -> Said:
         try:
             if pipeline is None:
                 pipeline = Pipeline(
-                    stages, schedule(), functional.mse_loss, ranks=company
+                    stages,
+                    schedule(),
+                    functional.mse_loss,
+                    ranks=company,
+                    check_finite=kind == "not finite",
                 )
             pipeline.step(x, y)
         except BaseException as error:
