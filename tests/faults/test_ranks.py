@@ -51,6 +51,16 @@ def two() -> Iterator[Do]:
             "StepError: the step broke off at 1F0",
         ),
         (
+            Wrong("values", 0),
+            "in the step before, for a batch of the same shapes: what crosses between",
+            "rank 0 failed in the step: ModelError: the step broke off at send",
+        ),
+        (
+            Wrong("targets", 1),
+            "rank 1 got no targets, and one of its stages needs them",
+            "rank 1 failed in the step: BatchError: rank 1 got no targets, and one",
+        ),
+        (
             Wrong("rows", 0),
             "8 rows, and the inputs 6",
             "8 rows, and the inputs 6",
