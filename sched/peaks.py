@@ -76,7 +76,7 @@ def _cells(schedule: Schedule) -> int:
 def _rows(schedule: Schedule) -> NDArray[np.int32]:
     """For each op where `_changes` has it."""
     table = schedule.table
-    columns = [
+    columns: list[NDArray[Any]] = [
         schedule.ops.kind,
         table.place,
         table.cell,

@@ -26,7 +26,7 @@ from pipeproof.exec import (
     split_evenly,
     trace,
 )
-from pipeproof.exec.pipeline import _refuse_shared
+from pipeproof.exec.homes import refuse_shared
 from pipeproof.exec.sharded import check_wrapped
 from pipeproof.exec.stage import Stage
 from pipeproof.exec.ties import _check
@@ -180,7 +180,7 @@ def tied_across_devices() -> None:
     second[0].weight = first[0].weight
     homes = {(n, n): Stage(n, s, n, X.device) for n, s in enumerate((first, second))}
     homes[1, 1].device = torch.device("meta")
-    _refuse_shared(schedule(), homes)
+    refuse_shared(schedule(), homes)
 
 
 def changing_what_is_offloaded() -> None:
