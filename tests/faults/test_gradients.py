@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from pipeproof.exec import Pipeline, StepError
+from pipeproof.exec import Pipeline, StepError, runtime
 from pipeproof.sched import Schedule, catalog
 
 WIDTH = 4
@@ -209,6 +210,20 @@ def test_a_gradient_of_parameters_alone_is_named() -> None:
     with pytest.raises(StepError, match=r"before the step.* of stage 1 .* zero it"):
         pipeline.step(x, y)
     assert pipeline.evaluate(x, y).isfinite()
+
+
+def test_nothing_is_looked_at_unless_asked() -> None:
+    schedule = made()
+    stages = layers(schedule)
+
+    with (
+        patch.object(runtime, "looked_at") as looked,
+        patch.object(runtime, "check_before") as before,
+    ):
+        Pipeline(stages, schedule, functional.mse_loss).step(*batch(8))
+
+    assert not looked.called
+    assert not before.called
 
 
 def test_looking_changes_nothing_and_leaves_overflows_to_a_scaler() -> None:
