@@ -108,6 +108,11 @@ class Pipeline:
             replicas once a step, while the pipeline drains. Losses are scaled as if
             the replicas' rows were one batch, so replicas may have different numbers
             of them. Buffers (running statistics) are each replica's own.
+        check_finite: end a step with the first op that makes a loss, an output of a
+            stage or a gradient that is not finite, instead of letting NaN spread. It
+            looks at every one of them, for which each op waits for its device: for
+            finding out, not for every day. What REDUCE adds up is not looked at, nor,
+            with a scaler, gradients; `evaluate` and `predict` look at nothing.
 
     Raises:
         ScheduleError: `check` has findings.
@@ -134,7 +139,9 @@ class Pipeline:
         messages: Messages = "single",
         ranks: Ranks | Along | bool = False,
         data_parallel: Along | int = 1,
+        check_finite: bool = False,
     ) -> None:
+        self._check_finite = check_finite
         self._trace: Trace | None = None
         self._losses: list[Tensor] = []
         self._ranked: Ranked | None = None
@@ -162,7 +169,13 @@ class Pipeline:
                     modules_of(number, module)
                 check_wrapped(list(stages), schedule, None)
                 homes = place(list(stages), schedule, self._devices)
-                self._runtime = Runtime(self.program, homes, loss_fn, self._devices)
+                self._runtime = Runtime(
+                    self.program,
+                    homes,
+                    loss_fn,
+                    self._devices,
+                    check_finite=check_finite,
+                )
             else:
                 self._join(grid, list(stages), loss_fn)
 
@@ -187,6 +200,7 @@ class Pipeline:
             reduction=links.reducer,
             sharded=ranked.sharded,
             lend=None if links.borrower is None else links.borrower.loan,
+            check_finite=self._check_finite,
         )
 
     @property
@@ -244,7 +258,8 @@ class Pipeline:
             LossError: a loss that is not a scalar, or weights that are none.
             ModelError: a stage that changes its input in place, or returns what
                 cannot cross to the next.
-            StepError: the model or the loss raised; the cause is chained.
+            StepError: the model or the loss raised; the cause is chained. Or, with
+                `check_finite`, something is not finite: op, stage and micro-batch.
             RankError: another rank failed, is lost, or no rank moves any more.
             ParameterError: called inside `torch.inference_mode`.
         """

@@ -19,6 +19,7 @@ from pipeproof.exec.batch import LossFn
 from pipeproof.exec.bind import Binder, Homes, holders
 from pipeproof.exec.clock import Clock
 from pipeproof.exec.errors import RankError, StepError
+from pipeproof.exec.finite import check_before, looked_at
 from pipeproof.exec.replicas import Run, Sums, add_up
 from pipeproof.exec.sharded import Sharded
 from pipeproof.exec.stash import Copies, Place
@@ -83,6 +84,7 @@ class Runtime:
         sharded: by stage, those that torch shards.
         lend: where OFFLOADs to another device's memory go, where that is not in
             this process.
+        check_finite: look behind each op whether what it made is finite.
 
     Attributes:
         here: the instructions that this process runs.
@@ -104,6 +106,7 @@ class Runtime:
         reduction: Reduction | None = None,
         lend: Lend | None = None,
         sharded: Mapping[int, Sharded] | None = None,
+        check_finite: bool = False,
     ) -> None:
         self._program = program
         self._devices = devices
@@ -117,6 +120,7 @@ class Runtime:
         self._transport = transport
         self._reduction, self._lend = reduction, lend
         self._sharded = sharded or {}
+        self._check_finite = check_finite
         self._last_backward = _last_backwards(program.schedule, self._sharded)
         self.clock: Clock
         schedule = program.schedule
@@ -180,6 +184,8 @@ class Runtime:
         return clock.read()
 
     def _begin(self, step: Step) -> None:
+        if self._check_finite and torch.is_grad_enabled():
+            check_before(self.stages)
         self._binder.step = step
         self._binder.autocast = any(
             torch.is_autocast_enabled(device.type)
@@ -362,6 +368,9 @@ class Runtime:
 
     def _bind_op(self, op: Op, instruction: Instruction) -> Run:
         run = self._binder.bind(op, instruction)
+        if self._check_finite:
+            stage = self._binder.homes[op.stage, instruction.stream.device]
+            run = looked_at(run, op, instruction, stage, self._binder)
         if self._last_backward.get(op.stage) == op:
             return self._sharded[op.stage].before_last(run)
         sums = self._sums.get((op.stage, instruction.stream.device))

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeproof.sched.cycles import drawn
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.findings import Finding
 from pipeproof.sched.kernels import levels
@@ -191,6 +192,7 @@ def deadlocks(
             remedy="Have both devices of a link come to its messages in one order, "
             "with no wait between them that the other side needs, or give the "
             "directions streams of their own",
+            picture=drawn(program, ring),
         ),
     )
 

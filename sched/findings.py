@@ -27,6 +27,7 @@ class Finding:
         expected: what the rule asks.
         found: what the schedule has.
         remedy: what to do.
+        picture: lines that draw it, where the row of one device does not show it.
     """
 
     rule: str
@@ -36,6 +37,7 @@ class Finding:
     expected: str
     found: str
     remedy: str
+    picture: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -107,7 +109,9 @@ class Report:
         return "\n".join(lines)
 
     def _picture(self, finding: Finding) -> list[str]:
-        """The stretch of the device's row around the op, with the op marked."""
+        """Its own, or the stretch of the device's row around the op, marked."""
+        if finding.picture:
+            return [f"    {line}" for line in finding.picture]
         if finding.device is None or finding.step is None:
             return []
         row = self.schedule.row(finding.device)

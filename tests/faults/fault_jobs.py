@@ -72,6 +72,10 @@ class Odd(nn.Module):
             case "memory":
                 raise torch.OutOfMemoryError("no memory for 7 GiB")
         result: Tensor = self.layer(x)
+        if self.kind == "not finite":
+            result = result / 0
+        if self.kind == "values" and x.sum() > 0:
+            result = result.repeat(1, 2)
         return result.double() if self.kind == "double" else result
 
 
@@ -82,7 +86,7 @@ def schedule() -> Schedule:
 def stages_of(kind: str, where: int) -> list[nn.Module]:
     torch.manual_seed(0)
     stages: list[nn.Module] = [Odd("") for _ in range(2)]
-    if kind in ("system exit", "backward", "memory", "double"):
+    if kind in ("system exit", "backward", "memory", "double", "not finite", "values"):
         stages[where].kind = kind
     return stages
 
@@ -112,6 +116,10 @@ def wronged(ranks: Ranks, wrong: Wrong) -> Said:
     if here and kind == "rows":
         x, y = x[:6], y[:6]
     stages = stages_of(kind, wrong.rank)
+    if here and kind == "targets":
+        y = None
+    if kind == "values":
+        x = x.abs()
     if here and kind == "dtype":
         stages[0].double()
     pipeline: Pipeline | None = None
@@ -121,8 +129,14 @@ def wronged(ranks: Ranks, wrong: Wrong) -> Said:
         try:
             if pipeline is None:
                 pipeline = Pipeline(
-                    stages, schedule(), functional.mse_loss, ranks=company
+                    stages,
+                    schedule(),
+                    functional.mse_loss,
+                    ranks=company,
+                    check_finite=kind == "not finite",
                 )
+                if kind == "values":
+                    pipeline.step(-x, y)
             pipeline.step(x, y)
         except BaseException as error:
             return f"{type(error).__name__}: {error}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from pipeproof.exec import Pipeline
+from pipeproof.exec import Pipeline, StepError, runtime
 from pipeproof.sched import Schedule, catalog
 
 WIDTH = 4
@@ -150,6 +151,99 @@ def test_a_loss_that_is_no_number_shows_as_it_does_without_a_pipeline() -> None:
 
     assert loss.isnan()
     assert all(p.grad is not None and p.grad.isnan().all() for p in parameters(stages))
+
+
+class Bad(nn.Module):
+    """A layer that makes NaN of some rows on their way, or of their gradients."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.layer, self.where = nn.Linear(WIDTH, WIDTH), where
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        bad = x[:, :1] > 50
+        if self.where == "output":
+            return torch.where(bad, torch.nan, y)
+        # The gradient of a root is infinite at 0, and infinity times 0 is NaN.
+        return y + torch.where(bad, 0.0, 1.0) * (x - x.detach() + (~bad)).sqrt()
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1", "dualpipe-v", "chimera"])
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("output", "the output is first not finite at 0F2, stage 0, micro-batch 2: "),
+        ("backward", "the gradient of .* is first not finite at 0.2, stage 0, micro-b"),
+        ("loss", "the loss is first not finite at .F2, stage ., micro-batch 2: 1 NaN"),
+    ],
+)
+def test_what_is_not_finite_is_named_where_it_begins(
+    name: str, where: str, words: str
+) -> None:
+    """Fault 49: NaN says nothing of the stage and the micro-batch that made it."""
+    schedule = made(name, 2)
+    stages = layers(schedule)
+    x, y = batch(8)
+    if where == "loss":
+        y[5] = torch.nan
+    else:
+        stages[0] = Bad(where)
+        x[5] = 100
+    x.requires_grad_()
+    pipeline = Pipeline(stages, schedule, functional.mse_loss, check_finite=True)
+
+    with pytest.raises(StepError, match=words):
+        pipeline.step(x, y)
+
+
+def test_a_gradient_of_parameters_alone_is_named() -> None:
+    schedule = made("1f1b", 2)
+    stages = layers(schedule)
+    x, y = batch(8)
+    stages[1][0].weight.register_hook(lambda grad: grad * torch.inf)
+    pipeline = Pipeline(stages, schedule, functional.mse_loss, check_finite=True)
+
+    words = r"parameter of shape \(4, 4\) is first not finite at 1B0, stage 1"
+    with pytest.raises(StepError, match=words):
+        pipeline.step(x, y)
+    with pytest.raises(StepError, match=r"before the step.* of stage 1 .* zero it"):
+        pipeline.step(x, y)
+    assert pipeline.evaluate(x, y).isfinite()
+
+
+def test_nothing_is_looked_at_unless_asked() -> None:
+    schedule = made()
+    stages = layers(schedule)
+
+    with (
+        patch.object(runtime, "looked_at") as looked,
+        patch.object(runtime, "check_before") as before,
+    ):
+        Pipeline(stages, schedule, functional.mse_loss).step(*batch(8))
+
+    assert not looked.called
+    assert not before.called
+
+
+def test_looking_changes_nothing_and_leaves_overflows_to_a_scaler() -> None:
+    schedule = made()
+    stages = layers(schedule)
+    twins = copy.deepcopy(stages)
+    x, y = batch(8)
+    looking = Pipeline(stages, schedule, functional.mse_loss, check_finite=True)
+
+    loss = looking.step(x, y)
+
+    assert torch.equal(Pipeline(twins, schedule, functional.mse_loss).step(x, y), loss)
+    assert all(
+        torch.equal(p.grad, q.grad)
+        for p, q in zip(parameters(stages), parameters(twins), strict=True)
+    )
+    nn.ModuleList(stages).zero_grad()
+    stages[1][0].weight.register_hook(lambda grad: grad * torch.inf)
+    looking.step(x, y, scaler=torch.amp.GradScaler("cpu"))
+    assert all(p.grad.isinf().all() for p in parameters(stages))
 
 
 def test_one_overflow_skips_the_step_of_every_stage() -> None:

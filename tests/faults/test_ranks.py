@@ -35,6 +35,12 @@ def two() -> Iterator[Do]:
             "rank 1 failed in the step: StepError: the step broke off at 1F0",
         ),
         (
+            Wrong("not finite", 0),
+            "StepError: the output is first not finite at 0F0, stage 0, micro-batch 0: "
+            "0 NaN and 8 infinite of 8",
+            "rank 0 failed in the step: StepError: the step broke off at 0F0",
+        ),
+        (
             Wrong("dtype", 1),
             "ranks differ; give all the same",
             "ranks differ; give all the same",
@@ -43,6 +49,16 @@ def two() -> Iterator[Do]:
             Wrong("double", 0),
             "rank 1 failed in the step: StepError: the step broke off at 1F0",
             "StepError: the step broke off at 1F0",
+        ),
+        (
+            Wrong("values", 0),
+            "in the step before, for a batch of the same shapes: what crosses between",
+            "rank 0 failed in the step: ModelError: the step broke off at send",
+        ),
+        (
+            Wrong("targets", 1),
+            "rank 1 got no targets, and one of its stages needs them",
+            "rank 1 failed in the step: BatchError: rank 1 got no targets, and one",
         ),
         (
             Wrong("rows", 0),

@@ -1,6 +1,7 @@
 """Deadlocks: the graph of waits against the engine that plays the program."""
 
 import random
+import re
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from pipeproof.sched import (
     check,
     lower,
 )
+from pipeproof.sched.cycles import DRAWN, drawn
 from pipeproof.sched.deadlock import deadlocks
 from pipeproof.sched.row import Case, Row
 from pipeproof.sched.streams import STREAM_MODELS, Buffering, StreamModel
@@ -116,6 +118,39 @@ def test_a_cycle_is_named() -> None:
         "recv activation 0→1:1 (8, device 1, receive from 0)"
     )
     assert check(program, streams="one", buffering="eager").ok
+
+
+def test_a_cycle_is_drawn() -> None:
+    report = check(crossing(), streams="one")
+
+    lines = str(report).splitlines()
+    at = next(i for i, line in enumerate(lines) if "cycle of waits" in line)
+    assert "\n".join(lines[at + 1 : at + 6]) == (
+        "    device 0 | 4 send activation 0→1:1 <-- 9 recv gradient 1→0:0\n"
+        "               `-> 8\n"
+        "    device 1 | 7 send gradient 1→0:0 <-- 8 recv activation 0→1:1\n"
+        "               `-> 9\n"
+        "    expected: a program that runs through with streams 'one' and "
+        "buffering 'rendezvous'"
+    )
+
+
+def test_what_is_not_drawn_of_a_long_cycle_is_counted() -> None:
+    program = lower(catalog.make("gpipe", devices=4, micro_batches=8))
+    ring = list(range(20, 5, -1))
+
+    picture = drawn(program, ring)
+
+    found = [re.findall(r"(?:\||<--|\.\.\.) +(\d+) ", line) for line in picture]
+    assert (
+        sorted(int(number) for line in found for number in line)
+        == ring[DRAWN - 1 :: -1]
+    )
+    assert picture[-1] == (
+        "… 7 more of the cycle's 15 instructions are not drawn: 12 waits, through "
+        "them, for 20"
+    )
+    assert not any("not drawn" in line for line in drawn(program, ring[:DRAWN]))
 
 
 def test_receives_in_another_order_than_sends_are_found() -> None:
