@@ -5,7 +5,7 @@ from __future__ import annotations
 import amoebanet
 import pytest
 import torch
-from amoebanet import TABLE, Row, counted, total
+from amoebanet import TABLE, Row, counted
 from torch.nn import functional
 
 from pipeproof.exec import ActivationMeter, Pipeline, split_evenly
@@ -23,7 +23,6 @@ def test_parameters_are_the_published_ones(row: Row) -> None:
 
     found = sum(parameter.numel() for parameter in model.parameters())
     assert found == pytest.approx(row.parameters, rel=0.03)
-    assert found == total(amoebanet.count(row.cells, row.filters), "parameters")
 
 
 def test_shapes_of_every_layer() -> None:
@@ -49,9 +48,9 @@ def test_shapes_of_every_layer() -> None:
 
 def test_cells_that_are_alike_are_counted_once() -> None:
     with torch.device("meta"):
-        model = amoebanet.amoebanet(15, 16)
+        model = amoebanet.amoebanet(12, 16)
 
-    assert amoebanet.count(15, 16) == counted(model)
+    assert amoebanet.count(12, 16) == counted(model)
 
 
 @pytest.mark.parametrize("policy", ["never", "always"])
