@@ -58,6 +58,7 @@ experiments: $(VENV)/ready
 	$(BIN)/python experiments/recomputation.py
 	$(BIN)/python experiments/amoebanet.py
 	$(BIN)/python experiments/real_work.py
+	$(BIN)/python experiments/partitioning.py
 	$(BIN)/python experiments/policies.py
 	$(BIN)/python experiments/bubble_by_stages.py
 	$(BIN)/python experiments/simulation_speed.py
@@ -70,6 +71,10 @@ experiments: $(VENV)/ready
 	$(BIN)/python experiments/executor_overhead.py
 	$(BIN)/python experiments/executor/split_backward.py
 	$(BIN)/python experiments/executor/against_torch.py
+	$(BIN)/python experiments/executor/prediction.py
+	$(BIN)/python experiments/executor/injections.py --jobs 2
+	$(BIN)/python -m pip install --quiet --no-deps torchgpipe==0.0.7
+	$(BIN)/python experiments/executor/against_torchgpipe.py
 
 lint: $(VENV)/ready $(VENV)/typing
 	$(BIN)/ruff format --check

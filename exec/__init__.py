@@ -22,3 +22,4 @@ from pipeproof.exec.pipeline import Pipeline as Pipeline
 from pipeproof.exec.profile import Profile as Profile
 from pipeproof.exec.profile import profile as profile
 from pipeproof.exec.reference import reference as reference
+from pipeproof.exec.tracing import trace as trace

@@ -21,14 +21,14 @@ from pipeproof.exec.batch import LossScale
 from pipeproof.exec.errors import ModelError, RankError
 from pipeproof.exec.grid import Grid
 from pipeproof.exec.sharded import is_sharded
-from pipeproof.exec.stage import StageModule, units_of
+from pipeproof.exec.stage import StageModule, modules_of, units_of
 from pipeproof.sched import Schedule
 
 
 def check_given(
     stages: Sequence[StageModule | None], mine: Sequence[int], rank: int
 ) -> None:
-    """Refuse None as one of this rank's stages.
+    """Refuse what is no module as one of this rank's stages.
 
     Args:
         stages: of all ranks; others' may be None.
@@ -36,13 +36,14 @@ def check_given(
         rank: this one.
 
     Raises:
-        ModelError: one of them is None.
+        ModelError: one of them is None, or else no module or sequence of modules.
     """
     for number in mine:
         if stages[number] is None:
             raise ModelError(
                 f"rank {rank} runs stage {number} and was given None for it"
             )
+        modules_of(number, stages[number])
 
 
 def agree(

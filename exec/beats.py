@@ -17,12 +17,14 @@ from itertools import count
 
 from torch._C._distributed_c10d import Store
 
-from pipeproof.exec.failure import Failure, Record, silent
+from pipeproof.exec.failure import Failure, Record
+from pipeproof.exec.host import process_here, runs
 from pipeproof.exec.wires import Wire
 
 LOST_S = 6.0
 LOOKS, LOOKS_A_BEAT = 12, 4
 """In the time after which a silent rank is lost, and from one beat to the next."""
+PATIENCE = 5
 BETWEEN_STEPS = "between two steps"
 LEFT = " left"
 
@@ -30,17 +32,21 @@ LEFT = " left"
 class Silence:
     """Who has not beaten for how long, by looks of one's own.
 
+    A process on this host that is seen to run may be starved of its processor, or
+    hold the interpreter in a long call: it gets `PATIENCE` times as long.
+
     Args:
         store: of the beats.
         ranks: whose.
+        lost_s: a rank that is silent for so long is lost.
 
     Attributes:
         said: the last beat of each.
     """
 
-    def __init__(self, store: Store, ranks: Iterable[int]) -> None:
+    def __init__(self, store: Store, ranks: Iterable[int], lost_s: float) -> None:
         ranks = list(ranks)
-        self._store = store
+        self._store, self._lost_s = store, lost_s
         self.said: dict[int, bytes] = dict.fromkeys(ranks, b"")
         self._looks = dict.fromkeys(ranks, 0)
 
@@ -52,17 +58,31 @@ class Silence:
                 self._looks[rank] = 0 if said != before else self._looks[rank] + 1
                 self.said[rank] = said
 
-    def lost(self) -> int | None:
-        """A rank that beat once and has been silent for too long."""
+    def lost(self) -> Failure | None:
+        """Of a rank that beat once and has been silent for too long."""
         for rank, looks in self._looks.items():
-            if looks >= LOOKS and LEFT not in self.said[rank].decode():
-                return rank
+            if looks < LOOKS or LEFT in self.said[rank].decode():
+                continue
+            known = process_of(rank)
+            process = self._store.get(known) if self._store.check([known]) else b""
+            if not runs(process.decode()):
+                why = f"for {self._lost_s:g} s: it was killed or stopped"
+            elif looks >= LOOKS * PATIENCE:
+                why = f"for {self._lost_s * PATIENCE:g} s, though its process runs"
+            else:
+                continue
+            return Failure(rank, f"has not been heard of {why}")
         return None
 
 
 def beat_of(rank: int) -> str:
     """The key of a rank's beats."""
     return f"beat {rank}"
+
+
+def process_of(rank: int) -> str:
+    """The key of what a rank's process is called."""
+    return f"process {rank}"
 
 
 class Beats:
@@ -93,7 +113,7 @@ class Beats:
         self._rank, self._store, self._record = rank, store, record
         self._timeout_s, self._lost_s = timeout_s, lost_s
         others = [other for other in range(size) if other != rank]
-        self._silence = Silence(store, others)
+        self._silence = Silence(store, others, lost_s)
         self.at = BETWEEN_STEPS
         self.moves = 0
         self.waits: tuple[object, Wire | None] | None = None
@@ -102,6 +122,7 @@ class Beats:
 
     def start(self) -> None:
         """Begin to beat."""
+        self._store.set(process_of(self._rank), process_here())
         # At once: one that is stopped before the thread gets to it must be missed.
         self._store.set(beat_of(self._rank), f"0 {self._now()}")
         self._thread.start()
@@ -139,7 +160,7 @@ class Beats:
                 self._store.set(beat_of(self._rank), f"{look} {self._now()}")
             self._silence.look()
             if (lost := self._silence.lost()) is not None:
-                self._record.write(silent(lost, self._lost_s))
+                self._record.write(lost)
             now = self._everyone()
             still = 0 if now != before or BETWEEN_STEPS in now else still + 1
             before = now

@@ -166,7 +166,7 @@ class Binder:
             if brought >= 0:
                 bring_in()
             output, carry = compute()
-            values[stash] = tensors.root(output), self._carry_on(op, carry)
+            values[stash] = tensors.root(output), carry and self._carry_on(op, carry)
             if out >= 0:
                 values[out] = tensors.handed_on(output)
 
@@ -217,15 +217,15 @@ class Binder:
         values, stage = self.values, self._stage(op, instruction)
         read = _find(instruction.reads + instruction.writes, INPUTS, op)
         of, micro_batch, part = _of(op), op.micro_batch, op.slice
-        first = ((),) * stage.carries if self._sliced else None
+        sliced, first = self._sliced, ((),) * stage.carries
 
         def compute() -> tuple[Value, tuple[Any, ...]]:
-            carry = self._carried.get(of, first)
-            leaves = values[read] if carry is None else (values[read], carry)
+            value, step = values[read], self.step
+            carry = self._carried.get(of, first) if sliced else None
+            leaves = value if carry is None else (value, carry)
             before = tensors.versions(leaves)
-            step = self.step
             output, left = stage.run(
-                values[read],
+                value,
                 step.seed,
                 micro_batch,
                 part,
@@ -233,7 +233,7 @@ class Binder:
                 step.keywords_at(stage.device, micro_batch, part),
             )
             if tensors.versions(leaves) != before:
-                found = tensors.versions((values[read],))
+                found = tensors.versions((value,))
                 raise ModelError(_in_place(op, found, before))
             return output, left
 
@@ -315,12 +315,14 @@ class Binder:
         pass_on = self._bind_passing(op, instruction)
         of, read = _of(op), self._input_of[_of(op)]
 
+        values, carried = self.values, self._carried
+
         def backward() -> None:
             roots, gradients = ends()
             if roots:
                 torch.autograd.backward(roots, gradients)  # type: ignore[arg-type]
-            carry = self._carried.get(of, ())
-            pass_on(tensors.grads(self.values[read]), tensors.grads(carry))
+            carry = tensors.grads(carried[of]) if of in carried else ()
+            pass_on(tensors.grads(values[read]), carry)
 
         return backward
 

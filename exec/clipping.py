@@ -23,14 +23,15 @@ def check_norm(max_norm: float, norm_type: float) -> None:
 
 
 def norms(parameters: Iterable[nn.Parameter], norm_type: float) -> list[float]:
-    """Of each gradient there is."""
-    return [
-        float(
-            torch.linalg.vector_norm(p.grad, norm_type, dtype=_at_least_float(p.grad))
-        )
-        for p in parameters
-        if p.grad is not None
-    ]
+    """Of each gradient there is; of a sharded one, of all of it."""
+    return [_norm(p.grad, norm_type) for p in parameters if p.grad is not None]
+
+
+def _norm(grad: Tensor, norm_type: float) -> float:
+    found = torch.linalg.vector_norm(grad, norm_type, dtype=_at_least_float(grad))
+    if (whole := getattr(found, "full_tensor", None)) is not None:
+        found = whole()  # the peers that share it all ask for it
+    return float(found)
 
 
 def _at_least_float(grad: Tensor) -> torch.dtype | None:

@@ -47,13 +47,6 @@ class Record:
         return self._found
 
 
-def silent(rank: int, seconds: float) -> Failure:
-    """The failure of a rank that does not beat any more."""
-    return Failure(
-        rank, f"has not been heard of for {seconds:g} s: it was killed or stopped"
-    )
-
-
 def failure_of(error: BaseException, rank: int, what: str) -> Failure:
     """What a rank has to say of an exception, wherever it was."""
     cause = error.__cause__ or error

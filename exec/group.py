@@ -20,6 +20,7 @@ from datetime import timedelta
 from operator import itemgetter
 from typing import Any, ClassVar
 
+import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Backend, PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh
@@ -28,13 +29,14 @@ from torch.distributed.distributed_c10d import _get_default_store
 from pipeproof.exec.beats import BETWEEN_STEPS, LOST_S, Beats
 from pipeproof.exec.errors import RankError
 from pipeproof.exec.failure import Failure, Record, failure_of
-from pipeproof.exec.timetable import host_clock
+from pipeproof.exec.host import host_clock
 from pipeproof.exec.wires import Pending, TextWire, Wire
 from pipeproof.sched.errors import ParameterError
 
 CONNECT_S = 30.0
 """For a rank to come to a communicator that its peer is making."""
 POLL_S = 0.1
+HOST = torch.device("cpu")
 LEAVING_S = 1.0
 TIMEOUT_S = 30.0
 TAGS = ("control", "headers", "loans")
@@ -56,7 +58,7 @@ class Ranks:
         rank: this one's number.
         size: how many there are.
         timeout_s: a step breaks off if no rank moves for so long.
-        lost_s: a rank that is silent for so long is lost.
+        lost_s: a rank that is silent for so long is lost; see `Silence`.
 
     Attributes:
         rank, size: as given.
@@ -86,7 +88,7 @@ class Ranks:
         self._made: list[Wire] = []
         self._said: list[Pending] = []
         others = [other for other in range(size) if other != rank]
-        all_of_us = self._communicator(list(range(size)), "gloo", "all")
+        all_of_us = self._communicator(list(range(size)), HOST, "all")
         self._texts, self.headers, self.loans = (
             {peer: self._text(all_of_us, peer, tag) for peer in others} for tag in TAGS
         )
@@ -120,51 +122,57 @@ class Ranks:
             cls._of[key] = cls(store, key.index(me), len(key))
         return cls._of[key]
 
-    def wire(self, source: int, target: int, backend: str, of: str = "") -> Wire:
+    def wire(
+        self, source: int, target: int, device: torch.device, of: str = ""
+    ) -> Wire:
         """This rank's end of a communicator; both ends must ask, in one order.
 
         Args:
             source: a rank.
             target: another; this one is one of them.
-            backend: gloo or nccl.
+            device: where this rank's tensors lie; NCCL serves GPUs, gloo others.
             of: tells wires of the same two ranks apart.
         """
-        key = source, target, backend + of
+        key = source, target, f"{device} {of}"
         if key not in self._wires:
             pair = [source, target]
-            made = self._communicator(pair, backend, f"{source}-{target} {of}")
+            made = self._communicator(pair, device, f"{source}-{target} {of}")
             peer = target if source == self.rank else source
-            wire = Wire(made, pair.index(peer), peer, backend == "gloo")
+            wire = Wire(made, pair.index(peer), peer, device.type != "cuda")
             self._wires[key] = wire
             self._made.append(wire)
         return self._wires[key]
 
-    def collective(self, members: Sequence[int], backend: str) -> Backend:
+    def collective(self, members: Sequence[int], device: torch.device) -> Backend:
         """A communicator of several ranks; all must ask, in one order.
 
         Args:
             members: ranks in ascending order; this one is one of them.
-            backend: gloo or nccl.
+            device: as for `wire`.
         """
-        key = tuple(members), backend
+        key = tuple(members), str(device)
         if key not in self._collectives:
             name = f"of {','.join(map(str, members))}"
-            made = self._communicator(list(members), backend, name)
+            made = self._communicator(list(members), device, name)
             self._collectives[key] = made
         return self._collectives[key]
 
-    def _communicator(self, members: list[int], backend: str, name: str) -> Backend:
+    def _communicator(
+        self, members: list[int], device: torch.device, name: str
+    ) -> Backend:
         # Not by new_group, in which all processes must take part, also those that
         # run other pipelines.
-        kinds: dict[str, Any] = {"gloo": dist.ProcessGroupGloo}
-        if dist.is_nccl_available():
-            kinds["nccl"] = dist.ProcessGroupNCCL
-        made: Backend = kinds[backend](
-            PrefixStore(f"{backend} {name}", self.store),
+        on_gpu = device.type == "cuda"
+        kind: Any = dist.ProcessGroupNCCL if on_gpu else dist.ProcessGroupGloo
+        made: Backend = kind(
+            PrefixStore(f"{'nccl' if on_gpu else 'gloo'} {name}", self.store),
             members.index(self.rank),
             len(members),
             timeout=timedelta(seconds=CONNECT_S),
         )
+        if on_gpu:
+            # Or its first message would make it, in whatever order these come.
+            made.eager_connect_single_device(device)
         return made
 
     def _text(self, group: Backend, peer: int, tag: str) -> TextWire:

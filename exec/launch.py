@@ -25,7 +25,7 @@ from torch._C._distributed_c10d import FileStore, Store
 
 from pipeproof.exec.beats import LOOKS, LOST_S, Silence
 from pipeproof.exec.errors import RankError
-from pipeproof.exec.failure import Failure, Record, failure_of, silent
+from pipeproof.exec.failure import Failure, Record, failure_of
 from pipeproof.exec.group import TIMEOUT_S, Ranks
 from pipeproof.sched.errors import ParameterError, at_least_one
 
@@ -97,7 +97,8 @@ class _Launcher:
     ) -> None:
         self._job = job
         store = job.store()
-        self._record, self._silence = Record(store), Silence(store, range(job.size))
+        self._record = Record(store)
+        self._silence = Silence(store, range(job.size), job.lost_s)
         self._looked, self._look_s = time.monotonic(), job.lost_s / LOOKS
         self._results: dict[int, Any] = {}
         context = multiprocessing.get_context("spawn")
@@ -147,8 +148,8 @@ class _Launcher:
         self._looked = time.monotonic()
         self._silence.look()
         lost = self._silence.lost()
-        if lost in self._alive:
-            self._record.write(silent(lost, self._job.lost_s))
+        if lost is not None and lost.rank in self._alive:
+            self._record.write(lost)
 
     def end(self) -> None:
         """Leave no process behind."""
@@ -198,7 +199,8 @@ def _rank(
 
 def _joined(rank: int, job: Job, store: Store) -> Ranks:
     torch.set_num_threads(job.threads)
-    os.environ["GLOO_SOCKET_IFNAME"] = _loopback()
+    for library in ("GLOO", "NCCL"):
+        os.environ[f"{library}_SOCKET_IFNAME"] = _loopback()
     return Ranks(store, rank, job.size, timeout_s=job.timeout_s, lost_s=job.lost_s)
 
 

@@ -44,7 +44,6 @@ class Links:
         apart: Collection[int] = (),
     ) -> None:
         self._grid, self._device = grid, device
-        self._backend = "nccl" if device.type == "cuda" else "gloo"
         self.messages = self._connect(program)
         self.borrower: Borrower | None = None
         self.lenders: list[Lender] = []
@@ -54,7 +53,7 @@ class Links:
     def _wire(self, source: int, target: int, of: str = "") -> Wire:
         """Between two devices of this rank's pipeline."""
         row = self._grid.row
-        return self._grid.ranks.wire(row[source], row[target], self._backend, of)
+        return self._grid.ranks.wire(row[source], row[target], self._device, of)
 
     def _connect(self, program: Program) -> Across:
         me, row, ranks = self._grid.device, self._grid.row, self._grid.ranks
@@ -97,5 +96,5 @@ class Links:
         for stage in range(schedule.stages):
             members = grid.holders(schedule, stage)
             if grid.ranks.rank in members and len(members) > 1 and stage not in apart:
-                groups[stage] = grid.ranks.collective(members, self._backend)
+                groups[stage] = grid.ranks.collective(members, self._device)
         return Reducer(groups, self._device, grid.ranks)

@@ -27,19 +27,19 @@ from pipeproof.exec.batch import (
     split_keywords,
     unmarked,
 )
-from pipeproof.exec.bind import holders
-from pipeproof.exec.errors import BatchError, ModelError
+from pipeproof.exec.errors import BatchError
 from pipeproof.exec.evaluation import evaluating, joined
 from pipeproof.exec.grid import Grid
 from pipeproof.exec.group import Along, Ranks
+from pipeproof.exec.homes import check_count, place, refuse_shared, torch_devices
+from pipeproof.exec.input_grads import pass_on
 from pipeproof.exec.ranked import Ranked
-from pipeproof.exec.replicas import Replica
 from pipeproof.exec.rng import step_seed
 from pipeproof.exec.runtime import Runtime
 from pipeproof.exec.sharded import check_wrapped
-from pipeproof.exec.stage import Stage, StageModule, check_sliced
+from pipeproof.exec.stage import StageModule, check_sliced, modules_of
 from pipeproof.exec.step import Step
-from pipeproof.exec.tensors import flat, placed
+from pipeproof.exec.tensors import placed
 from pipeproof.sched import (
     BufferKind,
     ParameterError,
@@ -155,11 +155,13 @@ class Pipeline:
                 receives="late" if self._shared else "early",
                 messages=messages,
             )
-            self._devices = _torch_devices(devices, schedule)
-            _check_count(len(stages), schedule)
+            self._devices = torch_devices(devices, schedule)
+            check_count(len(stages), schedule)
             if grid is None:
+                for number, module in enumerate(stages):
+                    modules_of(number, module)
                 check_wrapped(list(stages), schedule, None)
-                homes = _place(list(stages), schedule, self._devices)
+                homes = place(list(stages), schedule, self._devices)
                 self._runtime = Runtime(self.program, homes, loss_fn, self._devices)
             else:
                 self._join(grid, list(stages), loss_fn)
@@ -173,7 +175,7 @@ class Pipeline:
         for stage in ranked.homes.values():
             if self.schedule.slices > 1:
                 check_sliced(stage.units)
-        _refuse_shared(self.schedule, ranked.homes, len(grid.rows))
+        refuse_shared(self.schedule, ranked.homes, len(grid.rows))
         links = ranked.links
         self._runtime = Runtime(
             self.program,
@@ -262,7 +264,7 @@ class Pipeline:
                 self._trace = self._timed(step)
             else:
                 self._runtime.run(step)
-            _pass_on(unmarked(inputs), step)
+            pass_on(unmarked(inputs), step)
         if scaler is not None and scaling.overflowed(self._runtime.parameters):
             scaling.overflow(self._runtime.parameters)
         self._losses = step.parts
@@ -369,6 +371,24 @@ class Pipeline:
             self._runtime.forward(step)
             return step
 
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """The entries of `model.state_dict()` that belong to the stages here.
+
+        For checkpoints: all ranks' together are the model's, under its own keys, and
+        load into any other partition of it, or into the model itself.
+
+        Args:
+            model: whose modules the stages are made of.
+        """
+        here = {
+            id(tensor)
+            for stage in self._runtime.stages
+            for module in stage.original.modules
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+        }
+        entries = model.state_dict(keep_vars=True)
+        return {key: x.detach() for key, x in entries.items() if id(x) in here}
+
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> float:
         """Clip the norm of all gradients of the model, those of other ranks included.
 
@@ -432,7 +452,7 @@ class Pipeline:
             else:
                 step = ranked.step(self._runtime, seed, batch)
             if batch.inputs is not None:
-                _pass_on(unmarked(batch.inputs), step)
+                pass_on(unmarked(batch.inputs), step)
             if batch.scaler is not None:
                 scaling.ready(batch.scaler, self._devices[ranked.grid.device])
                 parameters = self._runtime.parameters
@@ -463,107 +483,6 @@ def _grid_of(ranks: Ranks | Along | bool, data_parallel: Along | int) -> Grid | 
     if data_parallel != 1:
         raise ParameterError("data_parallel needs ranks: replicas are processes")
     return None
-
-
-def _torch_devices(
-    devices: Sequence[str | torch.device], schedule: Schedule
-) -> list[torch.device]:
-    """One for each device of the schedule."""
-    if len(devices) not in (1, schedule.devices):
-        raise ParameterError(
-            f"devices must name one device for all or {schedule.devices}, one for "
-            f"each of the schedule's, got {len(devices)}"
-        )
-    named = list(map(torch.device, devices))
-    return named * schedule.devices if len(named) == 1 else named
-
-
-def _check_count(found: int, schedule: Schedule) -> None:
-    if found != schedule.stages:
-        hint = (
-            "use a schedule of fewer stages, or cut the model into more"
-            if found < schedule.stages
-            else "join some, or use a schedule of more stages"
-        )
-        raise ModelError(
-            f"{schedule.summary} runs {schedule.stages} stages, found a model of "
-            f"{found}: {hint} (split_evenly cuts layers into stages)"
-        )
-
-
-def _place(
-    stages: list[StageModule | None],
-    schedule: Schedule,
-    devices: Sequence[torch.device],
-) -> dict[tuple[int, int], Stage]:
-    """By stage and device of the schedule, the stage where that device runs it."""
-    homes: dict[tuple[int, int], Stage] = {}
-    unit = 0
-    for number, module in enumerate(stages):
-        if module is None:
-            raise ModelError(f"stage {number} is None: only other ranks' may be")
-        held_by = holders(schedule, number)
-        original = Stage(number, module, unit, devices[held_by[0]])
-        unit += len(original.units)
-        there = {original.device: original}
-        for holder in held_by:
-            device = devices[holder]
-            if device not in there:
-                there[device] = Replica(original, module, device)
-            homes[number, holder] = there[device]
-        if schedule.slices > 1:
-            check_sliced(original.units)
-    _refuse_shared(schedule, homes)
-    return homes
-
-
-def _refuse_shared(
-    schedule: Schedule, homes: Mapping[tuple[int, int], Stage], replicas: int = 1
-) -> None:
-    """Refuse a parameter of two stages that could not have one gradient."""
-    owner: dict[int, Stage] = {}
-    for stage in homes.values():
-        for parameter in stage.parameters:
-            first = owner.setdefault(id(parameter), stage)
-            if first is stage:
-                continue
-            both = f"stages {first.number} and {stage.number} share a parameter of "
-            both += f"shape {tuple(parameter.shape)}"
-            if first.device != stage.device:
-                raise ModelError(
-                    f"{both} across {first.device} and {stage.device}: put both on one "
-                    "device, or untie them"
-                )
-            if replicas > 1 or any(
-                len(holders(schedule, s.number)) > 1 for s in (first, stage)
-            ):
-                raise ModelError(
-                    f"{both}, and several devices hold replicas of a stage: its "
-                    "gradient would be reduced twice; untie them, or use a schedule of "
-                    "one pipe, without data_parallel"
-                )
-
-
-def _pass_on(inputs: Value, step: Step) -> None:
-    """The gradient of the inputs, where they want one, as one backward."""
-    if all(grad is None for slices in step.input_grads for grad in slices):
-        return
-    for place, tensor in enumerate(flat(inputs)):
-        if not (isinstance(tensor, Tensor) and tensor.requires_grad):
-            continue
-        whole = [
-            torch.cat([_grad(*pair, place).to(tensor.device) for pair in zip(*of)], 1)
-            if len(of[0]) > 1
-            else _grad(of[0][0], of[1][0], place).to(tensor.device)
-            for of in zip(step.inputs, step.input_grads)
-        ]
-        torch.autograd.backward(tensor, torch.cat(whole))
-
-
-def _grad(value: Value, grads: Value | None, place: int) -> Tensor:
-    """Of one tensor of a slice of the inputs; zero where its loss does not count."""
-    found = None if grads is None else flat(grads)[place]
-    return torch.zeros_like(flat(value)[place]) if found is None else found
 
 
 def _shares(program: Program) -> Sizes:

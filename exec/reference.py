@@ -96,6 +96,9 @@ def reference(
         raise BatchError(no_unit_takes(unknown, taken))
     if schedule.slices > 1:
         check_sliced(units)
+    norms = deferred(module for unit in units for module in unit.modules())
+    for norm in norms:
+        norm.forget()
     owners = _owners(stages)
     parameters = [parameter for parameter, _ in owners]
     device = parameters[0].device if parameters else torch.device("cpu")
@@ -109,7 +112,7 @@ def reference(
             losses[number] = one.forward(batch[number], labels[number], scale[number])
             for part, found in enumerate(one.backward(parameters)):
                 grads[number, part] = found
-    for norm in deferred(module for unit in units for module in unit.modules()):
+    for norm in norms:
         norm.move()
     order = _backward_order(schedule)
     for place, (parameter, stage) in enumerate(owners):

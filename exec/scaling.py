@@ -21,10 +21,10 @@ def ready(scaler: GradScaler, device: torch.device) -> None:
 
 
 def overflowed(parameters: Sequence[nn.Parameter]) -> bool:
-    """Whether any gradient is not finite."""
-    return not all(
-        bool(torch.isfinite(p.grad).all()) for p in parameters if p.grad is not None
-    )
+    """Whether any gradient is not finite; of a sharded one, the part here."""
+    found = [p.grad for p in parameters if p.grad is not None]
+    here = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in found]
+    return not all(bool(torch.isfinite(grad).all()) for grad in here)
 
 
 def overflow(parameters: Sequence[nn.Parameter]) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from pipeproof.exec.errors import ModelError
 from pipeproof.exec.replicas import Run
-from pipeproof.exec.stage import StageModule, units_of
+from pipeproof.exec.stage import StageModule
 from pipeproof.sched import Kind, Schedule
 
 if TYPE_CHECKING:
@@ -129,8 +129,9 @@ class Sharded:
 
 
 def _modules(module: StageModule) -> Iterable[nn.Module]:
-    for unit in units_of(module):
-        yield from unit.modules()
+    for part in module if isinstance(module, (list, tuple)) else [module]:
+        if isinstance(part, nn.Module):  # anything else is refused where it is used
+            yield from part.modules()
 
 
 def _roots(module: StageModule) -> list[FSDPModule]:

@@ -28,21 +28,44 @@ def units_of(stage: StageModule) -> list[nn.Module]:
     down. A Sequential with a forward or hooks of its own is one unit: only
     calling it whole runs them.
     """
-    if isinstance(stage, nn.Module) and not isinstance(stage, nn.ModuleList):
-        plain = (
-            isinstance(stage, nn.Sequential)
-            and type(stage).forward is nn.Sequential.forward
-            and not stage._forward_hooks
-            and not stage._forward_pre_hooks
-            and not stage._backward_hooks
-            and not stage._backward_pre_hooks
-        )
-        if not plain:
-            return [stage]
+    if isinstance(stage, nn.Module) and not is_plain(stage):
+        return [stage]
     parts: Iterable[nn.Module] = (
         stage.children() if isinstance(stage, nn.Module) else stage
     )
     return [unit for part in parts for unit in units_of(part)]
+
+
+def modules_of(number: int, stage: StageModule | None) -> list[nn.Module]:
+    """The modules that a stage was given as.
+
+    Raises:
+        ModelError: None, or something that is no module.
+    """
+    if stage is None:
+        raise ModelError(f"stage {number} is None: only other ranks' may be")
+    modules = list(stage) if isinstance(stage, (list, tuple)) else [stage]
+    for part in modules:
+        if not isinstance(part, nn.Module):
+            raise ModelError(
+                f"stage {number} must be a module or a sequence of modules, found "
+                f"{type(part).__name__}"
+            )
+    return modules
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is a sequence of others, and calling it does nothing else."""
+    if isinstance(module, nn.ModuleList):
+        return True
+    return (
+        isinstance(module, nn.Sequential)
+        and type(module).forward is nn.Sequential.forward
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
 
 
 def takes_carry(unit: nn.Module) -> bool:
@@ -177,13 +200,7 @@ class Stage:
     def __init__(
         self, number: int, module: StageModule, first_unit: int, device: torch.device
     ) -> None:
-        modules = list(module) if isinstance(module, (list, tuple)) else [module]
-        for part in modules:
-            if not isinstance(part, nn.Module):
-                raise ModelError(
-                    f"stage {number} must be a module or a sequence of modules, found "
-                    f"{type(part).__name__}"
-                )
+        modules = modules_of(number, module)
         self.number = number
         self.units = units_of(module)
         if not self.units:
@@ -275,6 +292,12 @@ class Stage:
             The output, and what is carried on to the next slice.
         """
         sources = self._generators
+        if carry is None and not keywords:  # nearly always, and half as long
+            for number, unit, _ in self._plan:
+                if number >= 0:
+                    seed(sources, key(step_seed, number, micro_batch, part))
+                value = unit(value)
+            return value, ()
         carried: list[Any] = []
         given: Mapping[str, Any] = NO_KEYWORDS
         for number, unit, names in self._plan:

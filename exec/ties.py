@@ -136,9 +136,7 @@ def tie_up(
         ranks = _ranks_of(group, schedule, grid.row)
         here = [own[stage][place] for stage, place in group if stage in own]
         if here:
-            members[len(ties)] = grid.ranks.collective(
-                ranks, "nccl" if device.type == "cuda" else "gloo"
-            )
+            members[len(ties)] = grid.ranks.collective(ranks, device)
             ties.append(Tie(words, here[:1], first=group[0][0] in own))
     return Ties(ties, Reducer(members, device, grid.ranks))
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,15 +64,3 @@ def _in_order(end: Array, streams: Sequence[NDArray[np.int64]]) -> None:
     """None ended later than one behind it on its stream was seen to end."""
     for stream in streams:
         end[stream] = np.minimum.accumulate(end[stream][::-1])[::-1]
-
-
-def host_clock() -> str:
-    """Whose `perf_counter` this process reads; empty if that cannot be told.
-
-    On Linux all processes of one boot and one time namespace read the same clock.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/time').readlink()}"
-    except OSError:
-        return ""

@@ -74,7 +74,7 @@ class Across:
     ) -> None:
         self._out, self._into, self._headers = out, into, headers
         self._device, self._wait = device, wait
-        self._taken_before = _taken_before(program)
+        self._taken_before = taken_before(program)
         self._awaited = _awaited(program)
         self._going: dict[int, list[Pending]] = {}
         self._forms: dict[int, Form] = {}
@@ -246,7 +246,7 @@ class Across:
         return result
 
 
-def _taken_before(program: Program) -> dict[int, int]:
+def taken_before(program: Program) -> dict[int, int]:
     """Of each message, the last send the other way that its sender had taken.
 
     Of that, the instruction; -1 where there is none.

@@ -15,12 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import queue
+import select
+import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -43,7 +42,7 @@ RESULT = Path(__file__).parent / "results" / "torch_under_proof.md"
 SINGLE = ("GPipe", "1F1B")
 LOOPED = ("LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble")
 V = ("ZBVZeroBubble", "DualPipeV")
-DEADLINE_S, START_S = 45, 150
+DEADLINE_S = 45
 WIDTH, ROWS = 6, 2
 CLOSE = 1e-10
 """Relative to the largest gradient entry; what is wrong differs in the first digits."""
@@ -169,18 +168,43 @@ def text_of(rows: dict[int, list[Any]]) -> str:
 # A rank
 
 
-def work(rank: int, ranks: int, store: str) -> None:
-    """Run the cases on standard input, and say what came of each."""
+def work(rank: int, ranks: int, folder: str) -> None:
+    """Run the cases on standard input, and say what came of each.
+
+    Each runs in a process forked off this one, so that torch is loaded once, and one
+    that raises or hangs takes no other with it.
+    """
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks
-    )
-    for line in sys.stdin:
-        difference = torch.tensor(differs(Case(**json.loads(line)), rank))
+    for number, line in enumerate(sys.stdin):
+        given = json.loads(line)
+        deadline_s = given.pop("deadline_s")
+        read, write = os.pipe()
+        child = os.fork()
+        if not child:
+            os.close(read)
+            store = dist.FileStore(f"{folder}/{number}", ranks)
+            os.write(write, _said(Case(**given), rank, ranks, store).encode())
+            os._exit(0)
+        os.close(write)
+        if select.select([read], [], [], deadline_s)[0]:
+            said = os.read(read, 1 << 16).decode() or '"ends"'
+        else:
+            said = f'"hangs, ended after {deadline_s} s"'
+        os.close(read)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        print(said, flush=True)
+
+
+def _said(case: Case, rank: int, ranks: int, store: dist.Store) -> str:
+    """What came of a case: the largest difference on any rank, or words."""
+    try:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+        difference = torch.tensor(differs(case, rank))
         dist.all_reduce(difference, dist.ReduceOp.MAX)
-        if rank == 0:
-            print(json.dumps(difference.item()), flush=True)
-    dist.destroy_process_group()
+        return json.dumps(difference.item())
+    except Exception as error:
+        return json.dumps(f"rank {rank} raises {type(error).__name__}")
 
 
 def differs(case: Case, rank: int) -> float:
@@ -240,15 +264,15 @@ def _runtime(case: Case, stages: list[nn.Module], mine: list[int]) -> Any:
 
 
 class Company:
-    """Processes, one a rank, that run cases until one does not come to its end."""
+    """Processes, one a rank, that run cases."""
 
     def __init__(self, ranks: int, deadline_s: float = DEADLINE_S) -> None:
         self._deadline_s = deadline_s
         self._folder = tempfile.TemporaryDirectory()
-        store = str(Path(self._folder.name, "store"))
-        self.processes = [
+        command = [sys.executable, __file__, "--work"]
+        self._processes = [
             subprocess.Popen(
-                [sys.executable, __file__, "--work", str(rank), str(ranks), store],
+                [*command, str(rank), str(ranks), self._folder.name],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -256,36 +280,25 @@ class Company:
             )
             for rank in range(ranks)
         ]
-        self.lines: queue.Queue[str] = queue.Queue()
-        self.patience: float = START_S
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def _listen(self) -> None:
-        for line in self.processes[0].stdout or ():
-            self.lines.put(line)
 
     def run(self, case: Case) -> Outcome:
-        """One case; without a difference in the outcome the company is of no use."""
-        for process in self.processes:
+        """What one case comes to on all ranks."""
+        for process in self._processes:
             assert process.stdin is not None
-            process.stdin.write(json.dumps(asdict(case)) + "\n")
+            given = {**asdict(case), "deadline_s": self._deadline_s}
+            process.stdin.write(json.dumps(given) + "\n")
             process.stdin.flush()
-        until = time.monotonic() + self.patience
-        while time.monotonic() < until:
-            try:
-                line = self.lines.get(timeout=1)
-            except queue.Empty:
-                if ended := [r for r, p in enumerate(self.processes) if p.poll()]:
-                    return Outcome(None, f"rank {ended[0]} raises")
-            else:
-                self.patience = self._deadline_s
-                return Outcome(json.loads(line), "")
-        return Outcome(None, f"hangs, ended after {self.patience} s")
+        said = [json.loads(p.stdout.readline()) for p in self._processes if p.stdout]
+        if words := [one for one in said if isinstance(one, str)]:
+            # Whoever waits for a rank that raised lost its link, or hangs.
+            return Outcome(None, min(words, key=lambda one: "Runtime" in one))
+        return Outcome(said[0], "")
 
     def end(self) -> None:
-        """End every process."""
-        for process in self.processes:
-            process.kill()
+        """Let every process end."""
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.close()
             process.wait()
         self._folder.cleanup()
 
@@ -298,9 +311,6 @@ def ran(every: list[Case]) -> dict[Case, Outcome]:
         for case in (case for case in every if case.ranks == ranks):
             result[case] = company.run(case)
             print(case, result[case], file=sys.stderr, flush=True)
-            if result[case].difference is None:
-                company.end()
-                company = Company(ranks)
         company.end()
     return result
 

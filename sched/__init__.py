@@ -15,6 +15,7 @@ from pipeproof.sched.errors import ScheduleError as ScheduleError
 from pipeproof.sched.errors import UnsupportedError as UnsupportedError
 from pipeproof.sched.findings import Finding as Finding
 from pipeproof.sched.findings import Report as Report
+from pipeproof.sched.fit_recompute import fit_recompute as fit_recompute
 from pipeproof.sched.fits import fits as fits
 from pipeproof.sched.ir import B as B
 from pipeproof.sched.ir import F as F

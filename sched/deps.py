@@ -90,6 +90,18 @@ class OpTable:
         return place
 
     @cached_property
+    def cell(self) -> NDArray[np.int32]:
+        """For each op its stage, counted through all pipes.
+
+        Of ops of a stage, which belong to no pipe, it says nothing.
+        """
+        schedule, ops = self.schedule, self.schedule.ops
+        if len(schedule.placement.pipes) == 1:
+            return ops.stage
+        pipe = schedule.pipe_of[ops.micro_batch].astype(np.int32)
+        return pipe * np.int32(schedule.stages) + ops.stage
+
+    @cached_property
     def dependencies(self) -> tuple[Index, Index]:
         """Every pair (before, after) of op indices that the ops themselves order.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -26,18 +27,32 @@ COMPILE_AFTER = 500_000
 """Steps of plain loops in all after which numba is worth loading: whoever has done
 so many, one small schedule after the other, will do more."""
 
-_steps_done = 0
+
+@dataclass
+class _Plain:
+    """What this process has done in plain Python, where numba may be loaded once.
+
+    Attributes:
+        steps: of all loops together.
+    """
+
+    steps: int = 0
+
+    def compiles_from(self) -> int:
+        """How many steps are worth a compiled loop."""
+        if sys.modules.get("numba") is not None or self.steps > COMPILE_AFTER:
+            return min(COMPILE_FROM, COMPILE_FROM_IF_LOADED)
+        return COMPILE_FROM
+
+
+_plain = _Plain()
 
 
 def compiled(function: Callable[..., Any], size: int) -> Callable[..., Any] | None:
     """A loop as machine code, where that pays for so many steps; else None."""
-    global _steps_done
-    limit = COMPILE_FROM
-    if sys.modules.get("numba") is not None or _steps_done > COMPILE_AFTER:
-        limit = min(limit, COMPILE_FROM_IF_LOADED)
-    if size >= limit:
+    if size >= _plain.compiles_from():
         return _compiled(function)
-    _steps_done += size
+    _plain.steps += size
     return None
 
 

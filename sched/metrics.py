@@ -37,17 +37,19 @@ def _occupied(trace: Trace) -> list[NDArray[Any]]:
     program, times = trace.program, trace.timetable
     columns: list[NDArray[Any]] = [
         program.computes,
-        program.device,
+        program.stream,
+        np.array([stream.device for stream in program.streams], dtype=np.int32),
         times.start,
         times.end,
         np.zeros(program.schedule.devices, dtype=np.int8),
         *(np.zeros(program.schedule.devices, dtype=times.end.dtype) for _ in range(3)),
     ]
-    return run(_occupy, columns, results=[5, 6, 7], size=len(program.computes))
+    return run(_occupy, columns, results=[6, 7, 8], size=len(program.computes))
 
 
 def _occupy(
     computes: Any,
+    stream: Any,
     device: Any,
     start: Any,
     end: Any,
@@ -58,7 +60,7 @@ def _occupy(
 ) -> None:
     for place in range(len(computes)):  # one by one, in order: floats add up alike
         i = computes[place]
-        on = device[i]
+        on = device[stream[i]]
         busy[on] += end[i] - start[i]
         if not any_yet[on] or start[i] < first[on]:
             first[on] = start[i]

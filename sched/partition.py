@@ -131,6 +131,30 @@ def partition(
     return Partition(sizes, busy, taken, exact, max(busy) if exact else question.least)
 
 
+def loads(
+    layers: Sequence[Layer], schedule: Schedule, sizes: Sequence[int]
+) -> tuple[list[float], list[float]]:
+    """What given cuts ask of each device: its time in a step, and most bytes at once.
+
+    Args:
+        layers: as for `partition`.
+        schedule: likewise.
+        sizes: layers in each stage.
+
+    Raises:
+        ParameterError: sizes that are not those of the layers in the stages.
+    """
+    if len(sizes) != schedule.stages or sum(sizes) != len(layers) or min(sizes) < 1:
+        raise ParameterError(
+            f"sizes must be {schedule.stages} numbers of at least 1, one for each "
+            f"stage, that sum to {len(layers)} layers, got {list(sizes)}"
+        )
+    question = _Question(layers, schedule, None, None)
+    cuts = np.concatenate([[0], np.cumsum(sizes)])
+    busy, taken = question.time.of(cuts), question.bytes.of(cuts)
+    return busy.max(axis=1).tolist(), taken.max(axis=1).tolist()
+
+
 class _Loads:
     """What a stage of some layers adds to quantities of the devices that hold it.
 
@@ -292,6 +316,8 @@ class _Search:
         self._layers = objective.prefix.shape[1] - 1
         self._stages = objective.factors.shape[2]
         self._held_by = objective.held_by()
+        # Those that hold the same stages, in two pipes, follow each other.
+        self._order = sorted(range(len(self._held_by)), key=self._held_by.__getitem__)
         self._exact = True
 
     def best(self) -> tuple[Index | None, bool]:
@@ -312,10 +338,14 @@ class _Search:
         cuts[0, 0], cuts[0, -1] = 0, self._layers
         worst = np.zeros(1)
         placed = np.zeros(self._stages, dtype=bool)
-        for device, stages in enumerate(self._held_by):
+        for place, device in enumerate(self._order):
+            stages = self._held_by[device]
             cuts, worst = self._fill(device, stages, placed, cuts, worst, limit)
             placed[stages] = True
-            cuts, worst = self._distinct(device, cuts, worst)
+            others = self._order[place + 1 :]
+            if others and self._held_by[others[0]] == stages:
+                continue  # which needs all of these cuts
+            cuts, worst = self._distinct(others, cuts, worst)
             if not len(cuts):
                 return None
         best: Index = cuts[int(np.argmin(worst))]
@@ -399,13 +429,13 @@ class _Search:
         return best
 
     def _distinct(
-        self, device: int, cuts: Index, worst: Floats
+        self, others: Sequence[int], cuts: Index, worst: Floats
     ) -> tuple[Index, Floats]:
-        """Of all that leave the same to the devices after this one, the best."""
+        """Of all that leave the same to the other devices, the best."""
         if not len(cuts):
             return cuts, worst
         beside = np.zeros(self._stages + 1, dtype=bool)
-        for stages in self._held_by[device + 1 :]:
+        for stages in map(self._held_by.__getitem__, others):
             beside[stages] = beside[np.array(stages, dtype=int) + 1] = True
         keys = cuts[:, beside & (cuts[0] != UNKNOWN)]
         order = np.lexsort((worst, *keys.T))

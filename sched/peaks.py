@@ -25,7 +25,6 @@ LARGEST = 2**62
 """No sum of weights may reach it."""
 
 _GRADIENT, _ON_HOST = int(BufferKind.GRADIENT), int(BufferKind.HOST)
-_REDUCE = int(Kind.REDUCE)
 
 
 def peaks_by_op(
@@ -51,31 +50,46 @@ def peaks_by_op(
     if numbers.dtype != np.int64 or int(numbers.max()) * len(ops) >= LARGEST:
         return None
     columns: list[NDArray[Any]] = [
+        program.computes,
         program.first_op,
         program.op_count,
-        ops.kind,
-        ops.stage,
-        ops.micro_batch,
-        schedule.table.place,
-        schedule.device_of_op,
-        schedule.pipe_of,
-        how_of(schedule.table),
+        program.stream,
+        np.array([stream.device for stream in program.streams], dtype=np.int32),
+        _rows(schedule),
         _changes(Touch.WRITE, numbers),
         _changes(Touch.TAKE, numbers),
-        np.array([schedule.stages, _cells(schedule)]),
         start,
         end,
         np.zeros(schedule.devices, dtype=np.int64),
         np.zeros(schedule.devices, dtype=start.dtype),
         np.zeros(schedule.devices, dtype=np.int64),
     ]
-    run(_live, columns, results=[16], size=len(program))
-    return _peaks(columns[16], parts)
+    run(_live, columns, results=[12], size=len(program.computes))
+    return _peaks(columns[12], parts)
 
 
 def _cells(schedule: Schedule) -> int:
     """Stages of all pipes."""
     return len(schedule.placement.pipes) * schedule.stages
+
+
+def _rows(schedule: Schedule) -> NDArray[np.int32]:
+    """For each op where `_changes` has it."""
+    table = schedule.table
+    columns: list[NDArray[Any]] = [
+        schedule.ops.kind,
+        table.place,
+        table.cell,
+        how_of(table),
+        np.array([_cells(schedule)]),
+        np.empty(len(schedule), dtype=np.int32),
+    ]
+    return run(_number, columns, results=[5], size=len(schedule))[0]
+
+
+def _number(kind: Any, place: Any, cell: Any, how: Any, cells: Any, row: Any) -> None:
+    for op in range(len(kind)):
+        row[op] = (kind[op] * HOWS + how[place[op]]) * cells[0] + cell[op]
 
 
 def _changes(touch: Touch, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -95,18 +109,14 @@ def _peaks(found: NDArray[np.int64], parts: int) -> list[Number | None]:
 
 
 def _live(
+    computes: Any,
     first_op: Any,
     op_count: Any,
-    kind: Any,
-    stage: Any,
-    micro_batch: Any,
-    place: Any,
+    stream: Any,
     device: Any,
-    pipe_of: Any,
-    how: Any,
+    row: Any,
     grows: Any,
     shrinks: Any,
-    sizes: Any,
     start: Any,
     end: Any,
     live: Any,
@@ -114,22 +124,17 @@ def _live(
     peak: Any,
 ) -> None:
     """Births at the start of each instruction, deaths at its end."""
-    stages, cells = sizes[0], sizes[1]
-    for i in range(len(start)):
+    for place in range(len(computes)):
+        i = computes[place]
+        on = device[stream[i]]
         begin = first_op[i]
         behind = begin + op_count[i]
         for deaths in range(2):
+            when = end[i] if deaths else start[i]
             for op in range(begin, behind):
-                what = kind[op]
-                if what == _REDUCE:
-                    continue
-                row = what * HOWS + how[place[op]]
-                cell = row * cells + pipe_of[micro_batch[op]] * stages + stage[op]
-                change = -shrinks[cell] if deaths else grows[cell]
+                change = -shrinks[row[op]] if deaths else grows[row[op]]
                 if change == 0:
                     continue
-                on = device[op]
-                when = end[i] if deaths else start[i]
                 if when < last[on]:
                     peak[on] = -1
                 last[on] = when

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pipeproof.sched import Kind, Program, Schedule, Trace
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, is_number, plain
+from pipeproof.sched.kernels import run
 from pipeproof.sched.weights import Sizes
 from pipeproof.sim.per_stage import Table, divide
 
@@ -151,17 +152,17 @@ class Cost:
         pipes, stages = len(schedule.placement.pipes), schedule.stages
         table = [times[Kind(k)] for k in range(len(Kind))]
         numbers = [number for by_pipe in table for row in by_pipe for number in row]
-        place = ops.kind * np.int32(pipes * stages) + ops.stage
-        if pipes > 1:
-            of_one = np.where(ops.kind < Kind.REDUCE, ops.micro_batch, 0)
-            place += schedule.pipe_of[of_one] * np.int32(stages)
-        first, count = (
-            column[program.computes] for column in (program.first_op, program.op_count)
-        )
-        which = place[first]
-        groups = np.flatnonzero(count > 1)
-        if not len(groups):
+        place = ops.kind * np.int32(pipes * stages) + schedule.table.cell
+        computes = program.computes
+        which: NDArray[Any] = np.empty(len(computes), dtype=np.int32)
+        columns: list[NDArray[Any]] = [computes, program.first_op, place, which]
+        (which,) = run(_look_up, columns, results=[3], size=len(computes))
+        if not (program.op_count > 1).any():
             return numbers, which
+        first, count = (
+            column[computes] for column in (program.first_op, program.op_count)
+        )
+        groups = np.flatnonzero(count > 1)
         # Groups alike in all their ops take equally long.
         alike = which[groups]
         for nth in range(1, int(count.max())):
@@ -247,3 +248,8 @@ class Cost:
         from pipeproof.sim.weighing import sizes_of
 
         return sizes_of(self, program)
+
+
+def _look_up(computes: Any, first_op: Any, place: Any, which: Any) -> None:
+    for nth in range(len(computes)):
+        which[nth] = place[first_op[computes[nth]]]

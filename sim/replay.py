@@ -74,7 +74,7 @@ def replay(
         waits.values,
         timing.durations,
         timing.latencies,
-        np.zeros(int(turn.max(initial=-1)) + 1, dtype=dtype),
+        np.zeros(len(program.streams) + len(program.groups.values), dtype=dtype),
         np.full(len(timing.latencies), -1, dtype=dtype),
         np.empty(len(program), dtype=dtype),
         np.empty(len(program), dtype=dtype),

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pipeproof.sched import Action, Program
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, plain, ratio
-from pipeproof.sched.kernels import distinct
+from pipeproof.sched.kernels import distinct, run
 from pipeproof.sched.program import StreamKind
 from pipeproof.sched.trace import Timetable
 from pipeproof.sched.weights import Sizes
@@ -55,8 +55,16 @@ class Prices:
     @cached_property
     def counts(self) -> list[int]:
         """How often each number is used."""
-        used: list[int] = np.bincount(self.which, minlength=len(self.numbers)).tolist()
+        counts = np.zeros(len(self.numbers), dtype=np.int64)
+        columns = [self.which, counts]
+        (counts,) = run(_count, columns, results=[1], size=len(self.which))
+        used: list[int] = counts.tolist()
         return used
+
+
+def _count(which: Any, counts: Any) -> None:
+    for place in range(len(which)):
+        counts[which[place]] += 1
 
 
 @dataclass(frozen=True)
@@ -89,9 +97,10 @@ class Timing:
             ParameterError: costs that do not fit the schedule, or a bandwidth
                 without bytes.
         """
+        links = _links(program, cluster)
         spent = [computing(program, cost, cluster)]
-        spent += _sending(program, cluster, sizes) + _copying(program, cluster, sizes)
-        under_way = _latencies(program, cluster)
+        spent += _sending(program, links, sizes) + _copying(program, cluster, sizes)
+        under_way = _latencies(program, links)
         used = [
             (number, count)
             for prices in (*spent, under_way)
@@ -169,9 +178,8 @@ def computing(program: Program, cost: Cost, cluster: Cluster) -> Prices:
     return Prices(prices.where, numbers, which)
 
 
-def _sending(program: Program, cluster: Cluster, sizes: Sizes) -> list[Prices]:
+def _sending(program: Program, links: dict[int, Link], sizes: Sizes) -> list[Prices]:
     """How long each SEND occupies its link, where bytes cost time."""
-    links = _links(program, cluster)
     if all(link.bandwidth is None for link in links.values()):
         return []
     sends = np.flatnonzero(program.action == Action.SEND)
@@ -228,8 +236,8 @@ def _copying(program: Program, cluster: Cluster, sizes: Sizes) -> list[Prices]:
     return result
 
 
-def _latencies(program: Program, cluster: Cluster) -> Prices:
-    links = _links(program, cluster)
+def _latencies(program: Program, links: dict[int, Link]) -> Prices:
+    """How long each message is under way from the end of its SEND."""
     numbers = [
         links[stream].latency if stream in links else 0
         for stream in range(len(program.streams))

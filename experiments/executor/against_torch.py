@@ -2,8 +2,8 @@
 
 Both run in the same two processes, a step of one and a step of the other in turn,
 with the same stages, micro-batches, schedule and batch; their gradients are
-compared first. Torch runs its own schedule where it has one, and ours as CSV
-where it has none (ZB-H1); its interleaved zero-bubble schedule is read into ours.
+compared first. Each schedule in both directions: ours, as CSV in torch's runtime; and
+torch's own class, whose order of actions ours reads.
 
     python experiments/executor/against_torch.py
         writes experiments/results/against_torch.md
@@ -30,7 +30,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as theirs
 from torch.nn import functional
 
-from pipeproof.exec import Pipeline
+from pipeproof.exec import ActivationMeter, Pipeline
 from pipeproof.exec.examples import Block
 from pipeproof.exec.group import Ranks
 from pipeproof.exec.launch import launch
@@ -39,6 +39,7 @@ from pipeproof.sched.interop.torch_csv import format_torch_csv, parse_torch_csv
 
 RESULT = Path(__file__).parent.parent / "results" / "against_torch.md"
 RANKS, MICRO_BATCHES = 2, 8
+WARM = 3
 
 Step = Callable[[Tensor, Tensor], Any]
 
@@ -65,31 +66,42 @@ def transformer(stages: int, width: int) -> list[nn.Module]:
     ]
 
 
-MODELS: dict[str, tuple[Callable[[int, int], list[nn.Module]], tuple[int, ...]]] = {
-    "tiny MLP, 4 rows of width 8": (mlp, (4, 8)),
-    "MLP, 32 rows of width 512": (mlp, (32, 512)),
-    "tiny transformer, 1 × 8 of width 16": (transformer, (1, 8, 16)),
-    "transformer, 2 × 64 of width 128": (transformer, (2, 64, 128)),
+Model = tuple[Callable[[int, int], list[nn.Module]], tuple[int, ...], int]
+MODELS: dict[str, Model] = {
+    "tiny MLP, 4 rows of width 8": (mlp, (4, 8), 4),
+    "MLP, 32 rows of width 512": (mlp, (32, 512), 1),
+    "tiny transformer, 1 × 8 of width 16": (transformer, (1, 8, 16), 2),
+    "transformer, 2 × 64 of width 128": (transformer, (2, 64, 128), 1),
 }
-"""Name → its stages, and the shape of a micro-batch."""
+"""Name → its stages, the shape of a micro-batch, and how many times the rounds."""
 
 SCHEDULES: dict[str, tuple[str | None, str | None, int]] = {
     "GPipe": ("gpipe", "ScheduleGPipe", 1),
     "1F1B": ("1f1b", "Schedule1F1B", 1),
-    "ZB-H1, ours as CSV": ("zb-h1", None, 1),
+    "ZB-H1": ("zb-h1", None, 1),
     "interleaved 1F1B": ("interleaved", "ScheduleInterleaved1F1B", 2),
-    "interleaved zero-bubble, theirs": (None, "ScheduleInterleavedZeroBubble", 2),
+    "interleaved zero-bubble": (None, "ScheduleInterleavedZeroBubble", 2),
     "ZB-V": ("zb-v", "ScheduleZBVZeroBubble", 2),
     "DualPipeV": ("dualpipe-v", "ScheduleDualPipeV", 2),
 }
 """Name → our row, torch's class, stages on each rank."""
 
 
-def scheduled(name: str) -> Schedule:
-    """What ours runs; for torch's interleaved zero-bubble, what torch made."""
+def cases() -> list[tuple[str, bool]]:
+    """Each schedule, and whether it is ours that torch's runtime reads."""
+    return [
+        (name, exported)
+        for name, (row, kind, _) in SCHEDULES.items()
+        for exported in (True, False)
+        if (row if exported else kind) is not None
+    ]
+
+
+def scheduled(name: str, exported: bool) -> Schedule:
+    """What ours runs: our row, or what torch's class made."""
     row, kind, chunks = SCHEDULES[name]
-    if row is not None:
-        return catalog.make(row, devices=RANKS, micro_batches=MICRO_BATCHES)
+    if exported or chunks == 1:  # torch's GPipe and 1F1B are ours, op by op
+        return catalog.make(str(row), devices=RANKS, micro_batches=MICRO_BATCHES)
     stages = [
         PipelineStage(nn.Identity(), s, RANKS * chunks, torch.device("cpu"))
         for s in range(dist.get_rank(), RANKS * chunks, RANKS)
@@ -100,7 +112,9 @@ def scheduled(name: str) -> Schedule:
     return parse_torch_csv(text)
 
 
-def torch_step(name: str, stages: list[nn.Module], schedule: Schedule) -> Step:
+def torch_step(
+    name: str, exported: bool, stages: list[nn.Module], schedule: Schedule
+) -> Step:
     """A step of torch's runtime on this rank."""
     _, kind, chunks = SCHEDULES[name]
     home = schedule.placement.pipes[0]
@@ -110,7 +124,7 @@ def torch_step(name: str, stages: list[nn.Module], schedule: Schedule) -> Step:
     ]
     loss = functional.mse_loss
     runtime: Any
-    if kind is None:
+    if exported:
         runtime = theirs._PipelineScheduleRuntime(parts, MICRO_BATCHES, loss_fn=loss)
         with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
             file.write(format_torch_csv(schedule))
@@ -118,7 +132,7 @@ def torch_step(name: str, stages: list[nn.Module], schedule: Schedule) -> Step:
             runtime._load_csv(file.name, format="compute_only")
     else:
         given = parts if chunks > 1 else parts[0]
-        runtime = getattr(theirs, kind)(given, MICRO_BATCHES, loss_fn=loss)
+        runtime = getattr(theirs, str(kind))(given, MICRO_BATCHES, loss_fn=loss)
     first, last = 0 in mine, len(stages) - 1 in mine
 
     def step(x: Tensor, y: Tensor) -> None:
@@ -127,10 +141,8 @@ def torch_step(name: str, stages: list[nn.Module], schedule: Schedule) -> Step:
     return step
 
 
-def our_step(
-    stages: list[nn.Module], schedule: Schedule, ranks: Ranks
-) -> tuple[Step, int]:
-    """A step of ours on this rank, and how many ops it computes."""
+def our_step(stages: list[nn.Module], schedule: Schedule, ranks: Ranks) -> Step:
+    """A step of ours on this rank."""
     home = schedule.placement.pipes[0]
     mine = [s for s, rank in enumerate(home) if rank == ranks.rank]
     pipeline = Pipeline(stages, schedule, functional.mse_loss, ranks=ranks)
@@ -139,87 +151,212 @@ def our_step(
     def step(x: Tensor, y: Tensor) -> None:
         pipeline.step(x if first else None, y if last else None)
 
-    return step, len(list(schedule.row(ranks.rank)))
+    return step
 
 
-Times = dict[str, list[tuple[float, float]]]
-"""Way → (seconds of the slower rank, CPU seconds of this rank) of each step."""
+def bare_step(stages: list[nn.Module], schedule: Schedule, rank: int) -> Step:
+    """What a rank computes, and nothing else: no messages, gradients of ones."""
+    home = schedule.placement.pipes[0]
+    mine = [s for s, device in enumerate(home) if device == rank]
+
+    def step(x: Tensor, y: Tensor) -> None:
+        inputs, targets = x.tensor_split(MICRO_BATCHES), y.tensor_split(MICRO_BATCHES)
+        for number in mine:
+            last = number == len(stages) - 1
+            for value, target in zip(inputs, targets):
+                output = stages[number](value.detach().requires_grad_(number > 0))
+                if last:
+                    loss = functional.mse_loss(output, target) / MICRO_BATCHES
+                    loss.backward()
+                else:
+                    torch.autograd.backward(output, torch.ones_like(output))
+
+    return step
 
 
-def compared(ranks: Ranks, name: str, model: str, rounds: int) -> list[float]:
-    """On each rank: ours and theirs, in ms a step and CPU µs an op."""
-    torch.set_num_threads(1)
-    if not dist.is_initialized():
-        store = PrefixStore("torch", ranks.store)
-        dist.init_process_group("gloo", store=store, rank=ranks.rank, world_size=RANKS)
-    make, shape = MODELS[model]
-    torch.manual_seed(0)
-    schedule = scheduled(name)
-    stages = make(schedule.stages, shape[-1])
-    twins = copy.deepcopy(stages)
-    x, y = torch.randn(2, MICRO_BATCHES * shape[0], *shape[1:])
-    ours, ops = our_step(stages, schedule, ranks)
-    ways: dict[str, Step] = {"ours": ours, "theirs": torch_step(name, twins, schedule)}
-    times: Times = {way: [] for way in ways}
-    for round_ in range(-3, rounds):
-        for way, step in ways.items():
-            dist.barrier()
-            wall, cpu = time.perf_counter(), time.process_time()
-            step(x, y)
-            took = [time.perf_counter() - wall, time.process_time() - cpu]
-            if round_ >= 0:
-                times[way].append((took[0], took[1]))
-        if round_ == -3:
-            _agree(stages, twins)
-    result = []
-    for way in ways:
-        walls = torch.tensor([wall for wall, _ in times[way]])
-        dist.all_reduce(walls, dist.ReduceOp.MAX)
-        cpu = statistics.median(cpu for _, cpu in times[way])
-        result += [walls.median().item() * 1e3, cpu / ops * 1e6]
-    return result
-
-
-def _agree(stages: list[nn.Module], twins: list[nn.Module]) -> None:
+def agree(stages: list[nn.Module], twins: list[nn.Module]) -> None:
+    """Compare the gradients."""
     for stage, twin in zip(stages, twins):
         for ours, other in zip(stage.parameters(), twin.parameters()):
             if ours.grad is not None or other.grad is not None:
                 torch.testing.assert_close(ours.grad, other.grad, rtol=1e-3, atol=1e-5)
 
 
+Row = list[float]
+"""Ours and theirs in ms, the ratio, that of the fastest steps; CPU µs for an op, of
+each and of the bare ops; peak KiB of each."""
+
+
+def compared(ranks: Ranks, model: str, name: str, exported: bool, rounds: int) -> Row:
+    """One case, in turn; times of the slower rank, processor time of this one."""
+    make, shape, factor = MODELS[model]
+    torch.manual_seed(0)
+    schedule = scheduled(name, exported)
+    stages = make(schedule.stages, shape[-1])
+    twins = copy.deepcopy(stages)
+    x, y = torch.randn(2, MICRO_BATCHES * shape[0], *shape[1:])
+    ways: dict[str, Step] = {
+        "ours": our_step(stages, schedule, ranks),
+        "theirs": torch_step(name, exported, twins, schedule),
+        "bare": bare_step(copy.deepcopy(stages), schedule, ranks.rank),
+    }
+    walls: dict[str, list[float]] = {way: [] for way in ways}
+    cpu: dict[str, list[float]] = {way: [] for way in ways}
+    for round_ in range(-WARM, rounds * factor):
+        for way, step in ways.items():
+            dist.barrier()
+            wall, spent = time.perf_counter(), time.process_time()
+            step(x, y)
+            took = time.perf_counter() - wall, time.process_time() - spent
+            if round_ >= 0:
+                walls[way].append(took[0])
+                cpu[way].append(took[1])
+        if round_ == -WARM:
+            agree(stages, twins)
+    pairs = torch.tensor([walls["ours"], walls["theirs"]])
+    dist.all_reduce(pairs, dist.ReduceOp.MAX)
+    ops = len(list(schedule.row(ranks.rank)))
+    row = [*(pairs.median(1).values * 1e3).tolist()]
+    row.append((pairs[0] / pairs[1]).median().item())
+    row.append((pairs[0].min() / pairs[1].min()).item())
+    row += [min(cpu[way]) / ops * 1e6 for way in ways]
+    for way, modules in (("ours", stages), ("theirs", twins)):
+        dist.barrier()
+        with ActivationMeter(modules) as meter:
+            ways[way](x, y)
+        row.append(meter.peak / 1024)
+    return row
+
+
+def pipelined(ranks: Ranks, model: str, micro_batches: int, rounds: int) -> Row:
+    """1F1B on the ranks against the model on one, in ms: alone, and on all at once."""
+    make, shape, factor = MODELS[model]
+    torch.manual_seed(0)
+    schedule = catalog.make("1f1b", devices=RANKS, micro_batches=micro_batches)
+    stages = make(RANKS, shape[-1])
+    whole = nn.Sequential(*copy.deepcopy(stages))
+    x, y = torch.randn(2, micro_batches * shape[0], *shape[1:])
+    ours = our_step(stages, schedule, ranks)
+
+    def alone() -> None:
+        for a, b in zip(x.tensor_split(micro_batches), y.tensor_split(micro_batches)):
+            (functional.mse_loss(whole(a), b) / micro_batches).backward()
+
+    ways: dict[str, Callable[[], Any]] = {
+        "ranks": lambda: ours(x, y),
+        "one": lambda: alone() if ranks.rank == 0 else None,
+        "each": alone,
+    }
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for round_ in range(-WARM, rounds * factor):
+        for way, step in ways.items():
+            dist.barrier()
+            start = time.perf_counter()
+            step()
+            if round_ >= 0:
+                times[way].append(time.perf_counter() - start)
+    slower = torch.tensor([times[way] for way in ways])
+    dist.all_reduce(slower, dist.ReduceOp.MAX)
+    ideal = slower[1:] / RANKS * (micro_batches + RANKS - 1) / micro_batches
+    ratios = (slower[0] / ideal).median(1).values
+    fastest = slower[0].min() / ideal.min(1).values
+    shown = [slower.median(1).values * 1e3, ratios, fastest]
+    return [value for part in shown for value in part.tolist()]
+
+
+def everything(ranks: Ranks, rounds: int) -> tuple[dict[str, dict[str, Row]], Any]:
+    """All rows of all tables, by model."""
+    torch.set_num_threads(1)
+    store = PrefixStore("torch", ranks.store)
+    dist.init_process_group("gloo", store=store, rank=ranks.rank, world_size=RANKS)
+    found: dict[str, dict[str, Row]] = {}
+    for model in MODELS:
+        found[model] = {}
+        for name, exported in cases():
+            title = f"{name}, {'ours' if exported else 'theirs'}"
+            if ranks.rank == 0:
+                print(model, title, file=sys.stderr)
+            found[model][title] = compared(ranks, model, name, exported, rounds)
+    split = {
+        (model, micro_batches): pipelined(ranks, model, micro_batches, rounds)
+        for model, (_, _, factor) in MODELS.items()
+        if factor == 1
+        for micro_batches in (8, 16)
+    }
+    dist.destroy_process_group()
+    return found, split
+
+
 def main() -> None:
     """Measure all rows and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=40, help="of each way")
+    parser.add_argument("--rounds", type=int, default=20, help="of each way")
     parser.add_argument("-o", "--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
+    start = os.getloadavg()[1]
+    # A busy machine may not let a rank's thread beat for long.
+    tables, split = launch(everything, RANKS, arguments.rounds, lost_s=120)[0]
+    flat = [row for rows in tables.values() for row in rows.values()]
+    summaries = {
+        "Ratio": [row[2] for row in flat],
+        "Of the fastest": [row[3] for row in flat],
+        "Of processor time": [row[4] / row[5] for row in flat],
+    }
     text = [
         "# Ours against torch.distributed.pipelining",
         "",
         f"{RANKS} ranks with gloo on one shared x86-64 machine of {os.cpu_count()} "
         f"cores, one thread each, {MICRO_BATCHES} micro-batches, torch "
-        f"{torch.__version__}, float32.",
-        f"Medians over {arguments.rounds} rounds, a step of ours and a step of theirs "
-        "in turn in the same processes; gradients agree. A step is as long as its "
-        "slower rank's.",
-        "CPU: processor time of rank 0 for each op that it computes, waiting included "
-        "where a wait is busy.",
+        f"{torch.__version__}, float32. Load average over five minutes before and "
+        f"after: {start:.1f}, {os.getloadavg()[1]:.1f}; one alone would make it 2.",
+        "",
+        "A step of ours, a step of theirs and the bare ops in turn in the same "
+        f"processes, {arguments.rounds} rounds and more for tiny models; gradients "
+        "agree. `ours`: our schedule, as CSV in torch's runtime. `theirs`: torch's own "
+        "class, its order read by ours. ms: medians, a step is as long as its slower "
+        "rank's. Ratio: the median over rounds of ours / theirs; `fastest`: ours of "
+        "its fastest step / theirs, where what else runs here disturbs least.",
+        "CPU: µs of rank 0's processor time, all threads, for each F, B, I or W that "
+        "it computes, the least of all rounds; `bare` is what a loop takes that "
+        "computes them as F and B, without messages. KiB: peak of activations on rank "
+        "0, counted from outside.",
+        "",
+        *(
+            f"{name}: median {statistics.median(found):.2f}, from {min(found):.2f} to "
+            f"{max(found):.2f}; at most 0.95 in {sum(r <= 0.95 for r in found)} of "
+            f"{len(found)}."
+            for name, found in summaries.items()
+        ),
     ]
-    for model in MODELS:
-        text += ["", f"## {model}", ""]
-        text += ["| schedule | ours, ms | theirs, ms | ratio | ours, CPU µs | theirs |"]
-        text += ["|-|-|-|-|-|-|"]
-        for name in SCHEDULES:
-            print(model, name, file=sys.stderr)
-            a, a_cpu, b, b_cpu = launch(compared, RANKS, name, model, arguments.rounds)[
-                0
-            ]
-            text.append(
-                f"| {name} | {a:.2f} | {b:.2f} | {a / b:.2f} | {a_cpu:.0f} | "
-                f"{b_cpu:.0f} |"
-            )
-            print(text[-1], flush=True)
+    for model, rows in tables.items():
+        text += [
+            "",
+            f"## {model}",
+            "",
+            "| schedule | ours, ms | theirs, ms | ratio | fastest | CPU: ours | theirs "
+            "| bare | KiB: ours | theirs |",
+            "|-|-|-|-|-|-|-|-|-|-|",
+        ]
+        for title, row in rows.items():
+            cells = [*(f"{v:.2f}" for v in row[:4]), *(f"{v:.0f}" for v in row[4:])]
+            text.append(f"| {title} | " + " | ".join(cells) + " |")
+    text += [
+        "",
+        "## The moderate models on two ranks against one",
+        "",
+        "1F1B, ms; and its ratio to (unpipelined / 2) (M + 1) / M. Unpipelined: the "
+        "whole model, micro-batch by micro-batch, on one rank while the other waits; "
+        "and on both at once, which share the machine as the two ranks do.",
+        "",
+        "| model | M | 2 ranks | alone | both at once | ratio to alone | to both | "
+        "fastest: to alone | to both |",
+        "|-|-|-|-|-|-|-|-|-|",
+    ]
+    for (model, micro_batches), row in split.items():
+        cells = [*(f"{v:.1f}" for v in row[:3]), *(f"{v:.2f}" for v in row[3:])]
+        text.append(f"| {model} | {micro_batches} | " + " | ".join(cells) + " |")
     arguments.output.write_text("\n".join(text) + "\n")
+    print("\n".join(text))
 
 
 if __name__ == "__main__":

@@ -50,13 +50,18 @@ def blocks(layers: int, width: int) -> nn.Module:
     return nn.Sequential(*(Block(width, 4, dropout=0.0) for _ in range(layers)))
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], float]] = {
     "MLP, 4 layers of width 512, 16 rows": (lambda: mlp(4, 512), (16, 512), 4),
     "MLP, 4 layers of width 512, 128 rows": (lambda: mlp(4, 512), (128, 512), 1),
     "transformer, 2 blocks of width 256, 4 × 64 tokens": (
         lambda: blocks(2, 256),
         (4, 64, 256),
         1,
+    ),
+    "transformer, 2 blocks of width 512, 4 × 128 tokens": (
+        lambda: blocks(2, 512),
+        (4, 128, 512),
+        0.25,
     ),
     "tiny MLP, 1 layer of width 8, 4 rows": (lambda: mlp(1, 8), (4, 8), 20),
     "tiny MLP, 2 layers of width 8, 4 rows": (lambda: mlp(2, 8), (4, 8), 20),
@@ -120,7 +125,7 @@ def row(name: str, rounds: int) -> str:
     torch.manual_seed(0)
     stage = make()
     ways = {"B": whole, "ours": ours(Splitter()), "theirs": theirs(stage)}
-    times = in_turn(stage, shape, ways, rounds * factor)
+    times = in_turn(stage, shape, ways, round(rounds * factor))
     cells = [name, f"{statistics.median(b for b, _ in times['B']) * 1e6:.0f}"]
     for way in ("ours", "theirs"):
         for half in (0, 1):

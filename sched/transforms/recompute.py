@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ Policy = Literal["never", "always", "except-last", "adaptive"]
 POLICIES: tuple[Policy, ...] = ("never", "always", "except-last", "adaptive")
 
 
-def recompute(schedule: Schedule, policy: Policy) -> Schedule:
+def recompute(schedule: Schedule, policy: Policy | Sequence[Policy]) -> Schedule:
     """Choose which forwards keep only their stage's input (re-materialisation).
 
     A forward that has an R keeps only its input; the R rebuilds the activations
@@ -41,34 +42,52 @@ def recompute(schedule: Schedule, policy: Policy) -> Schedule:
 
     Args:
         schedule: any; its own R, if it has some, give way.
-        policy: one of the above.
+        policy: one of the above, or one for each stage.
 
     Raises:
-        ParameterError: an unknown policy.
+        ParameterError: an unknown policy, or policies for another number of stages.
 
     Source:
         Huang et al. 2018, arXiv:1811.06965, 2.3; Kim et al. 2020
         (torchgpipe), arXiv:2004.09910, for `except-last`.
     """
-    if policy not in POLICIES:
+    of_stage = [policy] * schedule.stages if isinstance(policy, str) else list(policy)
+    for name in of_stage:
+        if name not in POLICIES:
+            raise ParameterError(
+                f"recompute policy must be one of {', '.join(POLICIES)}, got {name!r}"
+            )
+    if len(of_stage) != schedule.stages:
         raise ParameterError(
-            f"recompute policy must be one of {', '.join(POLICIES)}, got {policy!r}"
+            f"{schedule.summary} runs {schedule.stages} stages, got {len(of_stage)} "
+            "recompute policies: give one for all, or one for each"
         )
     plain = _without_recompute(schedule)
-    if policy == "never":
+    if set(of_stage) == {"never"}:
         return plain
     plain.report.raise_if_bad()
     table = OpTable.of(plain)
     backward = table.get(*BACKWARD_KINDS)
-    again = np.ones(backward.shape, dtype=np.bool_)
-    if policy == "except-last":
-        again[_last_forwarded(plain, table)] = False
-    elif policy == "adaptive":
-        node = plain.node_of_op
-        follows = node[backward] == node[table.get(Kind.F)] + 1
-        again[follows] = False
+    again = np.zeros(backward.shape, dtype=np.bool_)
+    for name in set(of_stage):
+        stages = [stage for stage, of in enumerate(of_stage) if of == name]
+        again[..., stages] = _chosen(name, plain, table, backward)[..., stages]
     again[table.get(Kind.OFFLOAD) >= 0] = False
     return _insert(plain, np.sort(backward[again]))
+
+
+def _chosen(
+    policy: Policy, schedule: Schedule, table: OpTable, backward: Index
+) -> NDArray[np.bool_]:
+    """Where a policy wants an R."""
+    again = np.full(backward.shape, policy != "never")
+    if policy == "except-last":
+        again[_last_forwarded(schedule, table)] = False
+    elif policy == "adaptive":
+        node = schedule.node_of_op
+        follows = node[backward] == node[table.get(Kind.F)] + 1
+        again[follows] = False
+    return again
 
 
 def _without_recompute(schedule: Schedule) -> Schedule:

@@ -157,6 +157,7 @@ def test_run_trains_and_measures(tmp_path: Path) -> None:
     assert len(run["losses"]) == len(run["step_seconds"]) == 4
     assert run["losses"][-1] < run["losses"][0]
     assert run["peak_activations"] == [2, 1]
+    assert run["proved"] is True
     assert 0 < run["makespan"] < run["step_seconds"][-1]
     assert json.loads(path.read_text())["otherData"]["source"] == "measured"
 
@@ -166,6 +167,7 @@ def test_run_says_what_it_does() -> None:
 
     assert "step 2/2: loss 0." in shown
     assert "median step time: " in shown
+    assert " is proved; `pipeproof prove` prints the certificate." in shown
     assert " bubble_fraction " in shown
     assert "measured" in shown
 

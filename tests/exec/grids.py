@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -108,10 +109,11 @@ def weigh(targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Result:
-    """Losses of the steps, and gradients by stage."""
+    """Losses of the steps, gradients by stage, and the norm of all of them."""
 
     losses: list[float]
     grads: dict[int, Gradients]
+    norm: float
 
 
 def joined(ranks: Ranks, grid: Grid) -> dict[str, Any]:
@@ -142,10 +144,11 @@ def of_grid(ranks: Ranks, grid: Grid) -> Result:
     torch.manual_seed(5)
     losses = [pipeline.step(*batch).item() for _ in range(grid.steps)]
     grads = {n: [whole(p.grad) for p in stages[n].parameters()] for n in mine}
+    norm = pipeline.clip_grad_norm_(math.inf)
     if grid.mesh:
         Ranks.among(range(ranks.size)).leave()
         dist.destroy_process_group()
-    return Result(losses, grads)
+    return Result(losses, grads, norm)
 
 
 def whole(grad: Any) -> Tensor | None:
@@ -190,9 +193,9 @@ def of_references(grid: Grid) -> Result:
                     total_grad = grad if total_grad is None else total_grad + grad
             if total_grad is not None:
                 p.grad = total_grad if p.grad is None else p.grad + total_grad
-    return Result(
-        losses, {n: [p.grad for p in s.parameters()] for n, s in enumerate(stages)}
-    )
+    grads = {n: [p.grad for p in s.parameters()] for n, s in enumerate(stages)}
+    whole_norm = nn.utils.clip_grad_norm_(parameters, math.inf)
+    return Result(losses, grads, float(whole_norm))
 
 
 @dataclass(frozen=True)

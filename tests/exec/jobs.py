@@ -16,13 +16,14 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import psutil
 import torch
 from models import Attention, Masked, Nested, keywords
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.nn import functional
 
-from pipeproof.exec import Pipeline, group, profile
+from pipeproof.exec import Pipeline, group, profile, split_at, transport
 from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError, RankError
 from pipeproof.exec.group import Ranks
@@ -245,6 +246,44 @@ def part(ranks: Ranks, job: Job) -> Result:
     return run(job, step, stages, mine, seed=5 + ranks.rank)
 
 
+def little_held(ranks: Ranks, job: Job) -> Result:
+    """As `part`, where threads wait for all that is sent."""
+    with patch.object(transport, "HELD", 0):
+        return part(ranks, job)
+
+
+def on_gpus(ranks: Ranks | None, name: str, replicas: int) -> dict[int, str]:
+    """Gradients of two steps: a GPU for each rank, or all on one."""
+    size = 2 // replicas
+    schedule = catalog.make(name, devices=size, micro_batches=4)
+    torch.manual_seed(3)
+    stages = [attentive(n).double() for n in range(schedule.stages)]
+    given: dict[str, Any] = {"devices": "cuda:0"}
+    numbers = list(range(schedule.stages))
+    if ranks is not None:
+        device = ranks.rank % size
+        given = {"devices": f"cuda:{ranks.rank}", "ranks": ranks}
+        given["data_parallel"] = replicas
+        numbers = [n for n in numbers if device in holders(schedule, n)]
+    pipeline = Pipeline(stages, schedule, same_values, **given)
+    torch.manual_seed(4)
+    x = torch.randn(8, 6, WIDTH, dtype=torch.float64)
+    for _ in range(2):
+        pipeline.step(x, x)
+    cpu = [
+        [None if p.grad is None else p.grad.cpu() for p in s.parameters()]
+        for s in stages
+    ]
+    return {n: digest(*cpu[n]) for n in numbers}
+
+
+def listening(ranks: Ranks, job: Job) -> list[str]:
+    """Where this process accepts connections, once it has run a job."""
+    part(ranks, job)
+    found = psutil.Process().net_connections(kind="inet")
+    return [c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN]
+
+
 def small_stages(number: int) -> list[nn.Module]:
     torch.manual_seed(0)
     return [
@@ -401,6 +440,24 @@ def scaled(ranks: Ranks | bool, job: Scaled) -> Moved:
     scaler.update()
     moved = [not torch.equal(stages[n].weight, w) for n, w in zip(mine, before)]
     return Moved(moved, [scaler.get_scale()] * len(mine))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model of four layers whose state two ranks save."""
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4)))
+
+
+def saved(ranks: Ranks, job: Saved) -> dict[str, Tensor]:
+    """This rank's part of the model's state."""
+    model = job.model()
+    schedule = catalog.make("1f1b", devices=2, micro_batches=3)
+    stages = split_at(model, (1, 3))
+    pipeline = Pipeline(stages, schedule, functional.mse_loss, ranks=ranks)
+    return pipeline.state_dict(model)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
+from jobs import on_gpus
 from models import EXECUTED, Keeps, grads, mlp, same
 from torch.nn import functional
 
-from pipeproof.exec import EXAMPLES, Pipeline, reference
+from pipeproof.exec import EXAMPLES, Pipeline, launch, reference
 from pipeproof.sched import POLICIES, catalog, recompute
 from pipeproof.sim import Cluster, Cost, simulate
 
@@ -100,3 +101,25 @@ def test_masks_do_not_depend_on_the_schedule() -> None:
         losses.append(pipeline.step(example.inputs, example.targets))
 
     assert torch.equal(*losses)
+
+
+two_gpus = pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="needs two CUDA devices"
+)
+
+
+@two_gpus
+@pytest.mark.parametrize("name", ["1f1b", "zb-v", "interleaved", "chimera", "bpipe"])
+def test_ranks_with_nccl_equal_one_process(name: str) -> None:
+    expected = on_gpus(None, name, 1)
+
+    for found in launch(on_gpus, 2, name, 1):
+        for stage, digest in found.items():
+            assert digest == expected[stage], f"stage {stage}"
+
+
+@two_gpus
+def test_replicas_with_nccl_end_alike() -> None:
+    one, other = launch(on_gpus, 2, "gpipe", 2)
+
+    assert one == other

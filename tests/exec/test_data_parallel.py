@@ -46,6 +46,7 @@ def test_replicas_equal_their_references_added_up(grid: Grid, do: Do) -> None:
     expected = of_references(grid)
     for result in results:
         assert result.losses == results[0].losses
+        assert result.norm == pytest.approx(expected.norm, rel=1e-6)
         for stage, grads in result.grads.items():
             assert digest(*grads) == digest(*expected.grads[stage]), f"stage {stage}"
     assert results[0].losses == pytest.approx(expected.losses, rel=1e-12)

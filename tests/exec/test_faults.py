@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 from pathlib import Path
 
 import psutil
 import pytest
 from jobs import Do, Fault, leaving_a_pid, standing_still, told
 from torch import nn
+from torch._C._distributed_c10d import HashStore
 from torch.nn import functional
 
 from pipeproof.exec import ModelError, Pipeline, RankError, launch
+from pipeproof.exec.beats import LOOKS, LOST_S, PATIENCE, Beats, Silence
+from pipeproof.exec.failure import Failure, Record
+from pipeproof.exec.host import process_here, runs
 from pipeproof.sched import ParameterError, catalog
 
 
@@ -111,6 +117,52 @@ def test_ranks_need_processes() -> None:
         Pipeline([stages[0], None], schedule, functional.mse_loss)
 
 
+def test_a_rank_beats_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was stopped before its thread first ran was missed by nobody."""
+    store = HashStore()
+    beats = Beats(store, Record(store), 1, 2, 30.0, LOST_S)
+    monkeypatch.setattr(beats._thread, "start", lambda: None)
+
+    beats.start()
+
+    silence = Silence(store, [0, 1], LOST_S)
+    for _ in range(LOOKS + 1):
+        silence.look()
+    monkeypatch.setattr("pipeproof.exec.beats.runs", lambda process: False)
+    assert silence.lost() == Failure(
+        1, "has not been heard of for 6 s: it was killed or stopped"
+    )
+
+
+def test_one_that_is_starved_is_given_time() -> None:
+    """Ranks on a crowded host were taken for dead when a beat came late."""
+    store = HashStore()
+    Beats(store, Record(store), 1, 2, 30.0, LOST_S)
+    store.set("beat 1", "0 0 in the step")
+    store.set("process 1", process_here())
+    silence = Silence(store, [1], LOST_S)
+    for _ in range(LOOKS * PATIENCE):
+        silence.look()
+
+    assert silence.lost() is None
+    silence.look()
+    assert silence.lost() == Failure(
+        1, "has not been heard of for 30 s, though its process runs"
+    )
+
+
+def test_who_is_seen_to_run() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        sleeper = f"{process_here().rpartition(' ')[0]} {process.pid}"
+        elsewhere = f"another boot {process.pid}"
+        assert (runs(process_here()), runs(sleeper), runs(elsewhere)) == (1, 1, 0)
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        assert not runs(sleeper)
+        process.kill()
+    assert not runs(sleeper)
+
+
 def test_ranks_that_stand_still(do: Do) -> None:
     for message in do(standing_still, Fault("still", 2)):
         assert "no rank has moved for 1 s:\n" in message
@@ -122,7 +174,7 @@ def test_ranks_that_stand_still(do: Do) -> None:
     ("number", "reason"),
     [
         (signal.SIGKILL, "rank 1 was ended by SIGKILL"),
-        (signal.SIGSTOP, "rank 1 has not been heard of for 3 s: it was killed or stop"),
+        (signal.SIGSTOP, "rank 1 has not been heard of for 6 s: it was killed or stop"),
     ],
 )
 def test_a_rank_that_cannot_say_why(
@@ -131,7 +183,7 @@ def test_a_rank_that_cannot_say_why(
     fault = Fault("signal", 1, number)
 
     with pytest.raises(RankError, match=reason):
-        launch(leaving_a_pid, 2, fault, str(tmp_path), lost_s=3)
+        launch(leaving_a_pid, 2, fault, str(tmp_path))
 
     assert f"rank 0 ends: {reason}" in capfd.readouterr().err
     pids = [int(path.read_text()) for path in tmp_path.iterdir()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 from jobs import (
@@ -10,6 +11,8 @@ from jobs import (
     Result,
     alone,
     frozen_start,
+    listening,
+    little_held,
     mixed,
     offsets,
     part,
@@ -101,6 +104,12 @@ def test_what_waits_for_a_group_waits_for_all_of_it(do: Do) -> None:
     assert (trace.end[waits.values] <= trace.start[waits.owner]).all()
 
 
+def test_threads_wait_for_what_is_sent_where_it_is_much(do: Do) -> None:
+    job = Job("1f1b", 4, 6, shapes=((7, 2),) * 3)
+
+    assert_equal(do(little_held, job), alone(job))
+
+
 def test_one_micro_batch(do: Do) -> None:
     job = Job("gpipe", 4, 1, own_only=True)
 
@@ -129,6 +138,17 @@ def test_clocks_of_other_hosts_are_set_by_those_of_the_first(do: Do) -> None:
     for rank, (here, far) in enumerate(do(offsets, Job("gpipe", 4, 4))):
         assert here == 0
         assert round(far / 1000) == -rank
+
+
+def test_ranks_of_one_host_listen_on_loopback_only(do: Do) -> None:
+    """torch's TCPStore would listen on every interface."""
+    launcher = psutil.Process().net_connections(kind="inet")
+    assert not [c for c in launcher if c.status == psutil.CONN_LISTEN]
+
+    found = do(listening, Job("1f1b", 4, 4))
+
+    assert any(found), "ranks have sockets for each other"
+    assert {ip for of_rank in found for ip in of_rank} <= {"127.0.0.1", "::1"}
 
 
 @pytest.mark.slow

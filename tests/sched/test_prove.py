@@ -117,6 +117,15 @@ def test_a_certificate_in_words() -> None:
     assert (again["ok"], again["program"]) == (True, certificate.program)
 
 
+def test_the_digest_is_of_the_program() -> None:
+    """Two programs of one schedule, on the same streams, are told apart."""
+    schedule = catalog.make("1f1b", devices=2, micro_batches=3)
+    programs = [lower(schedule, receives=r) for r in ("early", "late", "early")]
+    digests = [prove(program).to_dict()["program"] for program in programs]
+
+    assert digests[0] == digests[2] != digests[1]
+
+
 def test_a_refutation_names_the_first_operand_that_differs() -> None:
     """The stage's input is that of another micro-batch."""
     program = two_devices()
@@ -147,6 +156,44 @@ def test_a_refutation_names_the_first_operand_that_differs() -> None:
     assert [one["rule"] for one in found] == ["operand", "gradient", "gradient"]
 
 
+@pytest.mark.parametrize(
+    ("op", "other", "found"),
+    [
+        ("0B0", None, "0B0 finds no activation among the buffers it reads"),
+        ("0B1", "activation 0:0", "0B1 reads activation 0:0, which 0B0 (10, device 0"),
+        (
+            "0B0",
+            "activation 0:2",
+            "0B0 reads activation 0:2, which nothing has written",
+        ),
+    ],
+)
+def test_an_operand_that_is_not_there(op: str, other: str | None, found: str) -> None:
+    program = two_devices()
+    buffers = {str(program.buffer_at(b)): b for b in range(len(program.buffers))}
+    parts = parts_of(program)
+    part = parts[label(program, op)]
+    own = buffers[f"activation 0:{op[-1]}"]
+    part.reads = [b for b in part.reads if b != own]
+    if other is not None:
+        part.reads.insert(0, buffers[other])
+
+    first, *_ = prove(assembled(program, parts)).findings
+    assert first.rule == "operand"
+    assert first.found.startswith(found)
+
+
+def test_an_operand_that_is_overwritten() -> None:
+    program = two_devices()
+    buffers = {str(program.buffer_at(b)): b for b in range(len(program.buffers))}
+    pair = {buffers["activation 0:1"]: buffers["activation 0:0"]}
+
+    first, *_ = prove(assembled(program, parts_of(program), pair)).findings
+    assert first.found == (
+        "0B0 reads activation 0:0, which activation 0:1 has overwritten"
+    )
+
+
 def test_a_slot_that_is_not_waited_for_is_a_race() -> None:
     program = two_devices()
     parts = parts_of(program)
@@ -172,6 +219,29 @@ def test_what_is_dropped_or_doubled_is_named() -> None:
     assert [f.found for f in prove(assembled(program, dropped)).findings] == [
         "the gradient of stage 0 lacks micro-batch 2"
     ]
+
+
+def test_what_a_slice_lacks_is_named_by_both_numbers() -> None:
+    program = lower(catalog.make("seq1f1b", devices=2, micro_batches=2, slices=2))
+    last = label(program, "0B1")
+    dropped = [part for part in parts_of(program) if part.key != last]
+
+    assert [f.found for f in prove(assembled(program, dropped)).findings] == [
+        "the gradient of stage 0 lacks micro-batch 1.0"
+    ]
+
+
+def test_a_micro_batch_that_counts_twice_is_named() -> None:
+    schedule = catalog.make("1f1b", devices=2, micro_batches=3)
+    program = lower(schedule, receives="late")  # no slot is used again
+    parts = parts_of(program)
+    one, two = (parts[label(program, op)] for op in ("0B0", "0B1"))
+    two.reads, two.frees, one.frees = one.reads, one.frees, []
+
+    _, gradient = prove(assembled(program, parts)).findings
+    assert gradient.found == (
+        "the gradient of stage 0 lacks micro-batch 1, has micro-batch 0 twice or more"
+    )
 
 
 def test_a_reduction_before_the_last_backward_is_refuted() -> None:

@@ -1,0 +1,100 @@
+"""Which stage of a model lives on which torch device, and what may not be shared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from pipeproof.exec.bind import holders
+from pipeproof.exec.errors import ModelError
+from pipeproof.exec.replicas import Replica
+from pipeproof.exec.stage import Stage, StageModule, check_sliced
+from pipeproof.sched import ParameterError, Schedule
+
+
+def torch_devices(
+    devices: Sequence[str | torch.device], schedule: Schedule
+) -> list[torch.device]:
+    """One for each device of the schedule; the same where one is named for all.
+
+    Raises:
+        ParameterError: another number of them.
+    """
+    if len(devices) not in (1, schedule.devices):
+        raise ParameterError(
+            f"devices must name one device for all or {schedule.devices}, one for "
+            f"each of the schedule's, got {len(devices)}"
+        )
+    named = list(map(torch.device, devices))
+    return named * schedule.devices if len(named) == 1 else named
+
+
+def check_count(found: int, schedule: Schedule) -> None:
+    """Refuse a model of another number of stages than the schedule's.
+
+    Raises:
+        ModelError: says which way to go.
+    """
+    if found != schedule.stages:
+        hint = (
+            "use a schedule of fewer stages, or cut the model into more"
+            if found < schedule.stages
+            else "join some, or use a schedule of more stages"
+        )
+        raise ModelError(
+            f"{schedule.summary} runs {schedule.stages} stages, found a model of "
+            f"{found}: {hint} (split_evenly cuts layers into stages)"
+        )
+
+
+def place(
+    stages: list[StageModule | None],
+    schedule: Schedule,
+    devices: Sequence[torch.device],
+) -> dict[tuple[int, int], Stage]:
+    """By stage and device of the schedule, the stage where that device runs it."""
+    homes: dict[tuple[int, int], Stage] = {}
+    unit = 0
+    for number, module in enumerate(stages):
+        assert module is not None
+        held_by = holders(schedule, number)
+        original = Stage(number, module, unit, devices[held_by[0]])
+        unit += len(original.units)
+        there = {original.device: original}
+        for holder in held_by:
+            device = devices[holder]
+            if device not in there:
+                there[device] = Replica(original, module, device)
+            homes[number, holder] = there[device]
+        if schedule.slices > 1:
+            check_sliced(original.units)
+    refuse_shared(schedule, homes)
+    return homes
+
+
+def refuse_shared(
+    schedule: Schedule, homes: Mapping[tuple[int, int], Stage], replicas: int = 1
+) -> None:
+    """Refuse a parameter of two stages that could not have one gradient."""
+    owner: dict[int, Stage] = {}
+    for stage in homes.values():
+        for parameter in stage.parameters:
+            first = owner.setdefault(id(parameter), stage)
+            if first is stage:
+                continue
+            both = f"stages {first.number} and {stage.number} share a parameter of "
+            both += f"shape {tuple(parameter.shape)}"
+            if first.device != stage.device:
+                raise ModelError(
+                    f"{both} across {first.device} and {stage.device}: put both on one "
+                    "device, or untie them"
+                )
+            if replicas > 1 or any(
+                len(holders(schedule, s.number)) > 1 for s in (first, stage)
+            ):
+                raise ModelError(
+                    f"{both}, and several devices hold replicas of a stage: its "
+                    "gradient would be reduced twice; untie them, or use a schedule of "
+                    "one pipe, without data_parallel"
+                )

@@ -1,0 +1,250 @@
+"""Any module → units: what its forward calls, one after the other.
+
+torch.fx traces the model's forward, and into modules only where a cut is to fall
+within them; all others are called whole, whatever their forwards do. Each call of a
+module then is a unit, with the operations between it and the next::
+
+    def forward(self, x, mask):          unit 0   h = embed(x)                → h
+        h = self.embed(x)                unit 1   y = block(h, mask)          → h, y
+        y = self.block(h, mask)          unit 2   z = head(y); z + h          → output
+        return self.head(y) + h
+
+A unit hands on, as one value, what it or an earlier one computed and a later one uses.
+So a skip connection passes through the stages between, as it is. Inputs of the model
+behind its first are keyword inputs, which every unit gets that uses them; an optional
+one is there if it is named, and else has its default, since `if mask is None` is
+decided when the forward is traced.
+
+Units share the model's modules, and their state_dicts have its keys.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Sequence
+from difflib import get_close_matches
+from itertools import pairwise
+from typing import Any
+
+from torch import fx, nn
+
+from pipeproof.exec.errors import ModelError
+from pipeproof.exec.stage import is_plain
+from pipeproof.sched.errors import ParameterError
+
+
+def trace(
+    model: nn.Module, at: Sequence[str] = (), *, keywords: Sequence[str] = ()
+) -> list[list[nn.Module]]:
+    """Cut a model into stages of units, at modules given by name.
+
+    Args:
+        model: its forward calls its modules; what it does besides must not depend on
+            values, nor on whether it is in training mode.
+        at: names, as in `named_modules`, of the modules that begin the second and
+            later stages, in the order in which they are called.
+        keywords: names of optional inputs that every step will give.
+
+    Returns:
+        Stages for `Pipeline`, one more than names. `sum(trace(model), [])` are units
+        to profile and to cut elsewhere.
+
+    Raises:
+        ModelError: a name that is none, is not called or not in that order, or a
+            forward that cannot be traced.
+        ParameterError: a keyword that is no optional input.
+    """
+    known = dict(model.named_modules())
+    for name in at:
+        if name not in known or not name:
+            near = get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ModelError(f"the model has no module {name!r}{hint}")
+    fixed = _fixed(model, keywords)
+    graph = _traced(model, at, fixed)
+    starts = [i for i, node in enumerate(graph.nodes) if node.op == "call_module"]
+    nodes = list(graph.nodes)
+    if not starts:
+        raise ModelError(f"{type(model).__name__} calls no module: nothing can be cut")
+    cuts = _cuts([nodes[i].target for i in starts], at)
+    units = _Units(model, graph).build([0, *starts[1:], len(nodes)])
+    return [units[first:last] for first, last in pairwise([0, *cuts, len(units)])]
+
+
+class _Tracer(fx.Tracer):
+    """Goes into modules that a cut falls within, and into plain sequences."""
+
+    def __init__(self, at: Sequence[str]) -> None:
+        super().__init__()
+        self._at = at
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether it is called whole."""
+        within = any(name.startswith(f"{module_qualified_name}.") for name in self._at)
+        return not within and not is_plain(m)
+
+
+def _fixed(model: nn.Module, given: Sequence[str]) -> dict[str, Any]:
+    """The optional inputs that are not given, with their defaults."""
+    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
+    nothing = inspect.Parameter.empty
+    optional = {p.name: p.default for p in parameters if p.default is not nothing}
+    for name in given:
+        if name not in optional:
+            raise ParameterError(
+                f"{name!r} is no optional input of {type(model).__name__}: found "
+                f"{', '.join(map(repr, optional)) or 'none'}"
+            )
+    return {name: value for name, value in optional.items() if name not in given}
+
+
+def _traced(model: nn.Module, at: Sequence[str], fixed: dict[str, Any]) -> fx.Graph:
+    """In both modes, which must not differ: what fx saw of them is fixed."""
+    modes = [(module, module.training) for module in model.modules()]
+    graphs = []
+    try:
+        for training in (True, False):
+            model.train(training)
+            graphs.append(_Tracer(at).trace(model, fixed))
+    except Exception as error:
+        raise ModelError(
+            f"the forward of {type(model).__name__} cannot be traced: {error}\n"
+            "Cut it between other modules, or give its layers as a list."
+        ) from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if str(graphs[0]) != str(graphs[1]):
+        raise ModelError(
+            f"the forward of {type(model).__name__} does other things in training than "
+            "in eval mode, outside of the modules that it calls: have a module do "
+            "that, nn.Dropout instead of functional.dropout say"
+        )
+    # In the order of the parameters; fx gives those that are fixed other names.
+    entries = [node for node in graphs[0].nodes if node.op == "placeholder"]
+    for name, node in zip(inspect.signature(model.forward).parameters, entries):
+        if name in fixed:
+            _erase(graphs[0], node)
+    return graphs[0]
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """With all that uses it: of a fixed input, checks that it has that value."""
+    for user in list(node.users):
+        _erase(graph, user)
+    graph.erase_node(node)
+
+
+def _cuts(called: Sequence[str], at: Sequence[str]) -> list[int]:
+    """Of each name, the unit that its first call begins."""
+    cuts: list[int] = []
+    for name in at:
+        within = [n == name or n.startswith(f"{name}.") for n in called]
+        if not any(within):
+            raise ModelError(f"the model never calls its module {name!r}")
+        cuts.append(within.index(True))
+        if cuts[-1] == 0:
+            raise ModelError(
+                f"{name!r} is called first, and begins the first stage anyway: leave "
+                "it out"
+            )
+        if len(cuts) > 1 and cuts[-1] <= cuts[-2]:
+            raise ModelError(
+                f"{name!r} is called before {at[len(cuts) - 2]!r}: name modules in the "
+                "order in which they are called"
+            )
+    return cuts
+
+
+class _Units:
+    """Makes units of a graph.
+
+    Args:
+        model: that was traced.
+        graph: of it.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        self._model = model
+        self._nodes = list(graph.nodes)
+        entries = [node for node in self._nodes if node.op == "placeholder"]
+        if not entries:
+            raise ModelError(f"{type(model).__name__} takes no input")
+        self._entry, self._keywords = entries[0], entries[1:]
+        for node in self._keywords:
+            if str(node.target).startswith("*"):
+                raise ModelError(
+                    f"the forward of {type(model).__name__} takes {node.target}: give "
+                    "its inputs names"
+                )
+
+    def build(self, starts: Sequence[int]) -> list[nn.Module]:
+        """One unit from each of these nodes to the next."""
+        unit_of: dict[fx.Node, int] = {self._entry: -1}
+        for unit, (first, last) in enumerate(pairwise(starts)):
+            for node in self._nodes[first:last]:
+                if node.op not in ("placeholder", "get_attr"):
+                    unit_of[node] = unit
+        crossing: list[list[fx.Node]] = [[self._entry]]
+        for unit in range(len(starts) - 2):
+            crossing.append(
+                [
+                    node
+                    for node in self._nodes
+                    if unit_of.get(node, unit + 1) <= unit
+                    and any(unit_of[user] > unit for user in node.users)
+                ]
+            )
+        return [
+            self._unit(
+                [
+                    n
+                    for n in self._nodes[first:last]
+                    if n in unit_of and n is not self._entry
+                ],
+                before,
+                after,
+            )
+            for (first, last), before, after in zip(
+                pairwise(starts), crossing, [*crossing[1:], []]
+            )
+        ]
+
+    def _unit(
+        self, nodes: list[fx.Node], before: list[fx.Node], after: list[fx.Node]
+    ) -> nn.Module:
+        """One that takes what was computed before, and gives what is used after."""
+        graph = fx.Graph()
+        value = graph.placeholder(self._own_name())
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in self._keywords:
+            if any(user in nodes for user in node.users):
+                copies[node] = graph.placeholder(str(node.target))
+        for place, node in enumerate(before):
+            copies[node] = value
+            if len(before) > 1:
+                copies[node] = graph.call_function(operator.getitem, (value, place))
+
+        def copied(node: fx.Node) -> fx.Node:
+            if node not in copies:  # of the model's own: no value that crosses
+                assert node.op == "get_attr"
+                copies[node] = graph.node_copy(node)
+            return copies[node]
+
+        for node in nodes:
+            if node.op != "output":
+                copies[node] = graph.node_copy(node, copied)
+            else:
+                graph.output(fx.map_arg(node.args[0], copied))
+        if after:
+            given: Any = tuple(map(copied, after))
+            graph.output(given if len(given) > 1 else given[0])
+        return fx.GraphModule(self._model, graph)
+
+    def _own_name(self) -> str:
+        """For what is handed on, unlike any keyword's."""
+        name, taken = "value", {str(node.target) for node in self._keywords}
+        while name in taken:
+            name = f"_{name}"
+        return name
