@@ -56,6 +56,8 @@ experiments: $(VENV)/ready
 	$(BIN)/python experiments/gpipe_table2.py
 	$(BIN)/python experiments/zero_bubble_tables.py
 	$(BIN)/python experiments/recomputation.py
+	$(BIN)/python experiments/amoebanet.py
+	$(BIN)/python experiments/real_work.py
 	$(BIN)/python experiments/partitioning.py
 	$(BIN)/python experiments/policies.py
 	$(BIN)/python experiments/bubble_by_stages.py
