@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import BinaryIO
 
 from pipeproof.cli.options import FLAGS, Features, Wanted
 from pipeproof.sched import CATALOG, Program, Schedule, catalog, recompute
@@ -12,6 +11,7 @@ from pipeproof.sched.errors import ParameterError, ParseError
 from pipeproof.sched.interop.json_form import parse_json
 from pipeproof.sched.interop.torch_csv import TorchCsv, read_torch_csv
 from pipeproof.sched.interop.torch_program import torch_program
+from pipeproof.sched.reading import text_of
 from pipeproof.sched.text import MAX_TEXT_BYTES
 
 MAX_CELLS = 10**8
@@ -126,23 +126,15 @@ def _rematerialised(schedule: Schedule, features: Features) -> Schedule:
 
 def _read(source: str, *, agreeing: bool) -> Schedule | TorchCsv:
     where = "standard input" if source == "-" else source
+    hint = "generate so long a schedule instead of reading it"
     if source == "-":
-        data = _bounded(sys.stdin.buffer, where)
+        text = text_of(sys.stdin.buffer, where, MAX_TEXT_BYTES, hint)
     else:
-        size = os.stat(source).st_size
-        if size > MAX_TEXT_BYTES:
-            raise _too_large(where, f"{size:,} bytes")
         with open(source, "rb") as file:
-            data = _bounded(file, where)
+            text = text_of(file, where, MAX_TEXT_BYTES, hint)
     try:
-        text = data.decode()
         is_csv = source.lower().endswith(".csv")
         return _parse(text, is_csv=is_csv, agreeing=agreeing)
-    except UnicodeDecodeError as error:
-        raise ParseError(
-            f"{where}: expected text in UTF-8, found byte "
-            f"0x{data[error.start]:02x} at {error.start:,}"
-        ) from None
     except ParseError as error:
         raise ParseError(f"{where}: {error}") from None
 
@@ -153,18 +145,3 @@ def _parse(text: str, *, is_csv: bool, agreeing: bool) -> Schedule | TorchCsv:
     if is_csv or (opening and opening in "0123456789(,"):
         return read_torch_csv(text, agreeing=agreeing)
     return parse_json(text) if opening == "{" else Schedule.parse(text)
-
-
-def _bounded(file: BinaryIO, where: str) -> bytes:
-    """All of it; a pipe or a device tells no size beforehand."""
-    data = file.read(MAX_TEXT_BYTES + 1)
-    if len(data) > MAX_TEXT_BYTES:
-        raise _too_large(where, "more")
-    return data
-
-
-def _too_large(where: str, found: str) -> ParseError:
-    return ParseError(
-        f"{where}: expected at most {MAX_TEXT_BYTES:,} bytes, found {found}: generate "
-        "so long a schedule instead of reading it"
-    )

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from pipeproof.sched.errors import ParameterError, ParseError
 from pipeproof.sched.exact import Number
+from pipeproof.sched.reading import text_of
 from pipeproof.sim.cluster import Cluster, Link
 from pipeproof.sim.cost import Cost
 
@@ -112,18 +113,15 @@ def read_cost(path: str | PathLike[str]) -> Measured:
     """
     where = fspath(path)
     with open(path, "rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ParseError(
-            f"{where}: expected at most {MAX_BYTES:,} bytes, found more: is this a "
-            "cost file?"
-        )
+        text = text_of(file, where, MAX_BYTES, "is this a cost file?")
     try:
-        content = json.loads(data)
+        content = json.loads(text)
     except ValueError as error:
         raise ParseError(
             f"{where}: expected JSON as `pipeproof profile` writes it: {error}"
         ) from None
+    except RecursionError:
+        raise ParseError(f"{where}: expected JSON with few brackets") from None
     try:
         return _parsed(content)
     except (ParseError, ParameterError) as error:
@@ -139,7 +137,9 @@ def _parsed(content: Any) -> Measured:
     cost = content.get("cost")
     _refuse_others("cost", cost, {spec.name for spec in fields(Cost)})
     links: dict[tuple[int, int], Link] = {}
-    for link in content.get("links", []):
+    if not isinstance(joined := content.get("links", []), list):
+        raise ParseError(f"links must be a list, found {joined!r}")
+    for link in joined:
         _refuse_others("a link", link, {"source", "target", "latency", "bandwidth"})
         ends = link.get("source"), link.get("target")
         if not all(type(end) is int and end >= 0 for end in ends):

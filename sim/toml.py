@@ -10,6 +10,7 @@ from os import PathLike, fspath
 from typing import Any
 
 from pipeproof.sched.errors import ParseError
+from pipeproof.sched.reading import text_of
 
 MAX_BYTES = 1 << 20
 
@@ -25,21 +26,11 @@ def read(path: str | PathLike[str], what: str) -> dict[str, Any]:
         ParseError: naming the file, and the place where it is no TOML.
         OSError: it cannot be read.
     """
-    where = fspath(path)
+    where, hint = fspath(path), f"is this a file that describes {what}?"
     with open(path, "rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ParseError(
-            f"{where}: expected at most {MAX_BYTES:,} bytes, found more: is this a "
-            f"file that describes {what}?"
-        )
+        text = text_of(file, where, MAX_BYTES, hint)
     try:
-        return parsed(data.decode())
-    except UnicodeDecodeError as error:
-        raise ParseError(
-            f"{where}: expected text in UTF-8, found byte "
-            f"0x{data[error.start]:02x} at {error.start:,}"
-        ) from None
+        return parsed(text)
     except ParseError as error:
         raise ParseError(f"{where}: {error}") from None
 

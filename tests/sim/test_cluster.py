@@ -271,7 +271,7 @@ def test_a_file_that_is_no_text_or_too_long(tmp_path: Path) -> None:
 
     path.write_bytes(b"#" * (MAX_BYTES + 1))
     with pytest.raises(
-        ParseError, match="expected at most 1,048,576 bytes, found more"
+        ParseError, match=r"expected at most 1,048,576 bytes, found [\d,]+ bytes"
     ):
         Cluster.load(path)
 

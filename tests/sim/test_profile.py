@@ -126,6 +126,7 @@ def written() -> dict:
         ({"cost": {"forwards": [1]}}, "cost has 'forwards': expected activation_bytes"),
         ({"cost": {"forward": [-1]}}, "forward must be a finite number of at least 0"),
         ({"links": [{"source": 0}]}, "a link joins two devices, found"),
+        ({"links": 3}, "links must be a list, found 3"),
         ({"links": [3]}, "a link must be an object, found 3"),
         ({"step_outside": "1"}, "step_outside must be seconds, found '1'"),
     ],
@@ -143,4 +144,12 @@ def test_a_file_that_is_torn(tmp_path: Path) -> None:
     path.write_text(json.dumps(written())[:-9])
 
     with pytest.raises(ParseError, match=r"cost.json: expected JSON as `pipeproof pro"):
+        read_cost(path)
+
+
+def test_a_file_of_brackets(tmp_path: Path) -> None:
+    path = tmp_path / "cost.json"
+    path.write_text("[" * 100_000)
+
+    with pytest.raises(ParseError, match=r"cost.json: expected JSON with few brackets"):
         read_cost(path)
