@@ -17,7 +17,7 @@ export OMP_NUM_THREADS := 1
 help:
 	@echo 'make demo      train a small GPT pipelined and not, compare, write a trace'
 	@echo 'make test      the tests (a few minutes)'
-	@echo 'make test-all  the tests, long ones too'
+	@echo 'make test-all  the tests, long ones too, on new random examples'
 	@echo 'make coverage  lines and branches of sched/ that its tests run; loops not compiled'
 	@echo 'make experiments  repeat figures and measurements, write experiments/results/'
 	@echo 'make lint      formatting, lint, types'
@@ -44,7 +44,7 @@ test: $(VENV)/ready
 	$(BIN)/pytest $(WORKERS)
 
 test-all: $(VENV)/ready
-	$(BIN)/pytest $(WORKERS) -m 'slow or not slow'
+	$(BIN)/pytest $(WORKERS) --hypothesis-profile=new-examples -m 'slow or not slow'
 
 # Compiled loops are not seen; plain ones do the same.
 coverage: $(VENV)/ready

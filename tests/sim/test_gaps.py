@@ -27,6 +27,7 @@ from pipeproof.sched import (
 )
 from pipeproof.sched.causes import Why
 from pipeproof.sched.gaps import Cause, Gap
+from pipeproof.sched.parts import scale_of
 from pipeproof.sched.trace import Timetable
 from pipeproof.sim import Cluster, Cost, Link, simulate
 from pipeproof.sim.cluster import STREAM_MODELS
@@ -355,9 +356,10 @@ def test_the_critical_path_fills_the_makespan(run: Trace, kinds: bool) -> None:
 
 @given(run=runs())
 def test_floats_have_the_same_reasons(run: Trace) -> None:
-    """Times that halves and whole numbers say exactly."""
+    """Whole times, which floats say exactly: shares of links can be 1/25 and less."""
+    scale = scale_of(run.start, run.end) or 1
     whole = dataclasses.replace(
-        run, timetable=Timetable(run.start * 360, run.end * 360)
+        run, timetable=Timetable(run.start * scale, run.end * scale)
     )
     floats = dataclasses.replace(
         whole,
