@@ -11,6 +11,7 @@ from pipeproof.sched.buffers import HOWS, Block
 from pipeproof.sched.deps import Index, OpTable
 from pipeproof.sched.hops import Hops
 from pipeproof.sched.ir import Kind, Schedule
+from pipeproof.sched.kernels import columns as new_columns
 from pipeproof.sched.kernels import run
 from pipeproof.sched.layout import Layout
 from pipeproof.sched.nodes import Nodes
@@ -61,6 +62,11 @@ def conditions(
     )
     nowhere = np.zeros(0, dtype=np.int32)
     index: Any = np.int32 if most < 2**31 else np.int64
+    kept = new_columns((total + 1, index), (most, np.int32), (count, np.int32))
+    kept[0][0], kept[2][:] = 0, -1
+    cells, slots = int(np.prod(table.shape)), int(hops.slot.max(initial=-1)) + 1
+    scratch = new_columns((cells, np.int32), *[(count, np.int32)] * 2)
+    scratch[0][:] = -1
     columns: list[NDArray[Any]] = [
         layout.action,
         layout.first_op,
@@ -81,20 +87,17 @@ def conditions(
         hops.out_of,
         hops.into,
         how,
-        np.full(int(np.prod(table.shape)), -1, dtype=np.int32),
+        scratch[0],
         *(table.by_kind.get(kind, nowhere).ravel() for kind in _MOVES),
         touching(Touch.TAKE, Block.OUTPUT_GRAD),
         touching(Touch.TAKE, Block.INPUT),
         np.array([blocking, late]),
         np.full(schedule.devices, -1, dtype=np.int32),
-        np.full(int(hops.slot.max(initial=-1)) + 1, -1, dtype=np.int32),
-        np.empty(int(hops.slot.max(initial=-1)) + 1, dtype=np.int32),
-        np.empty(count, dtype=np.int32),
-        np.empty(count, dtype=np.int32),
+        np.full(slots, -1, dtype=np.int32),
+        np.empty(slots, dtype=np.int32),
+        *scratch[1:],
         np.empty(2 * int(layout.op_count.max(initial=0)), dtype=np.int32),
-        np.zeros(total + 1, dtype=index),
-        np.empty(most, dtype=np.int32),
-        np.full(count, -1, dtype=np.int32),
+        *kept,
     ]
     offsets, values, took = run(_wait, columns, results=[31, 32, 33], size=total)
     return Lists(offsets, values[: offsets[-1]]), took

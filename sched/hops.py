@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pipeproof.sched.deps import Index, OpTable, csr
 from pipeproof.sched.ir import BACKWARD_KINDS, Kind, Schedule
+from pipeproof.sched.kernels import columns as new_columns
 from pipeproof.sched.kernels import run
 from pipeproof.sched.nodes import Nodes, Streams
 
@@ -52,6 +53,13 @@ class Hops:
         """
         ops = schedule.ops
         size = 2 * (schedule.stages - 1) * schedule.all_micro_batches * schedule.slices
+        filled = new_columns(
+            *[(size, np.int32)] * 5,
+            (len(nodes.by_rank) + 1, np.int32),
+            *[(len(ops), np.int32)] * 2,
+        )
+        starts, out_of, into = filled[5:]
+        starts[0], out_of[:], into[:] = 0, -1, -1
         columns = [
             nodes.by_rank,
             nodes.starts,
@@ -66,9 +74,7 @@ class Hops:
             streams.up,
             _slots(schedule),
             np.array([schedule.stages]),
-            *(np.empty(size, dtype=np.int32) for _ in range(5)),
-            np.zeros(len(nodes.by_rank) + 1, dtype=np.int32),
-            *(np.full(len(ops), -1, dtype=np.int32) for _ in range(2)),
+            *filled,
         ]
         return cls(*run(_produce, columns, results=[*range(13, 21)], size=len(ops)))
 
@@ -79,7 +85,7 @@ class Hops:
 
 
 def _slots(schedule: Schedule) -> NDArray[np.int32]:
-    """The first of two sorts of slot of each stage of each pipe.
+    """The first of two sorts of slot of each stage, at pipe × stages + stage.
 
     Pipes whose stage lies on one device share them.
     """
@@ -87,7 +93,7 @@ def _slots(schedule: Schedule) -> NDArray[np.int32]:
     stages = homes.shape[1]
     first = np.argmax(homes[:, None] == homes, axis=1)
     slots: NDArray[np.int32] = (first * stages + np.arange(stages)).astype(np.int32)
-    return 2 * slots
+    return 2 * slots.ravel()
 
 
 def _produce(
@@ -125,12 +131,12 @@ def _produce(
                 after = forward[place[op] + 1]
                 pipe = pipe_of[micro_batch[op]]
                 over = down[pipe * stages + at]
-                slot[hop] = slots[pipe][at + 1]
+                slot[hop] = slots[pipe * stages + at + 1]
             elif (kind[op] == _B or kind[op] == _I) and at > 0:
                 after = backward[place[op] - 1]
                 pipe = pipe_of[micro_batch[op]]
                 over = up[pipe * stages + at]
-                slot[hop] = slots[pipe][at - 1] + 1
+                slot[hop] = slots[pipe * stages + at - 1] + 1
             else:
                 continue
             source[hop] = op

@@ -43,7 +43,7 @@ class Graph:
         self.table = OpTable.of(schedule)
         running = np.flatnonzero(program.first_op >= 0)
         where = self.node[program.first_op[running]]
-        self.time = np.zeros(len(first), dtype=timing.durations.dtype)
+        self.time = np.zeros(len(first), dtype=timing.times.dtype)
         self.time[where] = timing.durations[running]
         self.computes = np.zeros(len(first), dtype=np.bool_)
         self.computes[where] = program.action[running] == Action.COMPUTE
