@@ -151,7 +151,7 @@ class Binder:
         if self._offloaded[op.micro_batch, op.slice, op.stage]:
             compute = _inside(self._into_stash(op, stage), compute)
         if len(holders(self.program.schedule, op.stage)) > 1:
-            compute = _inside(stage.refusing_changes, compute)
+            compute = _inside(stage.buffers.refusing_changes, compute)
         out = _find(instruction.writes, (BufferKind.OUTPUT,), op)
         stash = _find(instruction.writes, (BufferKind.ACTIVATION,), op)
         brought = _find(instruction.writes, INPUTS, op)
@@ -173,7 +173,7 @@ class Binder:
         def forget() -> None:
             if brought >= 0:
                 bring_in()
-            with torch.no_grad(), stage.noting_changes():
+            with torch.no_grad(), stage.buffers.noting_changes(_of(op)):
                 output, carry = compute()
             if self.autocast:
                 # Casts of weights made here have no graph; cached, they would
@@ -193,7 +193,7 @@ class Binder:
         stash = _find(instruction.writes, (BufferKind.ACTIVATION,), op)
 
         def recompute() -> None:
-            with stage.unchanged():
+            with stage.buffers.rewound(_of(op)):
                 output, carry = compute()
             values[stash] = tensors.root(output), self._roots(op, carry)
 

@@ -1,10 +1,9 @@
-"""One stage: its units, their randomness, and the state they change."""
+"""One stage: its units, and their randomness."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from pipeproof.exec import tensors
 from pipeproof.exec.batch import NO_KEYWORDS, Value
 from pipeproof.exec.batch_norm import deferred
+from pipeproof.exec.buffers import Buffers
 from pipeproof.exec.errors import ModelError
 from pipeproof.exec.rng import generators, key, seed
 from pipeproof.exec.split import Splitter
@@ -219,14 +219,11 @@ class Stage:
             {id(m): m for unit in unique for m in unit.modules()}.values()
         )
         self._deferred = deferred(self.modules)
-        self._has_buffers = any(module._buffers for module in self.modules)
+        self.buffers = Buffers(number, self.modules)
         self.carries = sum(map(takes_carry, self.units))
         self.takes_keywords = frozenset[str]().union(*self._keywords)
         self._generators = generators(device)
         self.splitter = Splitter(self.modules)
-        self.changed: set[tuple[int, str]] = set()
-        self._modes: list[bool] = []
-        self._learning = True
         self._staying: frozenset[int] | None = None
 
     @property
@@ -238,7 +235,7 @@ class Stage:
     def staying(self) -> frozenset[int]:
         """Addresses of its parameters and buffers."""
         if self._staying is None:
-            buffers = (buffer for _, buffer in self._buffers())
+            buffers = (buffer for _, buffer in self.buffers)
             self._staying = addresses((*self.parameters, *buffers))
         return self._staying
 
@@ -252,10 +249,7 @@ class Stage:
         self._staying = None
         for norm in self._deferred:
             norm.forget()
-        modes = [module.training for module in self.modules]
-        if modes != self._modes:
-            self._modes, self._learning = modes, True
-            self.changed.clear()
+        self.buffers.begin()
         self._plan = [
             (-1 if _draws_nothing(unit) else number, unit, names)
             for number, (unit, names) in enumerate(
@@ -321,76 +315,3 @@ class Stage:
         if isinstance(value, Tensor):
             return value
         return tensors.check(value, f"stage {self.number}")
-
-    @contextmanager
-    def noting_changes(self) -> Iterator[None]:
-        """Note which of the stage's buffers a forward changes.
-
-        The first forward compares values, since batch norm does not tell
-        autograd that it writes to its statistics; later ones compare versions.
-        """
-        if not self._has_buffers:
-            yield
-            return
-        before = {
-            where: (buffer, buffer._version, buffer.clone() if self._learning else None)
-            for where, buffer in self._buffers()
-        }
-        yield
-        for where, buffer in self._buffers():
-            earlier, version, copy = before.get(where, (None, 0, None))
-            if (
-                buffer is not earlier
-                or buffer._version != version
-                or (copy is not None and not torch.equal(buffer, copy))
-            ):
-                self.changed.add(where)
-        self._learning = False
-
-    @contextmanager
-    def refusing_changes(self) -> Iterator[None]:
-        """Refuse a first forward that changes the stage's buffers.
-
-        Raises:
-            ModelError: it does.
-        """
-        if not self._has_buffers or not self._learning:
-            yield
-            return
-        with self.noting_changes():
-            yield
-        for number, name in sorted(self.changed):
-            owner = type(self.modules[number]).__name__
-            raise ModelError(
-                f"stage {self.number} has replicas on several devices, and its "
-                f"{owner} changes {name!r} in forward: which micro-batches a replica "
-                "sees depends on the schedule, and so would the result; freeze it "
-                "(eval), or use a schedule of one pipe"
-            )
-
-    def _buffers(self) -> Iterator[tuple[tuple[int, str], Tensor]]:
-        for number, module in enumerate(self.modules):
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    yield (number, name), buffer
-
-    @contextmanager
-    def unchanged(self) -> Iterator[None]:
-        """Run a forward again without its effect on the stage's buffers.
-
-        The forward before has had that effect already: running statistics count
-        each micro-batch once. A module whose output depends on what it changed
-        cannot be run again; no module of torch.nn does.
-        """
-        originals = []
-        for number, name in self.changed:
-            buffers = self.modules[number]._buffers
-            original = buffers[name]
-            if original is not None:
-                originals.append((buffers, name, original))
-                buffers[name] = original.clone()
-        try:
-            yield
-        finally:
-            for buffers, name, original in originals:
-                buffers[name] = original

@@ -211,6 +211,21 @@ class Keeps(nn.Module):
         return _Keep.apply(x, self.weight, self.entries)
 
 
+class Counts(nn.Module):
+    """Multiplies by how often it was called, but for its first calls."""
+
+    def __init__(self, after: int = 0) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+        self.after, self.ran = after, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.ran += 1
+        if self.ran > self.after:
+            self.calls += 1
+        return x * self.calls.clone()
+
+
 class FullBatch(nn.Module):
     """A unit on the whole batch; dropout with the masks of its parts."""
 

@@ -11,7 +11,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from models import Masked, mlp
+from models import Counts, Masked, mlp
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -30,7 +30,7 @@ from pipeproof.exec.homes import refuse_shared
 from pipeproof.exec.sharded import check_wrapped
 from pipeproof.exec.stage import Stage
 from pipeproof.exec.ties import _check
-from pipeproof.sched import PipeproofError, Schedule, catalog
+from pipeproof.sched import PipeproofError, Schedule, catalog, recompute
 
 mse = functional.mse_loss
 CHAPTER = (Path(pipeproof.exec.__file__).parent / "MODELS.md").read_text("utf-8")
@@ -209,6 +209,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "none": lambda: step(stages=[None, *mlp(1)]),
     "split_at": lambda: split_at(mlp(3), [1, 1]),
     "split_evenly": lambda: split_evenly(mlp(1), 2),
+    "buffer changed late": lambda: step(
+        stages=[Counts(after=1), *mlp(1)], plan=recompute(schedule(), "always")
+    ),
     "in place, offloaded": changing_what_is_offloaded,
     "no batch": lambda: pipeline().step(None, None),
     "no inputs": lambda: pipeline().predict(None),
