@@ -35,10 +35,16 @@ class Record:
         self._store = store
         self._found: Failure | None = None
 
+    @property
+    def known(self) -> Failure | None:
+        """What was read or written here; it costs no look into the store."""
+        return self._found
+
     def write(self, failure: Failure) -> None:
         """Keep this one, unless there is another already."""
         if self._store.add("failures", 1) == 1:
             self._store.set("failure", json.dumps(asdict(failure)))
+            self._found = failure
 
     def read(self) -> Failure | None:
         """The failure, if there is one."""

@@ -18,7 +18,7 @@ from pipeproof.exec import tensors
 from pipeproof.exec.batch import LossFn
 from pipeproof.exec.bind import Binder, Homes, holders
 from pipeproof.exec.clock import Clock
-from pipeproof.exec.errors import RankError, StepError
+from pipeproof.exec.errors import BatchError, RankError, StepError
 from pipeproof.exec.finite import check_before, looked_at
 from pipeproof.exec.replicas import Run, Sums, add_up
 from pipeproof.exec.sharded import Sharded
@@ -156,7 +156,7 @@ class Runtime:
             for index, run in self._busy:  # noqa: B007
                 run()
             self._complete()
-        except RankError:  # says where by itself
+        except (RankError, BatchError):  # say where by themselves
             raise
         except Exception as error:
             raise self._broken(index, error) from error
@@ -175,7 +175,7 @@ class Runtime:
                 run()
                 clock.mark(device_of[index])
             self._complete()
-        except RankError:  # says where by itself
+        except (RankError, BatchError):  # say where by themselves
             raise
         except Exception as error:
             raise self._broken(index, error) from error
@@ -218,7 +218,7 @@ class Runtime:
                 for message in awaited:
                     assert self._transport is not None
                     self._transport.finish(message)
-        except RankError:  # says where by itself
+        except (RankError, BatchError):  # say where by themselves
             raise
         except Exception as error:
             raise self._broken(index, error, "") from error

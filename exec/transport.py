@@ -28,7 +28,7 @@ more than a little is held like that, the oldest has a thread that waits for it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -79,6 +79,7 @@ class Across:
         self._going: dict[int, list[Pending]] = {}
         self._forms: dict[int, Form] = {}
         self._announced = False
+        self._ask: Callable[[], bool] | None = None
         self.recorded = False
         self._begun: dict[int, tuple[int, float, list[Pending]]] = {}
         self._kept: list[tuple[int, float, list[Pending]]] = []
@@ -89,19 +90,27 @@ class Across:
         }
         self._held = dict.fromkeys(self._sent, 0)
 
-    def begin(self, *, announced: bool) -> None:
+    def begin(self, announced: Callable[[], bool]) -> None:
         """Get ready for a step.
 
         Args:
-            announced: messages have the forms they had in the step before;
-                otherwise each comes with a header.
+            announced: asked before the first message, whether all have the forms
+                they had in the step before; otherwise each comes with a header.
         """
-        self._announced = announced
-        if not announced:
-            self._forms.clear()
+        self._ask = announced
+
+    def agree(self) -> None:
+        """Ask, if that has not been done."""
+        if self._ask is not None:
+            ask, self._ask = self._ask, None
+            self._announced = ask()
+            if not self._announced:
+                self._forms.clear()
 
     def send(self, message: Message, value: Any) -> None:
         """Start to send a value; its memory is held until it is sent."""
+        if self._ask is not None:
+            self.agree()
         began = perf_counter()
         tensors = self._fitting(message, value)
         wire, moving = self._out[message.target], []
@@ -155,6 +164,8 @@ class Across:
 
     def post(self, message: Message) -> None:
         """Start to receive, if it is known what, and that of all before it."""
+        if self._ask is not None:
+            self.agree()
         if self._known(message) and not self._unknown[message.source]:
             self._receive(message)
         else:
@@ -226,10 +237,12 @@ class Across:
             waiting.clear()
 
     def end(self) -> None:
-        """Let go of what was sent, now that all of it has been taken."""
+        """Let go of what was sent, when it has gone."""
         for peer, sent in self._sent.items():
             while sent:
-                self._settle(peer, sent[-1][0])
+                _, size, pending = sent.popleft()
+                self._held[peer] -= size
+                self._wait(pending, "what was sent to be taken")
 
     def times(self) -> list[tuple[int, float, float]]:
         """When sends and receives of the last recorded step began and ended here.
