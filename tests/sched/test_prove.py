@@ -273,6 +273,8 @@ def test_slots_in_a_ring_are_refuted() -> None:
 
     ring = assembled(program, parts_of(program), {one: two, two: one})
     assert {finding.rule for finding in prove(ring).findings} == {"slot"}
+    with pytest.raises(ValueError, match="input 1:0 is in a ring of slots"):
+        computes_the_gradient(ring, random.Random(0))
 
 
 def test_a_buffer_of_another_device_is_out_of_reach() -> None:
