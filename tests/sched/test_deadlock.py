@@ -14,6 +14,8 @@ from test_contract import POLICIES, each_row
 
 from pipeproof.sched import (
     Action,
+    B,
+    F,
     ParameterError,
     Program,
     Schedule,
@@ -120,6 +122,42 @@ def test_a_cycle_is_named() -> None:
     assert check(program, streams="one", buffering="eager").ok
 
 
+def waiting(program: Program, label: str, other: str) -> Program:
+    """One instruction waits for another one too."""
+    parts = parts_of(program)
+    of = {program.label(part.key): part for part in parts}
+    of[label].waits.append(of[other].key)
+    return assembled(program, parts)
+
+
+def test_a_cycle_may_go_through_the_first_instruction() -> None:
+    program = lower(catalog.make("1f1b", devices=2, micro_batches=1))
+
+    (finding,) = deadlocks(waiting(program, "0F0", "recv gradient 1→0:0"))
+    assert finding.device == 0
+    assert finding.found == (
+        "a cycle of waits, and 8 instructions that never end: "
+        "0F0 (0, device 0, compute) waits for "
+        "recv gradient 1→0:0 (6, device 0, receive from 1) waits for "
+        "send gradient 1→0:0 (5, device 1, send to 0) waits for "
+        "1B0 (4, device 1, compute) waits for "
+        "1F0 (3, device 1, compute) waits for "
+        "recv activation 0→1:0 (2, device 1, receive from 0) waits for "
+        "send activation 0→1:0 (1, device 0, send to 1) waits for "
+        "0F0 (0, device 0, compute)"
+    )
+
+
+def test_what_waits_for_itself_is_a_cycle() -> None:
+    program = lower(catalog.make("1f1b", devices=2, micro_batches=1))
+
+    (finding,) = deadlocks(waiting(program, "1B0", "1B0"))
+    assert finding.device == 1
+    assert finding.found.endswith(
+        "1B0 (4, device 1, compute) waits for 1B0 (4, device 1, compute)"
+    )
+
+
 def test_a_cycle_is_drawn() -> None:
     report = check(crossing(), streams="one")
 
@@ -186,5 +224,10 @@ def test_refuses_models_that_there_are_not() -> None:
         check(schedule, streams="two")  # type: ignore[arg-type]
     with pytest.raises(ParameterError, match="of at least 1, got 0"):
         check(schedule, buffering=0)
+    broken = Schedule.of([[B(0, 0), F(0, 0)]])
+    with pytest.raises(ParameterError, match="streams must be one of dir, pair, one"):
+        check(broken, streams="two")  # type: ignore[arg-type]
+    with pytest.raises(ParameterError, match="of at least 1, got True"):
+        deadlocks(lower(schedule), buffering=True)
     with pytest.raises(ParameterError, match="check judges a Schedule or a Program"):
         check("1f1b")  # type: ignore[arg-type]
