@@ -209,12 +209,50 @@ def test_receives_in_another_order_than_sends_are_found() -> None:
     )
 
 
-def test_a_message_that_nobody_receives_is_found() -> None:
-    program = lower(catalog.make("gpipe", devices=2, micro_batches=1))
-    parts = [p for p in parts_of(program) if p.action != Action.RECV]
+def test_each_link_out_of_order_is_named_once() -> None:
+    program = lower(catalog.make("gpipe", devices=2, micro_batches=4))
+    parts = parts_of(program)
+    place = {program.label(part.key): i for i, part in enumerate(parts)}
+    for one, two in (("0→1:0", "0→1:2"), ("0→1:1", "0→1:3")):
+        i, j = place[f"recv activation {one}"], place[f"recv activation {two}"]
+        parts[i], parts[j] = parts[j], parts[i]
+    i, j = place["recv gradient 1→0:2"], place["recv gradient 1→0:0"]
+    parts[i], parts[j] = parts[j], parts[i]
 
     found = check(assembled(program, parts)).findings
-    assert [finding.found for finding in found] == ["0 of them"] * 2
+    assert [(f.rule, f.device, f.found) for f in found] == [
+        ("fifo", 0, "activation 0→1:2 is received where activation 0→1:0 was sent"),
+        ("fifo", 1, "gradient 1→0:0 is received where gradient 1→0:2 was sent"),
+    ]
+    assert [f.expected for f in found] == [
+        "message 1 that device 1 receives from 0 is message 1 that was sent",
+        "message 2 that device 0 receives from 1 is message 2 that was sent",
+    ]
+
+
+def test_a_message_on_another_link_is_found() -> None:
+    program = lower(catalog.make("1f1b", devices=3, micro_batches=2))
+    parts = parts_of(program)
+    of = {program.label(part.key): part for part in parts}
+    of["send gradient 1→0:0"].stream = of["send activation 1→2:0"].stream
+
+    found = check(assembled(program, parts)).findings
+    assert [(finding.rule, finding.device) for finding in found] == [
+        ("message", 1),
+        ("message", 1),
+    ]
+    assert "a send on the stream 'send to 2', is not that of" in found[0].found
+    assert found[1].found == "0 of them"
+
+
+def test_a_message_that_nobody_receives_is_found() -> None:
+    program = lower(catalog.make("gpipe", devices=2, micro_batches=1))
+    for action, at in ((Action.RECV, [1, 0]), (Action.SEND, [0, 1])):
+        parts = [p for p in parts_of(program) if p.action != action]
+
+        found = check(assembled(program, parts)).findings
+        assert [finding.found for finding in found] == ["0 of them"] * 2
+        assert [finding.device for finding in found] == at
 
 
 def test_refuses_models_that_there_are_not() -> None:

@@ -332,6 +332,8 @@ def test_slots_in_a_ring_are_refuted() -> None:
 
     ring = assembled(program, parts_of(program), {one: two, two: one})
     assert {finding.rule for finding in prove(ring).findings} == {"slot"}
+    (first,) = prove(assembled(program, parts_of(program), {0: 0})).findings
+    assert first.found == "activation 0:0 takes over from itself"
     with pytest.raises(ValueError, match="input 1:0 is in a ring of slots"):
         computes_the_gradient(ring, random.Random(0))
 
