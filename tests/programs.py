@@ -219,6 +219,24 @@ def instructions_of(program: Program) -> list[Instruction]:
     return list(program)
 
 
+def slots_of(program: Program) -> list[int]:
+    """For each buffer the first one of its slot.
+
+    Raises:
+        ValueError: there is none, as buffers take over from each other in a ring.
+    """
+    before = program.buffers[:, 5].tolist()
+    result = []
+    for buffer in range(len(before)):
+        root, steps = buffer, 0
+        while before[root] >= 0:
+            root, steps = before[root], steps + 1
+            if steps > len(before):
+                raise ValueError(f"{program.buffer_at(buffer)} is in a ring of slots")
+        result.append(root)
+    return result
+
+
 class Play:
     """One run in one random order; `contents` is what is left.
 
@@ -229,13 +247,7 @@ class Play:
         self.program, self.dice = program, dice
         self.rendezvous = dice.random() < 0.5
         self.instructions = instructions_of(program)
-        table = program.buffers.tolist()
-        self.slot = list(range(len(table)))
-        for buffer in range(len(table)):
-            root = buffer
-            while table[root][5] >= 0:
-                root = table[root][5]
-            self.slot[buffer] = root
+        self.slot = slots_of(program)
         self.holder: dict[int, int] = {}
         self.contents: dict[int, Content] = {}
         self.carried: dict[tuple[object, ...], str] = {}

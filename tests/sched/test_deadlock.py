@@ -14,6 +14,8 @@ from test_contract import POLICIES, each_row
 
 from pipeproof.sched import (
     Action,
+    B,
+    F,
     ParameterError,
     Program,
     Schedule,
@@ -120,6 +122,42 @@ def test_a_cycle_is_named() -> None:
     assert check(program, streams="one", buffering="eager").ok
 
 
+def waiting(program: Program, label: str, other: str) -> Program:
+    """One instruction waits for another one too."""
+    parts = parts_of(program)
+    of = {program.label(part.key): part for part in parts}
+    of[label].waits.append(of[other].key)
+    return assembled(program, parts)
+
+
+def test_a_cycle_may_go_through_the_first_instruction() -> None:
+    program = lower(catalog.make("1f1b", devices=2, micro_batches=1))
+
+    (finding,) = deadlocks(waiting(program, "0F0", "recv gradient 1→0:0"))
+    assert finding.device == 0
+    assert finding.found == (
+        "a cycle of waits, and 8 instructions that never end: "
+        "0F0 (0, device 0, compute) waits for "
+        "recv gradient 1→0:0 (6, device 0, receive from 1) waits for "
+        "send gradient 1→0:0 (5, device 1, send to 0) waits for "
+        "1B0 (4, device 1, compute) waits for "
+        "1F0 (3, device 1, compute) waits for "
+        "recv activation 0→1:0 (2, device 1, receive from 0) waits for "
+        "send activation 0→1:0 (1, device 0, send to 1) waits for "
+        "0F0 (0, device 0, compute)"
+    )
+
+
+def test_what_waits_for_itself_is_a_cycle() -> None:
+    program = lower(catalog.make("1f1b", devices=2, micro_batches=1))
+
+    (finding,) = deadlocks(waiting(program, "1B0", "1B0"))
+    assert finding.device == 1
+    assert finding.found.endswith(
+        "1B0 (4, device 1, compute) waits for 1B0 (4, device 1, compute)"
+    )
+
+
 def test_a_cycle_is_drawn() -> None:
     report = check(crossing(), streams="one")
 
@@ -171,12 +209,50 @@ def test_receives_in_another_order_than_sends_are_found() -> None:
     )
 
 
-def test_a_message_that_nobody_receives_is_found() -> None:
-    program = lower(catalog.make("gpipe", devices=2, micro_batches=1))
-    parts = [p for p in parts_of(program) if p.action != Action.RECV]
+def test_each_link_out_of_order_is_named_once() -> None:
+    program = lower(catalog.make("gpipe", devices=2, micro_batches=4))
+    parts = parts_of(program)
+    place = {program.label(part.key): i for i, part in enumerate(parts)}
+    for one, two in (("0→1:0", "0→1:2"), ("0→1:1", "0→1:3")):
+        i, j = place[f"recv activation {one}"], place[f"recv activation {two}"]
+        parts[i], parts[j] = parts[j], parts[i]
+    i, j = place["recv gradient 1→0:2"], place["recv gradient 1→0:0"]
+    parts[i], parts[j] = parts[j], parts[i]
 
     found = check(assembled(program, parts)).findings
-    assert [finding.found for finding in found] == ["0 of them"] * 2
+    assert [(f.rule, f.device, f.found) for f in found] == [
+        ("fifo", 0, "activation 0→1:2 is received where activation 0→1:0 was sent"),
+        ("fifo", 1, "gradient 1→0:0 is received where gradient 1→0:2 was sent"),
+    ]
+    assert [f.expected for f in found] == [
+        "message 1 that device 1 receives from 0 is message 1 that was sent",
+        "message 2 that device 0 receives from 1 is message 2 that was sent",
+    ]
+
+
+def test_a_message_on_another_link_is_found() -> None:
+    program = lower(catalog.make("1f1b", devices=3, micro_batches=2))
+    parts = parts_of(program)
+    of = {program.label(part.key): part for part in parts}
+    of["send gradient 1→0:0"].stream = of["send activation 1→2:0"].stream
+
+    found = check(assembled(program, parts)).findings
+    assert [(finding.rule, finding.device) for finding in found] == [
+        ("message", 1),
+        ("message", 1),
+    ]
+    assert "a send on the stream 'send to 2', is not that of" in found[0].found
+    assert found[1].found == "0 of them"
+
+
+def test_a_message_that_nobody_receives_is_found() -> None:
+    program = lower(catalog.make("gpipe", devices=2, micro_batches=1))
+    for action, at in ((Action.RECV, [1, 0]), (Action.SEND, [0, 1])):
+        parts = [p for p in parts_of(program) if p.action != action]
+
+        found = check(assembled(program, parts)).findings
+        assert [finding.found for finding in found] == ["0 of them"] * 2
+        assert [finding.device for finding in found] == at
 
 
 def test_refuses_models_that_there_are_not() -> None:
@@ -186,5 +262,10 @@ def test_refuses_models_that_there_are_not() -> None:
         check(schedule, streams="two")  # type: ignore[arg-type]
     with pytest.raises(ParameterError, match="of at least 1, got 0"):
         check(schedule, buffering=0)
+    broken = Schedule.of([[B(0, 0), F(0, 0)]])
+    with pytest.raises(ParameterError, match="streams must be one of dir, pair, one"):
+        check(broken, streams="two")  # type: ignore[arg-type]
+    with pytest.raises(ParameterError, match="of at least 1, got True"):
+        deadlocks(lower(schedule), buffering=True)
     with pytest.raises(ParameterError, match="check judges a Schedule or a Program"):
         check("1f1b")  # type: ignore[arg-type]
