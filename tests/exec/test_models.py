@@ -170,16 +170,37 @@ def test_the_gradient_of_the_inputs(policy: str) -> None:
     assert close([ours.grad], [theirs.grad])
 
 
-def test_tied_weights_on_one_device() -> None:
-    stages = mlp(3)
-    stages[2][0].weight = stages[0][0].weight
+TIED = {"gpipe": 4, "1f1b": 4, "zb-h1": 4, "interleaved": 2, "zb-v": 2, "hanayo": 2}
+"""Schedules and devices that make four stages."""
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_tied_weights_on_one_device(name: str) -> None:
+    """In two, three and four stages, twice in one, and one module in two."""
+    stages = [*mlp(2), nn.Sequential(*mlp(2)), *mlp(1)]
+    stages[2][0][0].weight = stages[2][1][0].weight = stages[0][0].weight
+    stages[3][0].weight = stages[0][0].weight
+    stages[1][0].bias = stages[2][0][0].bias = stages[0][0].bias
+    stages[3].append(stages[1])
     twin = copy.deepcopy(stages)
     x, y = rows(7)
 
-    Pipeline(stages, schedule(3), mse).step(x, y)
+    against_reference(stages, schedule(TIED[name], 4, name), x, y)
 
-    mse(twin[2](twin[1](twin[0](x))), y).backward()
+    mse(nn.Sequential(*twin)(x), y).backward()
     assert close(grads(stages), grads(twin))
+
+
+def test_tied_weights_keep_what_was_there_before() -> None:
+    stages = mlp(2)
+    stages[1][0].weight = stages[0][0].weight
+    pipeline = Pipeline(stages, schedule(), mse)
+    pipeline.step(*rows(7))
+    once = [grad.clone() for grad in grads(stages) if grad is not None]
+
+    pipeline.step(*rows(7))
+
+    assert close(grads(stages), [2 * grad for grad in once])
 
 
 def test_views_identities_and_unused_parameters() -> None:
