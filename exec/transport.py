@@ -42,7 +42,7 @@ from pipeproof.exec.wires import Pending, TextWire, Wait, Wire
 from pipeproof.sched import Action, Program
 from pipeproof.sched.program import Message
 
-HELD = 1 << 18
+HELD = 1 << 20
 """Bytes sent to a peer that may be held until something comes back from there."""
 Arriving = list[tuple[Part, Tensor, Pending | None]]
 """Of each tensor of a value: what it is, itself, and its transfer."""
