@@ -148,6 +148,28 @@ def test_a_cycle_may_go_through_the_first_instruction() -> None:
     )
 
 
+def test_reductions_in_another_order_on_each_device_hang() -> None:
+    program = lower(catalog.make("chimera", devices=2, micro_batches=2))
+    parts = parts_of(program)
+    one, two = (
+        i
+        for i, part in enumerate(parts)
+        if part.action == Action.REDUCE and program.device[part.key] == 1
+    )
+    parts[one], parts[two] = parts[two], parts[one]
+
+    (finding,) = check(assembled(program, parts)).findings
+    assert finding.found == (
+        "a cycle of waits, and 4 instructions that never end: "
+        "1REDUCE (15, device 0, reduce) waits for "
+        "1REDUCE (19, device 1, reduce) waits for "
+        "0REDUCE (16, device 1, reduce) waits for "
+        "0REDUCE (18, device 0, reduce) waits for "
+        "1REDUCE (15, device 0, reduce)"
+    )
+    assert not runs(assembled(program, parts), "dir", "eager")
+
+
 def test_what_waits_for_itself_is_a_cycle() -> None:
     program = lower(catalog.make("1f1b", devices=2, micro_batches=1))
 
