@@ -46,14 +46,17 @@ class Cost:
             that I leaves for W; from 0 to 1. One number, or one per stage.
         weight_bytes, gradient_bytes, optimizer_bytes: held all the time.
         activation_bytes: all that a forward keeps for its backward, the stage's
-            input included.
+            input included, and what skip connections bring.
         boundary_bytes: a stage's output tensor, and the gradient of it. Not
             divided by V: a boundary is as wide wherever the cut is.
         input_bytes: a stage's input tensor; default the boundary_bytes of the
             stage before, and 0 for the first stage, whose input is a view of the
             batch.
+        skip_bytes: what goes over a skip connection, and the gradient of it: one
+            number, or one for each of the schedule's skips, in their order. Not
+            divided by V.
         stored_bytes: all that a forward keeps where an R rebuilds the rest, the
-            stage's input included; default the input.
+            stage's input and what skips bring included; default these.
         rebuilt_bytes: what that R adds; default all of the activations that are
             not stored.
         workspace_bytes: what a backward (B or I) needs only while it runs. Not
@@ -80,6 +83,7 @@ class Cost:
     activation_bytes: PerStage | None = None
     boundary_bytes: PerStage | None = None
     input_bytes: PerStage | None = None
+    skip_bytes: PerStage | None = None
     stored_bytes: PerStage | None = None
     rebuilt_bytes: PerStage | None = None
     workspace_bytes: PerStage | None = None
@@ -243,6 +247,22 @@ class Cost:
         shares = schedule.placement.shares()
         part = {n: divide(number, n) for n in set().union(*shares)}
         return [[part[n] for n in pipe] for pipe in shares]
+
+    def per_skip(self, schedule: Schedule) -> list[Number]:
+        """Bytes that go over each skip connection, for a slice.
+
+        Raises:
+            ParameterError: a sequence whose length is not the number of skips.
+        """
+        skips, value = schedule.skips, self.skip_bytes
+        if not isinstance(value, Sequence):
+            value = [0 if value is None else value] * len(skips)
+        if len(value) != len(skips):
+            raise ParameterError(
+                f"skip_bytes has {len(value)} numbers for {len(skips)} skips: give one "
+                "number, or one per skip of the schedule"
+            )
+        return [divide(plain(number), schedule.slices) for number in value]
 
     def sizes(self, program: Program) -> Sizes:
         """What each buffer of a program weighs.
