@@ -45,7 +45,7 @@ OF_PROOFS = ["tests/sched/test_prove.py", "tests/sched/interop/test_torch_progra
 OF_PROGRAMS = [*OF_DEADLOCKS, *OF_PROOFS]
 OF_LOWERING = ["tests/sched/test_program.py", *OF_PROGRAMS, "tests/sim/test_offload.py"]
 TARGETS: dict[str, list[str]] = {
-    "check": OF_CHECK,
+    "check": [*OF_CHECK, *OF_DEADLOCKS],
     "deadlock": OF_PROGRAMS,
     "prove": [*OF_PROOFS, *OF_DEADLOCKS],
     "findings": [*OF_CHECK, *OF_PROGRAMS, *IN_WORDS],
