@@ -277,6 +277,24 @@ def test_a_message_that_nobody_receives_is_found() -> None:
         assert [finding.device for finding in found] == at
 
 
+def test_as_many_buffers_as_messages_cross_save_two_that_send_first() -> None:
+    """In one stream each device sends both of its messages, then receives two."""
+    program = lower(catalog.make("gpipe", devices=2, micro_batches=2))
+    parts = sorted(parts_of(program), key=lambda part: part.action != Action.SEND)
+    for part in parts:
+        part.waits = []
+    exchange = assembled(program, parts)
+
+    for buffering, ok in (
+        ("rendezvous", False),
+        (1, False),
+        (2, True),
+        ("eager", True),
+    ):
+        assert check(exchange, streams="one", buffering=buffering).ok == ok
+        assert runs(exchange, "one", buffering) == ok
+
+
 def test_refuses_models_that_there_are_not() -> None:
     schedule = catalog.make("gpipe", devices=2, micro_batches=1)
 

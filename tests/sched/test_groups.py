@@ -285,6 +285,22 @@ def test_a_group_that_waits_for_itself_is_named() -> None:
     assert not prove(program).ok
 
 
+def test_what_follows_a_group_in_its_stream_waits_for_all_of_it() -> None:
+    """The second activation comes behind a gradient that it is waited for with."""
+    program = lower(catalog.make("1f1b", devices=2, micro_batches=2))
+    labels = "send activation 0→1:0", "recv gradient 1→0:0"
+    assert check(in_one_group(program, *labels), streams="dir").ok
+    parts = parts_of(program)
+    of = {program.label(part.key): part for part in parts}
+    second = of["recv activation 0→1:1"].key
+    of["send gradient 1→0:0"].waits.append(second)
+    waiting = assembled(program, parts)
+
+    assert check(waiting, streams="dir").ok
+    (finding,) = check(in_one_group(waiting, *labels), streams="dir").findings
+    assert "send activation 0→1:1 (" in finding.found
+
+
 def test_one_group_saves_two_that_send_first() -> None:
     """In one stream, two sends that meet hang under rendezvous; grouped they do not."""
     schedule = catalog.make("1f1b", devices=2, micro_batches=2)
