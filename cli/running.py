@@ -19,7 +19,7 @@ from pipeproof.cli.predict import figures
 from pipeproof.cli.proving import as_proved, in_passing, in_words
 from pipeproof.cli.simulating import tell
 from pipeproof.cli.source import load
-from pipeproof.exec import Pipeline, Ranks, launch
+from pipeproof.exec import Pipeline, Ranks, keep_memory, launch
 from pipeproof.sched import (
     Certificate,
     ParameterError,
@@ -138,6 +138,7 @@ def train_as_rank(ranks: Ranks, training: Training) -> Trained | None:
 
 
 def _train(training: Training, ranks: Ranks | None = None) -> Trained:
+    keep_memory()
     schedule, steps = training.schedule, training.steps
     example = load_example(
         training.model, schedule, training.batch, training.dtype, training.seed
