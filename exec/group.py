@@ -362,6 +362,7 @@ class Ranks:
         # there, and a rank that knows of no failure yet learns of it when it waits.
         self._end_with(self.record.known)
         self._beats.at = what
+        self._beats.interrupted = self._beats.interrupts.count()
         try:
             yield
         except BaseException as error:
