@@ -277,7 +277,7 @@ def _policy(name: str, text: str) -> Any:
     )
 
 
-MESSAGES = _policy(
+MESSAGES: Callable[[Function], Function] = _policy(
     "messages", "Posted one by one, or what two devices exchange in a group."
 )
 POLICY_OPTIONS = [

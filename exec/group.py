@@ -167,9 +167,8 @@ class Ranks:
         place = members.index(self.rank), len(members)
         if not on_gpu:
             return gloo(store, *place, timedelta(seconds=CONNECT_S))
-        made = dist.ProcessGroupNCCL(
-            store, *place, timeout=timedelta(seconds=CONNECT_S)
-        )
+        nccl: Any = dist.ProcessGroupNCCL
+        made: Backend = nccl(store, *place, timeout=timedelta(seconds=CONNECT_S))
         # Or its first message would make it, in whatever order these come.
         made.eager_connect_single_device(device)
         return made

@@ -162,12 +162,13 @@ def _halved(
     early, forked = len(leaves), len(leaves) + len(plan.early)
     rest = Rest([], [], [])
     for call in plan.calls:
-        there = [i for i in call.catches if found[forked + i] is not None]
-        if there:
-            starts, caught = (
-                [forks[i] for i in there],
-                [found[forked + i] for i in there],
-            )
+        starts: list[GradientEdge] = []
+        caught: list[Tensor] = []
+        for i in call.catches:
+            if (gradient := found[forked + i]) is not None:
+                starts.append(forks[i])
+                caught.append(gradient)
+        if starts:
             rest.calls.append((starts, caught, call.leaves))
     for leaf, gradient in zip(plan.early, found[early:forked]):
         if gradient is not None:
