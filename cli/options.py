@@ -278,10 +278,13 @@ def _policy(name: str, text: str) -> Any:
     )
 
 
+MESSAGES: Callable[[Function], Function] = _policy(
+    "messages", "Posted one by one, or what two devices exchange in a group."
+)
 POLICY_OPTIONS = [
     _policy("transfers", "Sends beside the sender's compute, or in its way."),
     _policy("receives", "When receives are posted."),
-    _policy("messages", "Posted one by one, or what two devices exchange in a group."),
+    MESSAGES,
 ]
 """How a schedule is lowered."""
 

@@ -21,7 +21,14 @@ from pipeproof.cli.running import (
     rank_of_torchrun,
 )
 from pipeproof.cli.source import load
-from pipeproof.exec import ActivationMeter, Example, Pipeline, Ranks, launch
+from pipeproof.exec import (
+    ActivationMeter,
+    Example,
+    Pipeline,
+    Ranks,
+    keep_memory,
+    launch,
+)
 from pipeproof.exec.profile import Profile, StageBytes, profile
 from pipeproof.sched import Program, Schedule, Trace, lower
 from pipeproof.sim import Cost, Link, Measured, cost_of, links_of, simulate, write_cost
@@ -96,6 +103,7 @@ def as_rank(ranks: Ranks, wish: Wish) -> Found | None:
 
 
 def _found(wish: Wish, ranks: Ranks | None) -> Found:
+    keep_memory()
     schedule = wish.schedule
     example = load_example(wish.model, schedule, wish.batch, wish.dtype, wish.seed)
     devices = devices_of(wish.device)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pipeproof.exec import tensors
 from pipeproof.exec.batch import LossFn, Value
+from pipeproof.exec.engine import backward as run_backward
 from pipeproof.exec.errors import LossError, ModelError
 from pipeproof.exec.replicas import Run
 from pipeproof.exec.rng import generators, key, seed
@@ -320,7 +321,7 @@ class Binder:
         def backward() -> None:
             roots, gradients = ends()
             if roots:
-                torch.autograd.backward(roots, gradients)  # type: ignore[arg-type]
+                run_backward(roots, gradients)
             carry = tensors.grads(carried[of]) if of in carried else ()
             pass_on(tensors.grads(values[read]), carry)
 

@@ -56,6 +56,8 @@ class Record:
 def failure_of(error: BaseException, rank: int, what: str) -> Failure:
     """What a rank has to say of an exception, wherever it was."""
     cause = error.__cause__ or error
-    lines = "".join(traceback.format_exception(cause))
+    lines = ""
+    if not isinstance(error, KeyboardInterrupt):  # wherever that was, was chance
+        lines = "".join(traceback.format_exception(cause)).rstrip()
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return Failure(rank, f"failed in {what}: {text}", lines.rstrip())
+    return Failure(rank, f"failed in {what}: {text}", lines)

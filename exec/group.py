@@ -167,9 +167,8 @@ class Ranks:
         place = members.index(self.rank), len(members)
         if not on_gpu:
             return gloo(store, *place, timedelta(seconds=CONNECT_S))
-        made = dist.ProcessGroupNCCL(
-            store, *place, timeout=timedelta(seconds=CONNECT_S)
-        )
+        nccl: Any = dist.ProcessGroupNCCL
+        made: Backend = nccl(store, *place, timeout=timedelta(seconds=CONNECT_S))
         # Or its first message would make it, in whatever order these come.
         made.eager_connect_single_device(device)
         return made
@@ -362,6 +361,7 @@ class Ranks:
         # there, and a rank that knows of no failure yet learns of it when it waits.
         self._end_with(self.record.known)
         self._beats.at = what
+        self._beats.interrupted = self._beats.interrupts.count()
         try:
             yield
         except BaseException as error:

@@ -47,7 +47,7 @@ def gloo(store: Store, rank: int, size: int, timeout: timedelta) -> Backend:
         size: how many.
         timeout: for them to come, and of collectives.
     """
-    options = ProcessGroupGloo._Options()
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = _devices(os.environ.get("GLOO_SOCKET_IFNAME", ""))
     options._threads, options._timeout = 2, timeout
     made: Backend = ProcessGroupGloo(store, rank, size, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -623,6 +624,28 @@ def standing_still(ranks: Ranks, fault: Fault) -> str:
                 company.check()
     except RankError as error:
         return str(error)
+    finally:
+        company.leave()
+
+
+def interrupted(ranks: Ranks, fault: Fault) -> str:
+    """Ctrl-C on a rank that waits in gloo for others who never speak."""
+    company = Ranks(PrefixStore(f"{fault}", ranks.store), ranks.rank, ranks.size)
+
+    def interrupt() -> None:
+        while company._beats.waits is None:
+            company.check()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    try:
+        if ranks.rank == fault.rank:
+            threading.Thread(target=interrupt).start()
+            faulty(company, fault)
+        with company.together("a long op"):
+            while True:
+                company.check()
+    except (RankError, KeyboardInterrupt) as error:
+        return f"{type(error).__name__}: {error}"
     finally:
         company.leave()
 
