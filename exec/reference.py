@@ -28,10 +28,12 @@ from pipeproof.exec.batch import (
 from pipeproof.exec.batch_norm import deferred
 from pipeproof.exec.errors import BatchError
 from pipeproof.exec.rng import generators, key, of_replica, seed, step_seed
+from pipeproof.exec.skips import Routes, gives_of, handed_over
 from pipeproof.exec.stage import (
     StageModule,
     check_sliced,
     keywords_of,
+    offers_of,
     takes_carry,
     units_of,
 )
@@ -89,13 +91,16 @@ def reference(
     labels = split("targets", targets, schedule.micro_batches, schedule.slices)
     scale = factors(labels, loss_scale, *size)
     units = [unit for stage in stages for unit in units_of(stage)]
+    routes = Routes.of([offers_of(stage) for stage in stages])
+    routes.onto(schedule)
     parts = schedule.micro_batches, schedule.slices
     further = split_keywords(keywords, *size, parts)
-    taken = frozenset[str]().union(*map(keywords_of, units))
+    taken = frozenset[str]().union(*map(keywords_of, units)) - routes.targets.keys()
     if unknown := sorted(keywords.keys() - taken):
         raise BatchError(no_unit_takes(unknown, taken))
     if schedule.slices > 1:
         check_sliced(units)
+    where = [n for n, stage in enumerate(stages) for _ in units_of(stage)]
     norms = deferred(module for unit in units for module in unit.modules())
     for norm in norms:
         norm.forget()
@@ -108,7 +113,9 @@ def reference(
         step = of_replica(seed_of_all, replica)
         sources = generators(device)
         for number in _forward_order(schedule):
-            one = _MicroBatch(units, loss_fn, sources, step, number, further[number])
+            one = _MicroBatch(
+                units, loss_fn, sources, step, number, further[number], where, routes
+            )
             losses[number] = one.forward(batch[number], labels[number], scale[number])
             for part, found in enumerate(one.backward(parameters)):
                 grads[number, part] = found
@@ -136,6 +143,8 @@ class _MicroBatch:
         step: the step's seed.
         number: of the micro-batch.
         keywords: of its slices.
+        stages: of each unit.
+        routes: of skip connections.
     """
 
     def __init__(
@@ -146,7 +155,10 @@ class _MicroBatch:
         step: int,
         number: int,
         keywords: list[dict[str, Any]],
+        stages: list[int],
+        routes: Routes,
     ) -> None:
+        self._stages, self._routes = stages, routes
         self._units, self._loss_fn = units, loss_fn
         self._step, self._number = step, number
         self._sources, self._keywords = sources, keywords
@@ -178,15 +190,24 @@ class _MicroBatch:
     ) -> tuple[Value, dict[int, Any]]:
         """The model on one slice: its output, and what each unit carries on."""
         left: dict[int, Any] = {}
+        named: dict[tuple[str, int], Any] = {}  # a skip, and the stage that takes it
         for number, unit in enumerate(self._units):
             self._seed(number, part)
-            names = keywords_of(unit) & self._keywords[part].keys()
-            given = {name: self._keywords[part][name] for name in names}
+            names, stage = keywords_of(unit), self._stages[number]
+            given = {
+                n: self._keywords[part][n] for n in names if n in self._keywords[part]
+            }
+            given |= {n: named[n, stage] for n in names & self._routes.targets.keys()}
             if carry is not None and takes_carry(unit):
                 value, carried = unit(value, carry.get(number, ()), **given)
                 left[number] = _aside(carried)
             else:
                 value = unit(value, **given)
+            if gives := gives_of(unit):
+                value, made = value
+                for name in gives:
+                    for target in self._routes.targets[name]:
+                        named[name, target] = handed_over(made[name])
         return value, left
 
     def _seed(self, unit: int, part: int) -> None:

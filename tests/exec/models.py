@@ -113,6 +113,48 @@ def models(
     return result
 
 
+class GivesOne(nn.Module):
+    """Gives something beside its output, and uses it itself."""
+
+    def __init__(self, name: str, width: int) -> None:
+        super().__init__()
+        self.gives_skips = (name,)
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.linear(x).tanh()
+        return x * y + y, {self.gives_skips[0]: y}
+
+
+class TakesFirst(nn.Module):
+    """Uses it twice."""
+
+    def forward(self, x: Tensor, first: Tensor) -> Tensor:
+        return x * first + first
+
+
+class TakesSecond(TakesFirst):
+    def forward(self, x: Tensor, second: Tensor) -> Tensor:
+        return super().forward(x, second)
+
+
+class TakesThird(TakesFirst):
+    def forward(self, x: Tensor, third: Tensor) -> Tensor:
+        return super().forward(x, third)
+
+
+TAKES = {"first": TakesFirst, "second": TakesSecond, "third": TakesThird}
+
+
+def with_skips(stages: list[nn.Sequential], schedule: Schedule) -> list[nn.Sequential]:
+    """The stages, with units that give and take where the schedule has skips."""
+    width, weight = width_of(stages), next(stages[0].parameters())
+    for name, (source, target) in zip(TAKES, schedule.skips):
+        stages[source].append(GivesOne(name, width).to(weight.dtype))
+        stages[target].append(TAKES[name]())
+    return stages
+
+
 def width_of(stages: Sequence[nn.Module]) -> int:
     return next(m.in_features for m in stages[0].modules() if isinstance(m, nn.Linear))
 
