@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from pipeproof.exec.skips import gives_of
-from pipeproof.exec.stage import StageModule, keywords_of, units_of
+from pipeproof.exec.stage import StageModule, takes_of, units_of
 
 
 class ActivationMeter:
@@ -103,15 +103,21 @@ class ActivationMeter:
         given = {name for of in self._units for unit in of for name in gives_of(unit)}
         given -= {name for unit in units for name in gives_of(unit)}
 
-        def enter(_: nn.Module, __: Any, keywords: dict[str, Any]) -> None:
-            for name in given & keywords.keys():
-                for tensor in _tensors(keywords[name]):
-                    self._see(tensor, saved=False)
+        def entering(parameters: set[str]) -> Any:
+            def enter(_: nn.Module, __: Any, keywords: dict[str, Any]) -> None:
+                for name in parameters & keywords.keys():
+                    for tensor in _tensors(keywords[name]):
+                        self._see(tensor, saved=False)
 
+            return enter
+
+        taken = [{p for p, n in takes_of(unit).items() if n in given} for unit in units]
         return [
-            unit.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
-            for unit in units
-            if given & keywords_of(unit)
+            unit.register_forward_pre_hook(
+                entering(parameters), prepend=True, with_kwargs=True
+            )
+            for unit, parameters in zip(units, taken)
+            if parameters
         ]
 
     def _made(self, tensors: list[Tensor]) -> None:

@@ -83,7 +83,8 @@ class Pipeline:
 
     A unit that says `gives_skips = ("fine",)` returns `(output, {"fine": value})`,
     and a later one whose forward has a parameter `fine` is called with the value,
-    which goes there past all stages between.
+    which goes there past all stages between; so is one that says that its parameter
+    takes it, `takes_skips = {"skip": "fine"}`.
 
     Where several devices hold a stage (two pipes), each sums the gradients of its
     micro-batches, and REDUCE adds the sum over the devices to `.grad` once.

@@ -35,6 +35,7 @@ from pipeproof.exec.stage import (
     keywords_of,
     offers_of,
     takes_carry,
+    takes_of,
     units_of,
 )
 from pipeproof.sched import Kind, Schedule
@@ -95,7 +96,12 @@ def reference(
     routes.onto(schedule)
     parts = schedule.micro_batches, schedule.slices
     further = split_keywords(keywords, *size, parts)
-    taken = frozenset[str]().union(*map(keywords_of, units)) - routes.targets.keys()
+    taken = frozenset[str]().union(
+        *(
+            keywords_of(unit) - routes.parameters(takes_of(unit)).keys()
+            for unit in units
+        )
+    )
     if unknown := sorted(keywords.keys() - taken):
         raise BatchError(no_unit_takes(unknown, taken))
     if schedule.slices > 1:
@@ -197,7 +203,8 @@ class _MicroBatch:
             given = {
                 n: self._keywords[part][n] for n in names if n in self._keywords[part]
             }
-            given |= {n: named[n, stage] for n in names & self._routes.targets.keys()}
+            takes = self._routes.parameters(takes_of(unit))
+            given |= {own: named[name, stage] for own, name in takes.items()}
             if carry is not None and takes_carry(unit):
                 value, carried = unit(value, carry.get(number, ()), **given)
                 left[number] = _aside(carried)

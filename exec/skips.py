@@ -2,14 +2,14 @@
 
 A unit says with an attribute which names it gives, and returns their values beside
 its output. A later unit takes one by having a parameter of that name, behind its
-first::
+first, or one that it says takes it::
 
     class Down(nn.Module):                    class Up(nn.Module):
-        gives_skips = ("fine",)
-                                                  def forward(self, x, fine):
-        def forward(self, x):                         x = torch.cat([x, fine], 1)
-            y = self.body(x)                          return self.body(x)
-            return self.pool(y), {"fine": y}
+        gives_skips = ("fine",)                   takes_skips = {"skip": "fine"}
+
+        def forward(self, x):                     def forward(self, x, skip):
+            y = self.body(x)                          x = torch.cat([x, skip], 1)
+            return self.pool(y), {"fine": y}          return self.body(x)
 
 It does not matter where the model is cut. Within a stage a value stays there; to the
 next stage it goes beside the output; further on it goes straight there, in one
@@ -36,8 +36,9 @@ from pipeproof.sched.skips import Skip, format_skips
 Values = dict[str, Any]
 """By name."""
 
-Offer = tuple[Sequence[str], Collection[str]]
-"""Of a unit: the names that it gives, and those that it would take."""
+Offer = tuple[Sequence[str], Collection[str], Collection[str]]
+"""Of a unit: the names that it gives, those that it would take, and of these the ones
+that it says it takes."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,10 @@ class Routes:
                 taken.
         """
         units = [
-            (stage, gives, takes)
-            for stage, offers in enumerate(stages)
-            for gives, takes in offers
+            (stage, *offer) for stage, offers in enumerate(stages) for offer in offers
         ]
         giver: dict[str, int] = {}
-        for number, (_, gives, _) in enumerate(units):
+        for number, (_, gives, *_) in enumerate(units):
             for name in gives:
                 first = giver.setdefault(name, number)
                 if first != number or list(gives).count(name) > 1:
@@ -77,7 +76,12 @@ class Routes:
                         "a name of its own"
                     )
         targets: dict[str, list[int]] = {name: [] for name in giver}
-        for number, (stage, _, takes) in enumerate(units):
+        for number, (stage, _, takes, needs) in enumerate(units):
+            for name in sorted(set(needs) - giver.keys()):
+                raise ModelError(
+                    f"unit {number} takes the skip {name!r}, which no unit gives: "
+                    f"found {', '.join(map(repr, sorted(giver))) or 'none'}"
+                )
             for name in sorted(giver.keys() & set(takes)):
                 if number <= giver[name]:
                     raise ModelError(
@@ -101,6 +105,10 @@ class Routes:
         far = sorted((a, b) for a, b in pairs if b > a + 1)
         near = frozenset(b for a, b in pairs if b == a + 1)
         return cls({name: tuple(of) for name, of in targets.items()}, tuple(far), near)
+
+    def parameters(self, takes: Mapping[str, str]) -> dict[str, str]:
+        """Of a unit's parameters those that take a skip, and which."""
+        return {own: name for own, name in takes.items() if name in self.targets}
 
     def onto(self, schedule: Schedule) -> Schedule:
         """The schedule, of a model with these skips.
@@ -141,6 +149,24 @@ def gives_of(unit: nn.Module) -> tuple[str, ...]:
                 "be part of one that hands them on and says so itself"
             )
     return tuple(given)
+
+
+def said_to_take(unit: nn.Module) -> dict[str, str]:
+    """By parameter, the skips that a unit says it takes.
+
+    Raises:
+        ModelError: something else than names by names.
+    """
+    unit = getattr(unit, "_orig_mod", unit)
+    said = getattr(unit, "takes_skips", {})
+    if type(said) is not dict or not all(
+        type(name) is str for pair in said.items() for name in pair
+    ):
+        raise ModelError(
+            f"{type(unit).__name__} has takes_skips = {said!r}: expected a dict from "
+            "parameters of its forward to names"
+        )
+    return said
 
 
 def parted(unit: nn.Module, found: Any, names: Sequence[str]) -> tuple[Any, Values]:

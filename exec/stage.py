@@ -23,6 +23,7 @@ from pipeproof.exec.skips import (
     gives_of,
     handed_over,
     parted,
+    said_to_take,
 )
 from pipeproof.exec.split import Splitter
 from pipeproof.exec.stash import addresses
@@ -163,13 +164,35 @@ def keywords_of(unit: nn.Module) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.kind in named) - own
 
 
-def offers_of(stage: StageModule) -> list[Offer]:
-    """Of each unit, the skips that it gives, and the names that it takes.
+def takes_of(unit: nn.Module) -> dict[str, str]:
+    """The skip that each of a unit's keyword parameters takes, if any gives it.
+
+    That of its own name, unless the unit says another in its `takes_skips`, a dict.
 
     Raises:
-        ModelError: as `gives_of`.
+        ModelError: it says so of what is no parameter of its forward.
     """
-    return [(gives_of(unit), sorted(keywords_of(unit))) for unit in units_of(stage)]
+    names, said = sorted(keywords_of(unit)), said_to_take(unit)
+    for name in said:
+        if name not in names:
+            raise ModelError(
+                f"{type(unit).__name__} has takes_skips with {name!r}: expected "
+                "parameters of its forward behind its first, found "
+                f"{', '.join(map(repr, names)) or 'none'}"
+            )
+    return {name: said.get(name, name) for name in names}
+
+
+def offers_of(stage: StageModule) -> list[Offer]:
+    """Of each unit, the skips that it gives, takes if they are given, and needs.
+
+    Raises:
+        ModelError: as `gives_of` and `takes_of`.
+    """
+    return [
+        (gives_of(unit), [*takes_of(unit).values()], [*said_to_take(unit).values()])
+        for unit in units_of(stage)
+    ]
 
 
 def carried_on(
@@ -232,9 +255,11 @@ class Stage:
         self.first_unit = first_unit
         self._plan: list[tuple[int, nn.Module, frozenset[str]]] = []
         self.routes = routes
-        names = list(map(keywords_of, self.units))
-        self._takes = [of & routes.targets.keys() for of in names]
-        self._keywords = [of - routes.targets.keys() for of in names]
+        self._takes = [routes.parameters(takes_of(unit)) for unit in self.units]
+        self._keywords = [
+            keywords_of(unit) - taken.keys()
+            for unit, taken in zip(self.units, self._takes)
+        ]
         self._gives = list(map(gives_of, self.units)) if routes.targets else []
         self.device = device
         for part in modules:
@@ -368,7 +393,7 @@ class Stage:
             if number >= 0:
                 seed(self._generators, key(step_seed, number, micro_batch, part))
             given = {name: keywords[name] for name in names & keywords.keys()}
-            given |= {name: here[name] for name in self._takes[place]}
+            given |= {own: here[name] for own, name in self._takes[place].items()}
             if carry is not None and takes_carry(unit):
                 value, more = carried_on(unit, value, carry[len(carried)], given)
                 carried.append(more)

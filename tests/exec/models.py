@@ -126,32 +126,23 @@ class GivesOne(nn.Module):
         return x * y + y, {self.gives_skips[0]: y}
 
 
-class TakesFirst(nn.Module):
+class TakesOne(nn.Module):
     """Uses it twice."""
 
-    def forward(self, x: Tensor, first: Tensor) -> Tensor:
-        return x * first + first
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.takes_skips = {"skip": name}
 
-
-class TakesSecond(TakesFirst):
-    def forward(self, x: Tensor, second: Tensor) -> Tensor:
-        return super().forward(x, second)
-
-
-class TakesThird(TakesFirst):
-    def forward(self, x: Tensor, third: Tensor) -> Tensor:
-        return super().forward(x, third)
-
-
-TAKES = {"first": TakesFirst, "second": TakesSecond, "third": TakesThird}
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return x * skip + skip
 
 
 def with_skips(stages: list[nn.Sequential], schedule: Schedule) -> list[nn.Sequential]:
     """The stages, with units that give and take where the schedule has skips."""
     width, weight = width_of(stages), next(stages[0].parameters())
-    for name, (source, target) in zip(TAKES, schedule.skips):
-        stages[source].append(GivesOne(name, width).to(weight.dtype))
-        stages[target].append(TAKES[name]())
+    for name, (source, target) in enumerate(schedule.skips):
+        stages[source].append(GivesOne(f"skip {name}", width).to(weight.dtype))
+        stages[target].append(TakesOne(f"skip {name}"))
     return stages
 
 

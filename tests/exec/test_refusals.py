@@ -172,6 +172,12 @@ class Taking(nn.Module):
         return x + fine
 
 
+def taking(said: Any) -> nn.Module:
+    unit = Taking()
+    unit.takes_skips = said
+    return unit
+
+
 class Uncopied(nn.Module):
     def __deepcopy__(self, memo: Any) -> None:
         raise RecursionError
@@ -296,6 +302,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "skip names": lambda: step(stages=[Giving("fine"), *mlp(1)]),
     "skip within": lambda: step(stages=[nn.ModuleDict({"a": Giving(())}), *mlp(1)]),
     "skip returned": lambda: step(stages=[Giving(("fine",)), Taking()]),
+    "skip takers": lambda: step(stages=[taking(["fine"]), *mlp(1)]),
+    "skip parameter": lambda: step(stages=[taking({"skip": "a"}), *mlp(1)]),
+    "skip unknown": lambda: step(stages=[taking({"fine": "a"}), *mlp(1)]),
     "skip twice": lambda: step(stages=[Giving(("fine",)), Giving(("fine",))]),
     "skip back": lambda: step(stages=[Taking(), Giving(("fine",))]),
     "skip unused": lambda: step(stages=[Giving(("fine",)), *mlp(1)]),
