@@ -121,6 +121,11 @@ class Pipeline:
             finding out, not for every day. What REDUCE adds up is not looked at, nor,
             with a scaler, gradients; `evaluate` and `predict` look at nothing.
 
+    Attributes:
+        schedule: what is run, with the skips of the stages.
+        program: of it.
+        routes: of the skips, by name.
+
     Raises:
         ScheduleError: `check` has findings.
         ModelError: another number of stages than the schedule's, an empty one, or
@@ -163,7 +168,7 @@ class Pipeline:
                 devices = [devices]
             self._shared = len(devices) == 1 and grid is None
             check_count(len(stages), schedule)
-            routes = routes_of(list(stages), grid)
+            self.routes = routes = routes_of(list(stages), grid)
             self.schedule = schedule = routes.onto(schedule)
             # On one device nothing is under way: a boundary tensor is handed over
             # when its consumer is next, and lies nowhere meanwhile but in one place.

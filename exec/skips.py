@@ -46,11 +46,13 @@ class Routes:
     """Where each name goes.
 
     Attributes:
-        targets: of each name the stages that take it, ascending.
+        sources: of each name the stage that gives it.
+        targets: the stages that take it, ascending.
         skips: pairs of stages that are not neighbours, in order.
         beside: stages to which the one before gives some.
     """
 
+    sources: Mapping[str, int] = field(default_factory=dict)
     targets: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     skips: tuple[Skip, ...] = ()
     beside: frozenset[int] = frozenset()
@@ -97,14 +99,14 @@ class Routes:
                     "takes it: give a parameter of its forward that name, behind its "
                     "first, or do not give it"
                 )
+        sources = {name: units[number][0] for name, number in giver.items()}
         pairs = {
-            (units[giver[name]][0], target)
-            for name, takers in targets.items()
-            for target in takers
+            (sources[name], target) for name in targets for target in targets[name]
         }
         far = sorted((a, b) for a, b in pairs if b > a + 1)
         near = frozenset(b for a, b in pairs if b == a + 1)
-        return cls({name: tuple(of) for name, of in targets.items()}, tuple(far), near)
+        takers_of = {name: tuple(takers) for name, takers in targets.items()}
+        return cls(sources, takers_of, tuple(far), near)
 
     def parameters(self, takes: Mapping[str, str]) -> dict[str, str]:
         """Of a unit's parameters those that take a skip, and which."""

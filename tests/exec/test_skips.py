@@ -26,7 +26,8 @@ from test_ranks import assert_equal, unpipelined
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeproof.exec import ActivationMeter, Pipeline, reference, split_at
+from pipeproof.cli.profiling import bytes_of
+from pipeproof.exec import ActivationMeter, Pipeline, profile, reference, split_at
 from pipeproof.sched import CATALOG, POLICIES, Kind, Schedule, catalog, lower, recompute
 from pipeproof.sim import Cluster, Cost, simulate
 
@@ -197,6 +198,28 @@ def test_bytes_are_the_predicted_ones(name: str, policy: Any) -> None:
     assert meter.peak == max((of["activations"] + of["stored_inputs"]).tolist())
     between = simulate(schedule, cost).peak_activations[1:3]
     assert meter.peak_of[1:3] == [peak * tensor for peak in between]
+
+
+def test_a_profile_weighs_what_goes_over_a_skip() -> None:
+    """Where it arrives it is part of what is kept; beside the input, to the next."""
+    schedule = catalog.make("1f1b", devices=4, micro_batches=2)
+    x = torch.randn(4, 1000, dtype=torch.float64, requires_grad=True)
+    tensor = 2 * 1000 * 8
+    for stages, skips, inputs in (
+        ([KeepsAndGives(), Keeps(), Keeps(), Multiplies()], ((3, tensor),), tensor),
+        ([Keeps(), Keeps(), KeepsAndGives(), Multiplies()], (), 2 * tensor),
+    ):
+        found = profile(stages, schedule, lambda y, _: y.sum(), x, x, rounds=1)
+
+        assert [stage.skips for stage in found.stages if stage.skips] == [skips][
+            : len(skips)
+        ]
+        last, second = found.stages[3], found.stages[1]
+        assert (last.input, last.activations) == (inputs, 2 * tensor)
+        assert (second.input, second.output) == (tensor, tensor)
+        assert second.activations == 2 * tensor
+    cost = bytes_of(found.stages)
+    assert cost["boundary_bytes"] == [tensor, tensor, 2 * tensor, 0]
 
 
 def test_autocast_frozen_stages_and_what_is_no_tensor() -> None:
