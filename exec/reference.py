@@ -31,11 +31,14 @@ from pipeproof.exec.batch import (
 from pipeproof.exec.batch_norm import deferred
 from pipeproof.exec.errors import BatchError
 from pipeproof.exec.rng import generators, key, of_replica, seed, step_seed
+from pipeproof.exec.skips import Routes, gives_of, handed_over
 from pipeproof.exec.stage import (
     StageModule,
     check_sliced,
     keywords_of,
+    offers_of,
     takes_carry,
+    takes_of,
     units_of,
 )
 from pipeproof.sched import Kind, Schedule
@@ -94,13 +97,21 @@ def reference(
     labels = split("targets", targets, schedule.micro_batches, schedule.slices)
     scale = factors(labels, loss_scale, *size)
     units = [unit for stage in stages for unit in units_of(stage)]
+    routes = Routes.of([offers_of(stage) for stage in stages])
+    routes.onto(schedule)
     parts = schedule.micro_batches, schedule.slices
     further = split_keywords(keywords, *size, parts)
-    taken = frozenset[str]().union(*map(keywords_of, units))
+    taken = frozenset[str]().union(
+        *(
+            keywords_of(unit) - routes.parameters(takes_of(unit)).keys()
+            for unit in units
+        )
+    )
     if unknown := sorted(keywords.keys() - taken):
         raise BatchError(no_unit_takes(unknown, taken))
     if schedule.slices > 1:
         check_sliced(units)
+    where = [n for n, stage in enumerate(stages) for _ in units_of(stage)]
     norms = deferred(module for unit in units for module in unit.modules())
     for norm in norms:
         norm.forget()
@@ -115,7 +126,15 @@ def reference(
         sources = generators(device)
         for number in _forward_order(schedule):
             one = _MicroBatch(
-                units, own, loss_fn, sources, step, number, further[number]
+                units,
+                own,
+                loss_fn,
+                sources,
+                step,
+                number,
+                further[number],
+                where,
+                routes,
             )
             losses[number] = one.forward(batch[number], labels[number], scale[number])
             for part, found in enumerate(one.backward(leaves)):
@@ -140,6 +159,8 @@ class _MicroBatch:
         step: the step's seed.
         number: of the micro-batch.
         keywords: of its slices.
+        stages: of each unit.
+        routes: of skip connections.
     """
 
     def __init__(
@@ -151,7 +172,10 @@ class _MicroBatch:
         step: int,
         number: int,
         keywords: list[dict[str, Any]],
+        stages: list[int],
+        routes: Routes,
     ) -> None:
+        self._stages, self._routes = stages, routes
         self._units, self._own, self._loss_fn = units, own, loss_fn
         self._step, self._number = step, number
         self._sources, self._keywords = sources, keywords
@@ -183,10 +207,15 @@ class _MicroBatch:
     ) -> tuple[Value, dict[int, Any]]:
         """The model on one slice: its output, and what each unit carries on."""
         left: dict[int, Any] = {}
+        named: dict[tuple[str, int], Any] = {}  # a skip, and the stage that takes it
         for number, unit in enumerate(self._units):
             self._seed(number, part)
-            names = keywords_of(unit) & self._keywords[part].keys()
-            given = {name: self._keywords[part][name] for name in names}
+            names, stage = keywords_of(unit), self._stages[number]
+            given = {
+                n: self._keywords[part][n] for n in names if n in self._keywords[part]
+            }
+            takes = self._routes.parameters(takes_of(unit))
+            given |= {own: named[name, stage] for own, name in takes.items()}
             inputs: tuple[Any, ...] = (value,)
             if carry is not None and takes_carry(unit):
                 inputs = value, carry.get(number, ())
@@ -197,6 +226,11 @@ class _MicroBatch:
             if len(inputs) > 1:
                 value, carried = value
                 left[number] = _aside(carried)
+            if gives := gives_of(unit):
+                value, made = value
+                for name in gives:
+                    for target in self._routes.targets[name]:
+                        named[name, target] = handed_over(made[name])
         return value, left
 
     def _seed(self, unit: int, part: int) -> None:

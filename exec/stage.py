@@ -15,6 +15,16 @@ from pipeproof.exec.batch_norm import deferred
 from pipeproof.exec.buffers import Buffers
 from pipeproof.exec.errors import ModelError
 from pipeproof.exec.rng import generators, key, seed
+from pipeproof.exec.skips import (
+    NO_ROUTES,
+    Offer,
+    Routes,
+    Values,
+    gives_of,
+    handed_over,
+    parted,
+    said_to_take,
+)
 from pipeproof.exec.split import Splitter
 from pipeproof.exec.stash import addresses
 
@@ -154,6 +164,37 @@ def keywords_of(unit: nn.Module) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.kind in named) - own
 
 
+def takes_of(unit: nn.Module) -> dict[str, str]:
+    """The skip that each of a unit's keyword parameters takes, if any gives it.
+
+    That of its own name, unless the unit says another in its `takes_skips`, a dict.
+
+    Raises:
+        ModelError: it says so of what is no parameter of its forward.
+    """
+    names, said = sorted(keywords_of(unit)), said_to_take(unit)
+    for name in said:
+        if name not in names:
+            raise ModelError(
+                f"{type(unit).__name__} has takes_skips with {name!r}: expected "
+                "parameters of its forward behind its first, found "
+                f"{', '.join(map(repr, names)) or 'none'}"
+            )
+    return {name: said.get(name, name) for name in names}
+
+
+def offers_of(stage: StageModule) -> list[Offer]:
+    """Of each unit, the skips that it gives, takes if they are given, and needs.
+
+    Raises:
+        ModelError: as `gives_of` and `takes_of`.
+    """
+    return [
+        (gives_of(unit), [*takes_of(unit).values()], [*said_to_take(unit).values()])
+        for unit in units_of(stage)
+    ]
+
+
 def carried_on(
     unit: nn.Module, value: Value, carry: Any, keywords: Mapping[str, Any]
 ) -> tuple[Value, Any]:
@@ -192,13 +233,19 @@ class Stage:
         module: the stage as the user gave it; moved to the device.
         first_unit: number of its first unit in the whole model.
         device: where it runs.
+        routes: of the model's skip connections.
 
     Raises:
         ModelError: no module in it, or something that is none.
     """
 
     def __init__(
-        self, number: int, module: StageModule, first_unit: int, device: torch.device
+        self,
+        number: int,
+        module: StageModule,
+        first_unit: int,
+        device: torch.device,
+        routes: Routes = NO_ROUTES,
     ) -> None:
         modules = modules_of(number, module)
         self.number = number
@@ -207,7 +254,13 @@ class Stage:
             raise ModelError(f"stage {number} is empty: give it at least one module")
         self.first_unit = first_unit
         self._plan: list[tuple[int, nn.Module, frozenset[str]]] = []
-        self._keywords = list(map(keywords_of, self.units))
+        self.routes = routes
+        self._takes = [routes.parameters(takes_of(unit)) for unit in self.units]
+        self._keywords = [
+            keywords_of(unit) - taken.keys()
+            for unit, taken in zip(self.units, self._takes)
+        ]
+        self._gives = list(map(gives_of, self.units)) if routes.targets else []
         self.device = device
         for part in modules:
             part.to(device)
@@ -270,7 +323,8 @@ class Stage:
         part: int = 0,
         carry: tuple[Any, ...] | None = None,
         keywords: Mapping[str, Any] = NO_KEYWORDS,
-    ) -> tuple[Value, tuple[Any, ...]]:
+        brought: Mapping[str, Any] = NO_KEYWORDS,
+    ) -> tuple[Value, tuple[Any, ...], dict[int, Values]]:
         """All units in turn.
 
         Args:
@@ -281,17 +335,23 @@ class Stage:
             carry: what the slice before left, for each unit that takes one; None
                 where micro-batches are whole.
             keywords: keyword inputs of the slice; each unit gets those it takes.
+            brought: what came over skip connections.
 
         Returns:
-            The output, and what is carried on to the next slice.
+            The output; what is carried on to the next slice; and by stage, what goes
+            there over a skip connection.
         """
         sources = self._generators
+        if self.routes.targets:
+            return self._run_with_skips(
+                value, step_seed, micro_batch, part, carry, keywords, brought
+            )
         if carry is None and not keywords:  # nearly always, and half as long
             for number, unit, _ in self._plan:
                 if number >= 0:
                     seed(sources, key(step_seed, number, micro_batch, part))
                 value = unit(value)
-            return value, ()
+            return value, (), {}
         carried: list[Any] = []
         given: Mapping[str, Any] = NO_KEYWORDS
         for number, unit, names in self._plan:
@@ -304,7 +364,57 @@ class Stage:
                 carried.append(left)
             else:
                 value = unit(value, **given)
-        return value, tuple(carried)
+        return value, tuple(carried), {}
+
+    def _run_with_skips(
+        self,
+        value: Value,
+        step_seed: int,
+        micro_batch: int,
+        part: int,
+        carry: tuple[Any, ...] | None,
+        keywords: Mapping[str, Any],
+        brought: Mapping[str, Any],
+    ) -> tuple[Value, tuple[Any, ...], dict[int, Values]]:
+        """As `run`, where the model has skip connections."""
+        here = dict(brought)
+        if self._comes_beside:
+            value, near = value
+            here |= near
+        carried: list[Any] = []
+        left: dict[int, Values] = {}
+        for place, (number, unit, names) in enumerate(self._plan):
+            if number >= 0:
+                seed(self._generators, key(step_seed, number, micro_batch, part))
+            given = {name: keywords[name] for name in names & keywords.keys()}
+            given |= {own: here[name] for own, name in self._takes[place].items()}
+            if carry is not None and takes_carry(unit):
+                value, more = carried_on(unit, value, carry[len(carried)], given)
+                carried.append(more)
+            else:
+                value = unit(value, **given)
+            if self._gives[place]:
+                value, made = parted(unit, value, self._gives[place])
+                self._distribute(made, self._gives[place], here, left)
+        if (beside := left.pop(self.number + 1, None)) is not None:
+            value = value, beside
+        for values in left.values():
+            tensors.check(values, f"stage {self.number}")
+        return value, tuple(carried), left
+
+    def _distribute(
+        self, made: Values, names: Sequence[str], here: Values, left: dict[int, Values]
+    ) -> None:
+        """What a unit gives, to units of this stage and to others."""
+        for name in names:
+            for target in self.routes.targets[name]:
+                values = here if target == self.number else left.setdefault(target, {})
+                values[name] = handed_over(made[name])
+
+    @property
+    def _comes_beside(self) -> bool:
+        """Whether skips of the stage before come beside its output."""
+        return self.number in self.routes.beside
 
     def checked(self, value: object) -> Value:
         """A stage's output, if it can cross a boundary.
