@@ -133,7 +133,9 @@ def waiting(program: Program, label: str, other: str) -> Program:
 def test_a_cycle_may_go_through_the_first_instruction() -> None:
     program = lower(catalog.make("1f1b", devices=2, micro_batches=1))
 
-    (finding,) = deadlocks(waiting(program, "0F0", "recv gradient 1→0:0"))
+    ring = waiting(program, "0F0", "recv gradient 1→0:0")
+    (finding,) = deadlocks(ring)
+    assert all(deadlocks(ring, buffering=buffers) for buffers in ("eager", 1))
     assert finding.device == 0
     assert finding.found == (
         "a cycle of waits, and 8 instructions that never end: "
