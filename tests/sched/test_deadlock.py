@@ -150,6 +150,20 @@ def test_a_cycle_may_go_through_the_first_instruction() -> None:
     )
 
 
+def test_a_reduction_that_not_all_come_to_is_named() -> None:
+    program = lower(catalog.make("chimera", devices=2, micro_batches=2))
+    left = [
+        part
+        for part in parts_of(program)
+        if (program.label(part.key), int(program.device[part.key])) != ("0REDUCE", 0)
+    ]
+
+    (finding,) = check(assembled(program, left)).findings
+    assert (finding.rule, finding.device) == ("reduce", 1)
+    assert finding.expected == "the REDUCE of stage 0 on each of devices 0, 1"
+    assert finding.found == "it on 1"
+
+
 def test_reductions_in_another_order_on_each_device_hang() -> None:
     program = lower(catalog.make("chimera", devices=2, micro_batches=2))
     parts = parts_of(program)
