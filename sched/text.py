@@ -12,7 +12,8 @@
 
 An op is stage, kind, micro-batch and, after a point, a slice other than 0:
 `2F0`, `2F0.1`. `2REDUCE` and `2STEP` have no micro-batch, but the number of a
-step other than 0. `(0F1&3B0)` is an overlap group. With more than one pipe a
+step other than 0. Each op stands once; `2REDUCE` and `2STEP` once on each device.
+`(0F1&3B0)` is an overlap group. With more than one pipe a
 line `pipes: 0-3 | 4-7` says which micro-batches travel which. Where OFFLOADs go to
 another device's memory, `offload-to: 1 host` says for each device to which. Where
 stages hand tensors straight to later ones, `skips: 0>3 1>3` says which. Blank lines

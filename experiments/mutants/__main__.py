@@ -4,8 +4,8 @@ Three parts, and in each a second opinion that shares no code with the first:
 
 * schedules: every edit of an op. `check` against an interpreter of schedules;
   what `check` accepts is trained, and its gradients compared bit by bit.
-* programs: every edit of an instruction. `prove` against a player of programs in
-  random orders (`tests/programs.py`).
+* programs: edits of an instruction, all or many of each kind. `prove` against a
+  player of programs in random orders (`tests/programs.py`).
 * torch's CSV with communication: a sample of the edits of a cell. The reader and
   `prove` against torch's own runtime, two processes with gloo, whose gradients are
   compared with those of a step without a pipeline.
@@ -86,6 +86,9 @@ def programs() -> list[Program]:
 def main() -> None:
     """Count, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--programs", type=int, default=150, help="at most, of each edit of a program"
+    )
     parser.add_argument("--sample", type=int, default=6, help="of each edit of a CSV")
     parser.add_argument("-o", "--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
@@ -98,7 +101,7 @@ def main() -> None:
         "the one that is tested. No mutant made a command hang.",
         "",
         *about_schedules([*bases(), *larger()]),
-        *about_programs(programs()),
+        *about_programs(programs(), arguments.programs),
         *about_csvs(
             [
                 Case("1F1B", 2, 1, 3, False),
@@ -142,14 +145,15 @@ def about_schedules(schedules: list[Schedule]) -> list[str]:
     ]
 
 
-def about_programs(programs: list[Program]) -> list[str]:
+def about_programs(programs: list[Program], most: int) -> list[str]:
     """The second part."""
-    found = of_programs(programs)
+    found = of_programs(programs, most)
     accepted, right = accepted_of(found)
     return [
         "## Programs: `prove` against a player in random orders",
         "",
-        f"Every edit of {len(programs)} programs. Of the right ones {accepted} of "
+        f"Of {len(programs)} programs every edit, but no more than {most} random ones "
+        f"of each kind of each program. Of the right ones {accepted} of "
         f"{right} ({accepted / right:.1%}) are accepted. What is proved was played in "
         f"{RUNS} random orders, and in up to {2 * RUNS} that put one use of a slot off "
         "for another; what is refuted counts as right if it is in "

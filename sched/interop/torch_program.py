@@ -38,7 +38,8 @@ def torch_program(csv: TorchCsv) -> Program:
 
     Raises:
         ScheduleError: its ops break a rule of `check`.
-        ParseError: a transfer between stages that have none.
+        ParseError: a transfer between stages that have none, or of a micro-batch that
+            no op has.
         ParameterError: a file without communication, which `lower` adds.
     """
     if not csv.has_communication:
@@ -61,7 +62,7 @@ class _Step:
 
 def _rows(csv: TorchCsv, base: Program) -> Iterator[list[_Step]]:
     """Each rank's instructions in the file's order."""
-    home = csv.schedule.placement.pipes[0]
+    home, highest = csv.schedule.placement.pipes[0], csv.schedule.micro_batches - 1
     number = {
         (kind, source, micro_batch): index
         for index, (kind, source, _, _, micro_batch, *_) in enumerate(
@@ -83,6 +84,10 @@ def _rows(csv: TorchCsv, base: Program) -> Iterator[list[_Step]]:
                     row.append(_Step(index, tuple(waits)))
             elif cell.micro_batch >= 0:
                 way, source, micro_batch = transfer(cell, home)
+                if micro_batch > highest:
+                    raise cell.place.wrong(
+                        f"a transfer of micro-batch 0 … {highest}", cell.word
+                    )
                 kind = MessageKind.ACTIVATION if way == "F" else MessageKind.GRADIENT
                 sends = cell.action.startswith("SEND")
                 ends = base.send_of if sends else base.recv_of

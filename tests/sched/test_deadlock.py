@@ -133,7 +133,9 @@ def waiting(program: Program, label: str, other: str) -> Program:
 def test_a_cycle_may_go_through_the_first_instruction() -> None:
     program = lower(catalog.make("1f1b", devices=2, micro_batches=1))
 
-    (finding,) = deadlocks(waiting(program, "0F0", "recv gradient 1→0:0"))
+    ring = waiting(program, "0F0", "recv gradient 1→0:0")
+    (finding,) = deadlocks(ring)
+    assert all(deadlocks(ring, buffering=buffers) for buffers in ("eager", 1))
     assert finding.device == 0
     assert finding.found == (
         "a cycle of waits, and 8 instructions that never end: "
@@ -146,6 +148,20 @@ def test_a_cycle_may_go_through_the_first_instruction() -> None:
         "send activation 0→1:0 (1, device 0, send to 1) waits for "
         "0F0 (0, device 0, compute)"
     )
+
+
+def test_a_reduction_that_not_all_come_to_is_named() -> None:
+    program = lower(catalog.make("chimera", devices=2, micro_batches=2))
+    left = [
+        part
+        for part in parts_of(program)
+        if (program.label(part.key), int(program.device[part.key])) != ("0REDUCE", 0)
+    ]
+
+    (finding,) = check(assembled(program, left)).findings
+    assert (finding.rule, finding.device) == ("reduce", 1)
+    assert finding.expected == "the REDUCE of stage 0 on each of devices 0, 1"
+    assert finding.found == "it on 1"
 
 
 def test_reductions_in_another_order_on_each_device_hang() -> None:

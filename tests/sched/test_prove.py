@@ -222,6 +222,23 @@ def test_a_slot_that_is_not_waited_for_is_a_race() -> None:
     )
 
 
+def test_an_answer_orders_what_came_before_the_question() -> None:
+    """Device 2 answers what device 1 has sent behind 1B0: so that is done."""
+    program = lower(catalog.make("1f1b", devices=3, micro_batches=3))
+    parts = parts_of(program)
+    send = parts[label(program, "send gradient 1→0:0")]
+    send.waits = [label(program, "recv gradient 2→1:2")]
+    answered = assembled(program, parts)
+    send.waits = []
+
+    prove(answered).raise_if_bad()
+    (finding,) = prove(assembled(program, parts)).findings
+    assert finding.found == (
+        "nothing orders 1B0, which writes input_grad 1:0, behind "
+        "send gradient 1→0:0, which frees input_grad 1:0, in the same slot"
+    )
+
+
 def test_what_is_dropped_or_doubled_is_named() -> None:
     program = two_devices()
     parts = parts_of(program)
