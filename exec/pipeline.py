@@ -305,6 +305,15 @@ class Pipeline:
         return step
 
     @property
+    def instructions_s(self) -> float:
+        """Seconds that the instructions of the last step took here.
+
+        Of the last that was not recorded. What else a step takes is the ranks'
+        agreement and the cutting of the batch.
+        """
+        return self._runtime.ran_s
+
+    @property
     def losses(self) -> list[Tensor]:
         """What each micro-batch added to the loss of the last step or `evaluate`.
 

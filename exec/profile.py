@@ -171,7 +171,7 @@ def profile(
                 pipeline.step(inputs, targets, record=True)
                 if round_ >= 0:
                     traces.append(pipeline.trace)
-                    outside.append(took - float(pipeline.trace.makespan))
+                    outside.append(took - pipeline.instructions_s)
         found = {
             n: _weighed(_there(stages[n]), n, seen[n], schedule, loss_fn, labels)
             for n in mine
@@ -197,7 +197,7 @@ def _agreed(
         found = {number: sizes for of_rank, _ in said for number, sizes in of_rank}
         outside_s = max(seconds for _, seconds in said)
     sizes = tuple(StageBytes(*found[n]) for n in range(schedule.stages))
-    return Profile(tuple(traces), sizes, max(0.0, outside_s))
+    return Profile(tuple(traces), sizes, outside_s)
 
 
 def _there(stage: StageModule | None) -> StageModule:

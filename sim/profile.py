@@ -48,7 +48,7 @@ def cost_of(traces: Sequence[Trace]) -> Cost:
         )
     found: dict[str, list[Any]] = {}
     for trace in traces:
-        cost = fit(occupied(trace)).cost
+        cost = fit(occupied(trace), _mean).cost
         for kind, name in FIELDS.items():
             if trace.program.schedule.has(kind):
                 found.setdefault(name, []).append(getattr(cost, name))
@@ -57,6 +57,10 @@ def cost_of(traces: Sequence[Trace]) -> Cost:
         halves = [number / 2 for number in times["backward"]]
         times |= {"input_grad": halves, "weight_grad": halves}
     return Cost(**times)
+
+
+def _mean(times: NDArray[Any]) -> Number:
+    return float(times.mean())
 
 
 def occupied(trace: Trace) -> Trace:

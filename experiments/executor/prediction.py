@@ -102,7 +102,7 @@ def measured(ranks: Ranks, group: str, rounds: int) -> list[Row]:
             probe.step(x, x, record=True)
             if round_ >= 0:
                 traces.append(probe.trace)
-                outside.append(took - float(probe.trace.makespan))
+                outside.append(took - probe.instructions_s)
         for number, one in enumerate(fresh):
             for times, record in (plain, False), (traced, True):
                 took = timed(one, x, record=record)
@@ -113,7 +113,7 @@ def measured(ranks: Ranks, group: str, rounds: int) -> list[Row]:
     found = Measured(
         replace(cost_of(traces), **bytes_),
         links_of(traces),
-        max(0.0, *(of_rank[3] for of_rank in said)),
+        max(of_rank[3] for of_rank in said),
     )
     rows = []
     for number, (one, schedule) in enumerate(zip(fresh, schedules)):
