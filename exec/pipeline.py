@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from pipeproof.exec import clipping, scaling
+from pipeproof.exec.bandwidth import Rates, link_rates
 from pipeproof.exec.batch import (
     NO_KEYWORDS,
     Batch,
@@ -312,6 +313,17 @@ class Pipeline:
         agreement and the cutting of the batch.
         """
         return self._runtime.ran_s
+
+    def link_rates(self) -> Rates:
+        """Bytes per second between the ranks' devices; of several ranks all call it.
+
+        Empty in one process.
+        """
+        if self._ranked is None:
+            return {}
+        grid = self._ranked.grid
+        with grid.ranks.together("the measurement of its links"):
+            return link_rates(grid, self.program, self._devices[grid.device])
 
     @property
     def losses(self) -> list[Tensor]:

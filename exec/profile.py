@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from pipeproof.exec.bandwidth import Rates
 from pipeproof.exec.batch import LossFn, LossScale, Value, split
 from pipeproof.exec.bind import holders
 from pipeproof.exec.group import Ranks
@@ -75,11 +76,13 @@ class Profile:
         stages: bytes.
         outside_s: of a step, what its instructions do not account for: the ranks'
             agreement, the cutting of the batch; median seconds.
+        link_rates: bytes per second from device to device, between ranks.
     """
 
     traces: tuple[Trace, ...]
     stages: tuple[StageBytes, ...]
     outside_s: float
+    link_rates: Rates
 
 
 def variants(schedule: Schedule) -> dict[str, Schedule]:
@@ -176,12 +179,13 @@ def profile(
             n: _weighed(_there(stages[n]), n, seen[n], schedule, loss_fn, labels)
             for n in mine
         }
+        rates = pipelines[0].link_rates()
     finally:
         for hook in hooks:
             hook.remove()
         for parameter, grad in zip(parameters, before):
             parameter.grad = grad
-    return _agreed(ranks, schedule, traces, found, median(outside))
+    return _agreed(ranks, schedule, traces, found, median(outside), rates)
 
 
 def _agreed(
@@ -190,6 +194,7 @@ def _agreed(
     traces: list[Trace],
     found: dict[int, list[int]],
     outside_s: float,
+    rates: Rates,
 ) -> Profile:
     if ranks is not None:
         ours = [list(found.items()), outside_s]
@@ -197,7 +202,7 @@ def _agreed(
         found = {number: sizes for of_rank, _ in said for number, sizes in of_rank}
         outside_s = max(seconds for _, seconds in said)
     sizes = tuple(StageBytes(*found[n]) for n in range(schedule.stages))
-    return Profile(tuple(traces), sizes, outside_s)
+    return Profile(tuple(traces), sizes, outside_s, rates)
 
 
 def _there(stage: StageModule | None) -> StageModule:
