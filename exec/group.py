@@ -87,6 +87,7 @@ class Ranks:
         self._collectives: dict[tuple[tuple[int, ...], str], Backend] = {}
         self._made: list[Wire] = []
         self._said: list[Pending] = []
+        self._far: list[int] | None = None  # ranks that read another clock than rank 0
         others = [other for other in range(size) if other != rank]
         all_of_us = self._communicator(list(range(size)), HOST, "all")
         self._texts, self.headers, self.loans = (
@@ -249,10 +250,12 @@ class Ranks:
         time tells most.
         """
         what, best, offset = "the clocks", float("inf"), 0.0
-        clocks = self.exchange(host_clock(), what)
-        far = [r for r, clock in enumerate(clocks) if r and clock != clocks[0]]
-        if not clocks[0]:
-            far = list(range(1, self.size))
+        if self._far is None:
+            clocks = self.exchange(host_clock(), what)
+            self._far = [
+                r for r, c in enumerate(clocks) if r and (not c or c != clocks[0])
+            ]
+        far = self._far
         if self.rank and self.rank not in far:
             return 0.0
         for peer in [0] if self.rank else far:

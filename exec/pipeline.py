@@ -13,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from pipeproof.exec import clipping, scaling
 from pipeproof.exec.agreement import routes_of
+from pipeproof.exec.bandwidth import Rates, link_rates
 from pipeproof.exec.batch import (
     NO_KEYWORDS,
     Batch,
@@ -321,6 +322,26 @@ class Pipeline:
         step.keywords = self._keywords(batch.keywords, size)
         step.scaler = batch.scaler
         return step
+
+    @property
+    def instructions_s(self) -> float:
+        """Seconds that the instructions of the last step took here.
+
+        Of the last that was not recorded. What else a step takes is the ranks'
+        agreement and the cutting of the batch.
+        """
+        return self._runtime.ran_s
+
+    def link_rates(self) -> Rates:
+        """Bytes per second between the ranks' devices; of several ranks all call it.
+
+        Empty in one process.
+        """
+        if self._ranked is None:
+            return {}
+        grid = self._ranked.grid
+        with grid.ranks.together("the measurement of its links"):
+            return link_rates(grid, self.program, self._devices[grid.device])
 
     @property
     def losses(self) -> list[Tensor]:

@@ -24,6 +24,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from pipeproof.exec import tensors
+from pipeproof.exec.bandwidth import Rates
 from pipeproof.exec.batch import LossFn, LossScale, Value, split
 from pipeproof.exec.bind import holders
 from pipeproof.exec.group import Ranks
@@ -80,11 +81,13 @@ class Profile:
         stages: bytes.
         outside_s: of a step, what its instructions do not account for: the ranks'
             agreement, the cutting of the batch; median seconds.
+        link_rates: bytes per second from device to device, between ranks.
     """
 
     traces: tuple[Trace, ...]
     stages: tuple[StageBytes, ...]
     outside_s: float
+    link_rates: Rates
 
 
 def variants(schedule: Schedule) -> dict[str, Schedule]:
@@ -173,19 +176,20 @@ def profile(
                 pipeline.step(inputs, targets, record=True)
                 if round_ >= 0:
                     traces.append(pipeline.trace)
-                    outside.append(took - float(pipeline.trace.makespan))
+                    outside.append(took - pipeline.instructions_s)
         found = {
             n: _Weighed(_there(stages[n]), n, seen[n], schedule, routes).bytes(
                 loss_fn, labels
             )
             for n in mine
         }
+        rates = pipelines[0].link_rates()
     finally:
         for hook in hooks:
             hook.remove()
         for parameter, grad in zip(parameters, before):
             parameter.grad = grad
-    return _agreed(ranks, schedule, traces, found, median(outside))
+    return _agreed(ranks, schedule, traces, found, median(outside), rates)
 
 
 def _agreed(
@@ -194,6 +198,7 @@ def _agreed(
     traces: list[Trace],
     found: dict[int, list[Any]],
     outside_s: float,
+    rates: Rates,
 ) -> Profile:
     if ranks is not None:
         ours = [list(found.items()), outside_s]
@@ -203,7 +208,7 @@ def _agreed(
     for sizes in found.values():
         sizes[-1] = tuple(map(tuple, sizes[-1]))  # JSON has lists
     of_stages = tuple(StageBytes(*found[n]) for n in range(schedule.stages))
-    return Profile(tuple(traces), of_stages, max(0.0, outside_s))
+    return Profile(tuple(traces), of_stages, outside_s, rates)
 
 
 def _there(stage: StageModule | None) -> StageModule:

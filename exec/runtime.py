@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
+from time import perf_counter
 from typing import Any, Protocol
 
 import numpy as np
@@ -93,6 +94,7 @@ class Runtime:
         parameters: of these, each once; the user's own.
         takes_keywords: names of keyword inputs that any unit here takes.
         clock: of the last timed step.
+        ran_s: seconds that the last one took which was not timed.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class Runtime:
         self._check_finite = check_finite
         self._last_backward = _last_backwards(program.schedule, self._sharded)
         self.clock: Clock
+        self.ran_s = 0.0
         schedule = program.schedule
         # Where several devices hold a stage, each sums its gradients for itself.
         elsewhere = frozenset[int]() if reduction is None else reduction.stages
@@ -152,12 +155,13 @@ class Runtime:
             StepError: something in the model or the loss failed; the cause is
                 chained.
         """
-        index = -1
+        index, began = -1, perf_counter()
         self._begin(step)
         try:
             for index, run in self._busy:  # noqa: B007
                 run()
             self._complete()
+            self.ran_s = perf_counter() - began
         except (RankError, BatchError):  # say where by themselves
             raise
         except Exception as error:

@@ -27,6 +27,7 @@ more than a little is held like that, the oldest has a thread that waits for it.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from time import perf_counter
@@ -44,6 +45,8 @@ from pipeproof.sched.program import Message
 
 HELD = 1 << 20
 """Bytes sent to a peer that may be held until something comes back from there."""
+Begun = tuple[int, float, list[Pending] | None]
+"""An instruction, when it began, and whose end is its own, if that is looked for."""
 Arriving = list[tuple[Part, Tensor, Pending | None]]
 """Of each tensor of a value: what it is, itself, and its transfer."""
 
@@ -81,8 +84,8 @@ class Across:
         self._announced = False
         self._ask: Callable[[], bool] | None = None
         self.recorded = False
-        self._begun: dict[int, tuple[int, float, list[Pending]]] = {}
-        self._kept: list[tuple[int, float, list[Pending]]] = []
+        self._begun: dict[int, Begun] = {}
+        self._kept: list[Begun] = []
         self._moving: dict[int, Arriving] = {}
         self._unknown: dict[int, deque[Message]] = {peer: deque() for peer in into}
         self._sent: dict[int, deque[tuple[int, int, Pending]]] = {
@@ -114,16 +117,18 @@ class Across:
         began = perf_counter()
         tensors = self._fitting(message, value)
         wire, moving = self._out[message.target], []
+        awaited = message.index in self._awaited
         for part, tensor in zip(self._forms[message.index].parts, tensors):
             if not part.empty:
                 row = self._row(part, tensor)
-                moving.append(wire.send(row, followed=self.recorded))
-        if message.index in self._awaited:
+                moving.append(wire.send(row, followed=awaited and self.recorded))
+        if awaited:
             self._going[message.index] = moving
-        elif not self.recorded:
+        else:
             self._hold(message, moving)
         if self.recorded:
-            self._begun[message.index] = message.send, began, moving
+            seen = moving if awaited else None
+            self._begun[message.index] = message.send, began, seen
 
     def _hold(self, message: Message, moving: list[Pending]) -> None:
         """Hold what was sent, the oldest no longer than a thread finds it gone."""
@@ -248,13 +253,16 @@ class Across:
         """When sends and receives of the last recorded step began and ended here.
 
         Returns:
-            Of each its instruction, and `perf_counter` at both ends.
+            Of each its instruction, and `perf_counter` at both ends; for that of a
+            send for which nobody waits nobody looks: it is that of its receive.
         """
         result = []
         for index, began, moving in self._kept:
-            for pending in moving:
+            ended = math.inf if moving is None else began
+            for pending in moving or []:
                 self._wait(pending, "what was sent to be taken")
-            result.append((index, began, max([began, *(p.ended for p in moving)])))
+                ended = max(ended, pending.ended)
+            result.append((index, began, ended))
         self._kept = []
         return result
 

@@ -216,6 +216,7 @@ def offsets(ranks: Ranks, job: Job) -> tuple[float, float]:
     The clock of host r is 1,000 r seconds ahead.
     """
     here = ranks.clock_offset()
+    ranks._far = None  # what they know of each other's hosts
     ahead = 1000.0 * ranks.rank
     skewed = SimpleNamespace(
         perf_counter=lambda: time.perf_counter() + ahead, sleep=time.sleep
@@ -224,7 +225,9 @@ def offsets(ranks: Ranks, job: Job) -> tuple[float, float]:
         patch.object(group, "host_clock", lambda: f"host {ranks.rank}"),
         patch.object(group, "time", skewed),
     ):
-        return here, ranks.clock_offset()
+        far = ranks.clock_offset()
+    ranks._far = None
+    return here, far
 
 
 def part(ranks: Ranks, job: Job) -> Result:
