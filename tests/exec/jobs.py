@@ -19,11 +19,20 @@ from unittest.mock import patch
 import psutil
 import torch
 from models import Attention, Masked, Nested, keywords
+from real_work import Residual
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.nn import functional
 
-from pipeproof.exec import Pipeline, group, profile, split_at, transport
+from pipeproof.exec import (
+    ActivationMeter,
+    Pipeline,
+    group,
+    profile,
+    split_at,
+    split_evenly,
+    transport,
+)
 from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError, RankError
 from pipeproof.exec.group import Ranks
@@ -334,6 +343,40 @@ def sent(ranks: Ranks, job: Job) -> list[tuple[str, int]]:
     with patch.object(transport.Across, "send", counted):
         part(ranks, job)
     return found
+
+
+ROWS = 16
+"""Of a micro-batch of images."""
+
+
+def residual_stages(number: int) -> list[nn.Sequential]:
+    """12 blocks with batch norm; they end with a ReLU, which keeps its output."""
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU())]
+    for inputs, outputs in ((16, 16), (16, 32), (32, 64)):
+        layers.append(Residual(inputs, outputs, outputs // inputs))
+        layers += [Residual(outputs, outputs, 1) for _ in range(3)]
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)
+    return split_evenly([*layers, nn.Sequential(*head)], number)
+
+
+def peak_of_a_convnet(ranks: Ranks, schedule: Schedule) -> int:
+    """The most bytes of activations and stage inputs that this rank keeps."""
+    stages = residual_stages(schedule.stages)
+    mine = [n for n in range(len(stages)) if ranks.rank in holders(schedule, n)]
+    given = [stage if n in mine else None for n, stage in enumerate(stages)]
+    pipeline = Pipeline(given, schedule, functional.cross_entropy, ranks=ranks)
+    x, labels = images(ROWS * schedule.micro_batches)
+    with ActivationMeter([stages[n] for n in mine]) as meter:
+        meter.ignore(x, labels)
+        pipeline.step(x, labels)
+    assert meter.live == 0
+    return meter.peak
+
+
+def images(rows: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(rows, 1, 8, 8), torch.arange(rows) % 10
 
 
 def small_stages(number: int) -> list[nn.Module]:
