@@ -27,8 +27,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeproof.cli.profiling import bytes_of
-from pipeproof.exec import ActivationMeter, Pipeline, profile, reference, split_at
-from pipeproof.sched import CATALOG, POLICIES, Kind, Schedule, catalog, lower, recompute
+from pipeproof.exec import (
+    ActivationMeter,
+    Pipeline,
+    profile,
+    profile_layers,
+    reference,
+    split_at,
+)
+from pipeproof.sched import (
+    CATALOG,
+    POLICIES,
+    Kind,
+    Schedule,
+    catalog,
+    lower,
+    partition,
+    recompute,
+)
 from pipeproof.sim import Cluster, Cost, simulate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -257,3 +273,16 @@ def test_a_schedule_that_says_the_same_is_taken() -> None:
 
     assert pipeline.schedule.skips == ((0, 3),)
     assert not pipeline.schedule.has(Kind.R)
+
+
+def test_layers_with_skips_are_measured_and_cut() -> None:
+    """The product keeps both of its factors: its input, and the skip."""
+    layers = [KeepsAndGives(), Keeps(), Keeps(), Multiplies()]
+    x = torch.randn(2, 1000, dtype=torch.float64, requires_grad=True)
+
+    found = profile_layers(layers, x, repeats=1)
+
+    assert [layer.input for layer in found] == [x.nbytes] * 4
+    assert [layer.activations for layer in found] == [*[x.nbytes] * 3, 2 * x.nbytes]
+    schedule = catalog.make("gpipe", devices=2, micro_batches=2)
+    assert sum(partition(found, schedule).sizes) == 4
