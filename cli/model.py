@@ -17,6 +17,9 @@ from pipeproof.sched import ParameterError, Schedule, UnsupportedError
 if TYPE_CHECKING:
     from pipeproof.exec import Example
 
+ROWS = 4
+"""Of each micro-batch, where nothing else is said."""
+
 
 def require_torch() -> None:
     """Refuse in one line where torch is not installed.
@@ -42,7 +45,7 @@ def load_example(
     Args:
         model: `mlp`, `gpt` or MODULE:FUNCTION.
         schedule: says how many stages there are to be.
-        batch: rows; default 4 for each micro-batch.
+        batch: rows; default `ROWS` for each micro-batch.
         dtype: a name in torch.
         seed: of the model's parameters and data.
 
@@ -53,7 +56,7 @@ def load_example(
 
     from pipeproof.exec import EXAMPLES
 
-    rows = 4 * schedule.all_micro_batches if batch is None else batch
+    rows = ROWS * schedule.all_micro_batches if batch is None else batch
     if rows < 1:
         raise ParameterError(f"batch must be at least 1, got {rows}")
     make = EXAMPLES.get(model) or _own(model, list(EXAMPLES))

@@ -21,7 +21,14 @@ from pipeproof.cli.running import (
     rank_of_torchrun,
 )
 from pipeproof.cli.source import load
-from pipeproof.exec import ActivationMeter, Example, Pipeline, Ranks, launch
+from pipeproof.exec import (
+    ActivationMeter,
+    Example,
+    Pipeline,
+    Ranks,
+    keep_memory,
+    launch,
+)
 from pipeproof.exec.profile import Profile, StageBytes, profile
 from pipeproof.sched import Program, Schedule, Trace, lower
 from pipeproof.sim import Cost, Link, Measured, cost_of, links_of, simulate, write_cost
@@ -96,6 +103,7 @@ def as_rank(ranks: Ranks, wish: Wish) -> Found | None:
 
 
 def _found(wish: Wish, ranks: Ranks | None) -> Found:
+    keep_memory()
     schedule = wish.schedule
     example = load_example(wish.model, schedule, wish.batch, wish.dtype, wish.seed)
     devices = devices_of(wish.device)
@@ -143,13 +151,21 @@ def fresh(pipeline: Pipeline, example: Example, rounds: int) -> tuple[list[float
 def measured_from(taken: Profile, text: str) -> Measured:
     """A profile as a cost, in seconds."""
     cost = replace(cost_of(taken.traces), **bytes_of(taken.stages))
-    return Measured(cost, links_of(taken.traces), taken.outside_s, text)
+    output = [stage.output for stage in taken.stages]
+    links = links_of(taken.traces, taken.link_rates, output)
+    return Measured(cost, links, taken.outside_s, text)
 
 
 def bytes_of(stages: tuple[StageBytes, ...]) -> dict[str, list[float]]:
     """As attributes of a Cost."""
+    over = sorted((n, *skip) for n, stage in enumerate(stages) for skip in stage.skips)
     beside = [stage.activations - stage.input for stage in stages]
-    return {
+    for _, target, size in over:
+        beside[target] -= size
+    skips: dict[str, list[float]] = (
+        {"skip_bytes": [size for _, _, size in over]} if over else {}
+    )
+    return skips | {
         "activation_bytes": [stage.activations for stage in stages],
         "weight_grad_memory": [
             stage.left / kept if kept else 1 for stage, kept in zip(stages, beside)
@@ -189,7 +205,12 @@ def _report(schedule: Schedule, found: Found, *, as_json: bool) -> None:
                 "schedule": schedule.name,
                 "stages": _as_json(found.measured.cost, schedule),
                 "links": [
-                    {"source": s, "target": t, "latency": link.latency}
+                    {
+                        "source": s,
+                        "target": t,
+                        "latency": link.latency,
+                        "bandwidth": link.bandwidth,
+                    }
                     for (s, t), link in found.measured.links.items()
                 ],
                 "step_outside": found.measured.step_outside,
@@ -253,9 +274,12 @@ def _tell(measured: Measured, schedule: Schedule) -> None:
     heads += ["activations", "output", "weights"]
     emit_table(f"Measured: {measured.measured}", ("stage", *heads), rows, right=heads)
     for (source, target), link in sorted(measured.links.items()):
-        click.echo(f"link {source} → {target}: {_us(link):,.0f} µs a message")
+        click.echo(f"link {source} → {target}: {_in_words(link)}")
     click.echo(f"outside of instructions: {measured.step_outside * 1e6:,.0f} µs a step")
 
 
-def _us(link: Link) -> float:
-    return float(link.latency) * 1e6
+def _in_words(link: Link) -> str:
+    latency = f"{float(link.latency) * 1e6:,.0f} µs a message"
+    if link.bandwidth is None:
+        return latency
+    return f"{latency}, {float(link.bandwidth) / 1e9:,.2f} GB/s"

@@ -12,14 +12,15 @@ import click
 import torch
 import torch.distributed as dist
 
-from pipeproof.cli.model import load_example
+from pipeproof.cli.model import ROWS, load_example
 from pipeproof.cli.options import Wanted
 from pipeproof.cli.output import emit_json, full, shown, write_file
 from pipeproof.cli.predict import figures
 from pipeproof.cli.proving import as_proved, in_passing, in_words
 from pipeproof.cli.simulating import tell
 from pipeproof.cli.source import load
-from pipeproof.exec import Pipeline, Ranks, launch
+from pipeproof.exec import Example, Pipeline, Ranks, keep_memory, launch
+from pipeproof.exec.batch import split
 from pipeproof.sched import (
     Certificate,
     ParameterError,
@@ -30,6 +31,7 @@ from pipeproof.sched import (
 )
 from pipeproof.sched.causes import SHARED_PROCESSOR
 from pipeproof.sched.interop.chrome import write_chrome
+from pipeproof.sched.lower import Messages
 from pipeproof.sim import Measured, cost_of, links_of, read_cost, simulate
 
 
@@ -45,6 +47,8 @@ class Training:
     dtype: str
     steps: int
     lr: float
+    messages: Messages
+    data_parallel: int
     quiet: bool
 
 
@@ -82,7 +86,7 @@ def train(
     if by_torchrun():
         trained = _as_rank_of_torchrun(training, ranks)
     elif ranks is not None:
-        check_ranks(ranks, schedule)
+        check_ranks(ranks, schedule, training.data_parallel)
         (trained, *_) = launch(train_as_rank, ranks, training)
     else:
         trained = _train(training)
@@ -91,7 +95,8 @@ def train(
 
 
 def _as_rank_of_torchrun(training: Training, ranks: int | None) -> Trained | None:
-    return train_as_rank(rank_of_torchrun(ranks, training.schedule), training)
+    schedule, replicas = training.schedule, training.data_parallel
+    return train_as_rank(rank_of_torchrun(ranks, schedule, replicas), training)
 
 
 def by_torchrun() -> bool:
@@ -99,35 +104,39 @@ def by_torchrun() -> bool:
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
-def rank_of_torchrun(ranks: int | None, schedule: Schedule) -> Ranks:
+def rank_of_torchrun(ranks: int | None, schedule: Schedule, replicas: int = 1) -> Ranks:
     """This process among those that torchrun started.
 
     Args:
         ranks: of `--ranks`, which is for those that were not.
         schedule: that they are to run.
+        replicas: how many pipelines they are.
 
     Raises:
-        ParameterError: another number than the schedule's devices.
+        ParameterError: another number than the devices of these.
     """
     if ranks is not None:
         raise ParameterError("--ranks starts ranks, and torchrun has done so already")
     dist.init_process_group("gloo")
     joined = Ranks.of(True)
     with joined.together("its beginning"):
-        check_ranks(joined.size, schedule)
+        check_ranks(joined.size, schedule, replicas)
     return joined
 
 
-def check_ranks(ranks: int, schedule: Schedule) -> None:
-    """Refuse another number of ranks than the schedule has devices.
+def check_ranks(ranks: int, schedule: Schedule, replicas: int = 1) -> None:
+    """Refuse another number of ranks than the pipelines have devices.
 
     Raises:
-        ParameterError: it is.
+        ParameterError: it is, or there are no pipelines.
     """
-    if ranks != schedule.devices:
+    if replicas < 1:
+        raise ParameterError(f"data_parallel must be at least 1, got {replicas}")
+    if ranks != schedule.devices * replicas:
+        several = f", in each of {replicas} pipelines" if replicas > 1 else ""
         raise ParameterError(
-            f"{schedule.summary} needs {schedule.devices} ranks, one for each device, "
-            f"got {ranks}"
+            f"{schedule.summary} needs {schedule.devices * replicas} ranks, one for "
+            f"each device{several}, got {ranks}"
         )
 
 
@@ -138,13 +147,17 @@ def train_as_rank(ranks: Ranks, training: Training) -> Trained | None:
 
 
 def _train(training: Training, ranks: Ranks | None = None) -> Trained:
-    schedule, steps = training.schedule, training.steps
-    example = load_example(
-        training.model, schedule, training.batch, training.dtype, training.seed
-    )
+    keep_memory()
+    steps, example = training.steps, _example(training, ranks)
     devices = devices_of(training.device)
     pipeline = Pipeline(
-        example.stages, schedule, example.loss_fn, devices, ranks=ranks or False
+        example.stages,
+        training.schedule,
+        example.loss_fn,
+        devices,
+        messages=training.messages,
+        ranks=ranks or False,
+        data_parallel=training.data_parallel,
     )
     proof = in_passing(pipeline.program)
     if isinstance(proof, Refutation):
@@ -166,6 +179,23 @@ def _train(training: Training, ranks: Ranks | None = None) -> Trained:
             took = f"{seconds[-1] * 1e3:,.1f} ms"
             click.echo(f"step {step + 1}/{steps}: loss {losses[-1]:.6f}, {took}")
     return Trained(losses, seconds, pipeline.trace, proof)
+
+
+def _example(training: Training, ranks: Ranks | None) -> Example:
+    """The model, and the batch or this replica's part of it."""
+    schedule, replicas = training.schedule, training.data_parallel
+    rows = training.batch
+    if rows is None and replicas > 1:
+        rows = ROWS * schedule.all_micro_batches * replicas
+    example = load_example(
+        training.model, schedule, rows, training.dtype, training.seed
+    )
+    if ranks is None or replicas == 1:
+        return example
+    replica = ranks.rank // schedule.devices
+    inputs = split("inputs", example.inputs, replicas)[replica][0]
+    targets = split("targets", example.targets, replicas)[replica][0]
+    return replace(example, inputs=inputs, targets=targets)
 
 
 def _report(

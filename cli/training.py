@@ -8,7 +8,13 @@ from typing import Any
 
 import click
 
-from pipeproof.cli.options import Function, Wanted, as_json, takes_schedule
+from pipeproof.cli.options import (
+    MESSAGES,
+    Function,
+    Wanted,
+    as_json,
+    takes_schedule,
+)
 
 
 def _takes_model(function: Function) -> Function:
@@ -64,11 +70,20 @@ def _dtype(default: str) -> Callable[[Function], Function]:
     show_default=True,
     help="Learning rate of SGD.",
 )
+@MESSAGES
 @click.option(
     "--ranks",
     type=int,
     metavar="P",
     help="Start a process for each device of the schedule, on this host.",
+)
+@click.option(
+    "--data-parallel",
+    type=int,
+    metavar="R",
+    default=1,
+    show_default=True,
+    help="Pipelines side by side, each with its part of the batch; P × R ranks.",
 )
 @click.option(
     "--trace",

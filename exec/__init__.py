@@ -3,6 +3,7 @@
 Knows `sched` and torch, never `sim`.
 """
 
+from pipeproof.exec.allocator import keep_memory as keep_memory
 from pipeproof.exec.batch import Whole as Whole
 from pipeproof.exec.batch_norm import defer_batch_norm as defer_batch_norm
 from pipeproof.exec.errors import BatchError as BatchError

@@ -19,6 +19,7 @@ from torch._C._distributed_c10d import Store
 
 from pipeproof.exec.failure import Failure, Record
 from pipeproof.exec.host import process_here, runs
+from pipeproof.exec.interrupts import interrupts
 from pipeproof.exec.wires import Wire
 
 LOST_S = 6.0
@@ -99,6 +100,8 @@ class Beats:
         at: what its rank is doing.
         moves: counts what it has waited for.
         waits: for what it waits meanwhile, and on which wire if it does so there.
+        interrupts: of this process.
+        interrupted: how many there had been when its rank began what it is doing.
     """
 
     def __init__(
@@ -117,6 +120,8 @@ class Beats:
         self.at = BETWEEN_STEPS
         self.moves = 0
         self.waits: tuple[object, Wire | None] | None = None
+        self.interrupts = interrupts()
+        self.interrupted = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -148,7 +153,10 @@ class Beats:
             self._over.wait(self._lost_s / LOOKS)
 
     def _end_wait(self) -> None:
-        """Who waits for a rank that may never speak again is told to look."""
+        """Who waits for a rank that may never speak again is told to look.
+
+        And who was interrupted meanwhile: back in Python, it finds that out.
+        """
         if (waits := self.waits) is not None and waits[1] is not None:
             waits[1].interrupt()
 
@@ -167,7 +175,8 @@ class Beats:
             if still * look_s >= self._timeout_s:
                 reason = f"no rank has moved for {self._timeout_s:g} s:\n{now}"
                 self._record.write(Failure(-1, reason))
-            if self._record.read() is not None:
+            failed = self._record.read() is not None
+            if failed or self.interrupts.count() > self.interrupted:
                 self._end_wait()
             if self._over.wait(look_s):
                 return

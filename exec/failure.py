@@ -35,10 +35,16 @@ class Record:
         self._store = store
         self._found: Failure | None = None
 
+    @property
+    def known(self) -> Failure | None:
+        """What was read or written here; it costs no look into the store."""
+        return self._found
+
     def write(self, failure: Failure) -> None:
         """Keep this one, unless there is another already."""
         if self._store.add("failures", 1) == 1:
             self._store.set("failure", json.dumps(asdict(failure)))
+            self._found = failure
 
     def read(self) -> Failure | None:
         """The failure, if there is one."""
@@ -50,6 +56,8 @@ class Record:
 def failure_of(error: BaseException, rank: int, what: str) -> Failure:
     """What a rank has to say of an exception, wherever it was."""
     cause = error.__cause__ or error
-    lines = "".join(traceback.format_exception(cause))
+    lines = ""
+    if not isinstance(error, KeyboardInterrupt):  # wherever that was, was chance
+        lines = "".join(traceback.format_exception(cause)).rstrip()
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return Failure(rank, f"failed in {what}: {text}", lines.rstrip())
+    return Failure(rank, f"failed in {what}: {text}", lines)

@@ -14,7 +14,7 @@ import atexit
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from operator import itemgetter
@@ -30,7 +30,7 @@ from pipeproof.exec.beats import BETWEEN_STEPS, LOST_S, Beats
 from pipeproof.exec.errors import RankError
 from pipeproof.exec.failure import Failure, Record, failure_of
 from pipeproof.exec.host import host_clock
-from pipeproof.exec.wires import Pending, TextWire, Wire
+from pipeproof.exec.wires import Pending, TextWire, Wire, gloo
 from pipeproof.sched.errors import ParameterError
 
 CONNECT_S = 30.0
@@ -87,6 +87,7 @@ class Ranks:
         self._collectives: dict[tuple[tuple[int, ...], str], Backend] = {}
         self._made: list[Wire] = []
         self._said: list[Pending] = []
+        self._far: list[int] | None = None  # ranks that read another clock than rank 0
         others = [other for other in range(size) if other != rank]
         all_of_us = self._communicator(list(range(size)), HOST, "all")
         self._texts, self.headers, self.loans = (
@@ -163,16 +164,14 @@ class Ranks:
         # Not by new_group, in which all processes must take part, also those that
         # run other pipelines.
         on_gpu = device.type == "cuda"
-        kind: Any = dist.ProcessGroupNCCL if on_gpu else dist.ProcessGroupGloo
-        made: Backend = kind(
-            PrefixStore(f"{'nccl' if on_gpu else 'gloo'} {name}", self.store),
-            members.index(self.rank),
-            len(members),
-            timeout=timedelta(seconds=CONNECT_S),
-        )
-        if on_gpu:
-            # Or its first message would make it, in whatever order these come.
-            made.eager_connect_single_device(device)
+        store = PrefixStore(f"{'nccl' if on_gpu else 'gloo'} {name}", self.store)
+        place = members.index(self.rank), len(members)
+        if not on_gpu:
+            return gloo(store, *place, timedelta(seconds=CONNECT_S))
+        nccl: Any = dist.ProcessGroupNCCL
+        made: Backend = nccl(store, *place, timeout=timedelta(seconds=CONNECT_S))
+        # Or its first message would make it, in whatever order these come.
+        made.eager_connect_single_device(device)
         return made
 
     def _text(self, group: Backend, peer: int, tag: str) -> TextWire:
@@ -184,32 +183,65 @@ class Ranks:
     def exchange(self, value: Any, what: str) -> list[Any]:
         """What each rank has to say, by rank, on all of them.
 
-        In each round a rank tells all it knows to one further away: those of twice
-        as many ranks. It takes the logarithm of their number of rounds.
-
         Args:
             value: anything that JSON can hold.
             what: it is, for messages.
+        """
+        return self.ask(value, what)()
+
+    def ask(self, value: Any, what: str) -> Callable[[], list[Any]]:
+        """Begin an `exchange`; what is returned waits for its end.
+
+        In each round a rank tells all it knows to one further away: those of twice
+        as many ranks. It takes the logarithm of their number of rounds.
 
         Source:
             Bruck et al. 1997, IEEE TPDS 8(11), the concatenation.
         """
         said = [(self.rank, value)]
-        sent: list[Pending] = []
-        distance = 1
-        while distance < self.size:
-            target = self._texts[(self.rank + distance) % self.size]
-            source = self._texts[(self.rank - distance) % self.size]
-            more = said[: self.size - len(said)]
-            sent += target.send(json.dumps(more), followed=False)
-            said += json.loads(source.receive(what))
+        sent = self._pass_on(said, 1)
+
+        def answers() -> list[Any]:
+            distance = 1
+            while distance < self.size:
+                if distance > 1:
+                    sent.extend(self._pass_on(said, distance))
+                source = self._texts[(self.rank - distance) % self.size]
+                said.extend(json.loads(source.receive(what)))
+                source.expect()
+                distance *= 2
+            # All who say something now have had what was said the time before.
+            for pending in self._said:
+                pending.finish()
+            self._said = sent
+            return [value for _, value in sorted(said, key=itemgetter(0))]
+
+        return answers
+
+    def _pass_on(self, said: list[Any], distance: int) -> list[Pending]:
+        """A round: as much as is new to the rank so far away."""
+        if self.size == 1:
+            return []
+        target = self._texts[(self.rank + distance) % self.size]
+        return target.send(json.dumps(said[: self.size - len(said)]), followed=False)
+
+    def told(self, value: Any, speaker: int, what: str) -> Any:
+        """What one rank has to say, on all of them; it waits for none of them.
+
+        Args:
+            value: as for `exchange`, on the speaker.
+            speaker: its number.
+            what: it is, for messages.
+        """
+        if self.rank != speaker:
+            source = self._texts[speaker]
+            heard = json.loads(source.receive(what))
             source.expect()
-            distance *= 2
-        # All who say something now have had what was said the time before.
-        for pending in self._said:
-            pending.finish()
-        self._said = sent
-        return [value for _, value in sorted(said, key=itemgetter(0))]
+            return heard
+        text = json.dumps(value)
+        for target in self._texts.values():
+            self._said += target.send(text, followed=False)
+        return value
 
     def clock_offset(self, rounds: int = 8) -> float:
         """What to add to this rank's `perf_counter` to have rank 0's.
@@ -218,10 +250,12 @@ class Ranks:
         time tells most.
         """
         what, best, offset = "the clocks", float("inf"), 0.0
-        clocks = self.exchange(host_clock(), what)
-        far = [r for r, clock in enumerate(clocks) if r and clock != clocks[0]]
-        if not clocks[0]:
-            far = list(range(1, self.size))
+        if self._far is None:
+            clocks = self.exchange(host_clock(), what)
+            self._far = [
+                r for r, c in enumerate(clocks) if r and (not c or c != clocks[0])
+            ]
+        far = self._far
         if self.rank and self.rank not in far:
             return 0.0
         for peer in [0] if self.rank else far:
@@ -313,7 +347,9 @@ class Ranks:
         Raises:
             RankError: one has; it names it and the reason.
         """
-        failure = self.record.read()
+        self._end_with(self.record.read())
+
+    def _end_with(self, failure: Failure | None) -> None:
         if failure is not None:
             raise RankError(f"rank {self.rank} ends: {failure}")
 
@@ -324,8 +360,11 @@ class Ranks:
         Args:
             what: as in "failed in the step".
         """
-        self.check()
+        # Without a look into the store, which is slow: the thread that beats looks
+        # there, and a rank that knows of no failure yet learns of it when it waits.
+        self._end_with(self.record.known)
         self._beats.at = what
+        self._beats.interrupted = self._beats.interrupts.count()
         try:
             yield
         except BaseException as error:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import FileStore, Store
 
+from pipeproof.exec.allocator import keep_memory
 from pipeproof.exec.beats import LOOKS, LOST_S, Silence
 from pipeproof.exec.errors import RankError
 from pipeproof.exec.failure import Failure, Record, failure_of
@@ -179,6 +180,7 @@ def _rank(
 ) -> None:
     """A rank's process, from its start to its end."""
     threading.Thread(target=_end_with_the_launcher, daemon=True).start()
+    keep_memory()
     status = 1
     store = job.store()
     try:

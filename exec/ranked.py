@@ -4,7 +4,8 @@
     at the start of each    the seed of rank 0, rows, whether shapes are new
     at the end of each      the losses of the micro-batches, so that all know the sum
 
-Whatever is found wrong there, all ranks find, with the same message.
+Whatever is found wrong there, all ranks find, with the same message. Where one rank
+alone has losses, it tells them, and waits for none of the others to come to their end.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from pipeproof.exec.links import Links
 from pipeproof.exec.rng import of_replica
 from pipeproof.exec.runtime import Runtime
 from pipeproof.exec.sharded import Sharded, check_wrapped, is_sharded
+from pipeproof.exec.skips import Routes
 from pipeproof.exec.stage import Stage, StageModule
 from pipeproof.exec.step import Step
 from pipeproof.exec.tensors import flat, placed
@@ -58,6 +60,7 @@ class Ranked:
         stages: those of this rank; others may be None, or are left as they are.
         devices: the torch device of each of the schedule's.
         loss_scale: as for `Pipeline`.
+        routes: of the model's skip connections.
 
     Attributes:
         grid: as given.
@@ -79,6 +82,7 @@ class Ranked:
         stages: Sequence[StageModule | None],
         devices: Sequence[torch.device],
         loss_scale: LossScale,
+        routes: Routes,
     ) -> None:
         self.grid, self._program = grid, program
         self._ranks, self._loss_scale = grid.ranks, loss_scale
@@ -102,9 +106,10 @@ class Ranked:
         for number in mine:
             module = stages[number]
             assert module is not None
-            stage = Stage(number, module, first_unit[number], device)
+            stage = Stage(number, module, first_unit[number], device, routes)
             self.homes[number, grid.device] = stage
         self._first, self._last = (n in mine for n in (0, schedule.stages - 1))
+        self._last_device = holders(schedule, schedule.stages - 1)[0]
         self.sharded = {n: Sharded(stages[n]) for n in mine if is_sharded(stages[n])}
         self._signatures: list[str] = []
         self._decides: tuple[list[Any], str] = [], ""
@@ -135,6 +140,7 @@ class Ranked:
     ) -> tuple[Step, Array, Array]:
         """As `step`; and when this pipeline's instructions started and ended."""
         step = self._opened(runtime, seed, batch)
+        self.links.messages.agree()  # before anything else is exchanged
         offset = self._ranks.clock_offset()
         messages, reducer = self.links.messages, self.links.reducer
         messages.recorded = True
@@ -190,7 +196,50 @@ class Ranked:
         kind: str = "step",
         with_targets: bool = True,
     ) -> Step:
-        """The step, when all ranks have agreed on it."""
+        """The step; all ranks have agreed on it when the first message is due.
+
+        Rank 0 has the seed, and so, where nothing else is asked for, all that its
+        first ops need: it waits for the others when it has something for them.
+        """
+        step, own, found = self._parts(seed, batch, with_targets=with_targets)
+        takes = runtime.takes_keywords
+        names = sorted(batch.keywords), sorted(takes)
+        signature = self._signature(kind, step, found, batch.keywords)
+        answers = self._ranks.ask(
+            [step.seed, own, signature, total_of(found), *names],
+            "the other ranks' next step",
+        )
+
+        def agreed() -> bool:
+            said = answers()
+            rows, positions = self._agreed(said)
+            _check_keywords([of_rank[4:] for of_rank in said])
+            step.seed = of_replica(said[0][0], self.grid.replica)
+            if found is not None and len(self.grid.rows) > 1:
+                of_rows = [said[row[self._last_device]][3] for row in self.grid.rows]
+                step.factors = shares(found, math.fsum(of_rows))
+            if mine := {n: v for n, v in batch.keywords.items() if n in takes}:
+                sizes = self._schedule.micro_batches, self._schedule.slices
+                further = split_keywords(mine, rows, positions, sizes)
+                step.keywords = {self._device: placed(further, self._device)}
+            before = self._signatures
+            self._signatures = [said[rank][2] for rank in self.grid.row]
+            return before == self._signatures
+
+        self.links.messages.begin(agreed)
+        for lender in self.links.lenders:
+            lender.begin()
+        if self._ranks.rank or len(self.grid.rows) > 1 or any(names):
+            self.links.messages.agree()
+        return step
+
+    def _parts(
+        self, seed: int, batch: Batch, *, with_targets: bool
+    ) -> tuple[Step, dict[str, list[int]], Weights | None]:
+        """The step as far as it is known here, sizes by name, and the losses' weights.
+
+        Their factors too, if no other replica has a part in them.
+        """
         sizes = self._schedule.micro_batches, self._schedule.slices
         inputs: list[list[Value]] = []
         labels: list[list[Value]] = []
@@ -208,34 +257,13 @@ class Ranked:
             found = weights(labels, self._loss_scale, *own["targets"])
         factors: list[list[float | None]]
         factors = [[None] * sizes[1] for _ in range(sizes[0])]
+        if found is not None and len(self.grid.rows) == 1:
+            factors = shares(found, total_of(found))
         step = Step(
             seed, placed(inputs, self._device), placed(labels, self._device), factors
         )
         step.scaler = batch.scaler
-        signature = self._signature(kind, step, found, batch.keywords)
-        names = sorted(batch.keywords), sorted(runtime.takes_keywords)
-        said = self._ranks.exchange(
-            [step.seed, own, signature, total_of(found), *names],
-            "the other ranks' next step",
-        )
-        size = self._agreed(said)
-        _check_keywords([of_rank[4:] for of_rank in said])
-        step.seed = of_replica(said[0][0], self.grid.replica)
-        signatures = [said[rank][2] for rank in self.grid.row]
-        self.links.messages.begin(announced=signatures == self._signatures)
-        self._signatures = signatures
-        for lender in self.links.lenders:
-            lender.begin()
-        if found is not None:
-            (last,) = holders(self._schedule, self._schedule.stages - 1)[:1]
-            step.factors = shares(
-                found, math.fsum(said[row[last]][3] for row in self.grid.rows)
-            )
-        mine = {n: v for n, v in batch.keywords.items() if n in runtime.takes_keywords}
-        if mine:
-            further = split_keywords(mine, size[0], size[1], sizes)
-            step.keywords = {self._device: placed(further, self._device)}
-        return step
+        return step, own, found
 
     def _agreed(self, said: Sequence[Any]) -> list[int]:
         """Rows and positions of this replica's batch."""
@@ -288,26 +316,33 @@ class Ranked:
         return self._decides[1]
 
     def _close(self, step: Step) -> None:
-        """Tell each other the losses; when all have, all is received."""
+        """Tell each other the losses, and let go of what was sent."""
+        messages = self.links.messages
+        messages.agree()  # if there was nothing to send
+        for lender in self.links.lenders:
+            lender.end()
         ours = [
             [number, part, loss.item(), str(loss.dtype)]
             for number, slices in enumerate(step.losses)
             for part, loss in enumerate(slices)
             if loss is not None
         ]
-        for lender in self.links.lenders:
-            lender.end()
-        said = self._ranks.exchange(ours, "the other ranks' losses")
-        in_order = [
-            loss
-            for row in self.grid.rows
-            for loss in sorted(loss for rank in row for loss in said[rank])
-        ]
+        what = "the other ranks' losses"
+        last = self.grid.holders(self._schedule, self._schedule.stages - 1)
+        if len(last) == 1:
+            in_order = self._ranks.told(ours, last[0], what)
+        else:
+            said = self._ranks.exchange(ours, what)
+            in_order = [
+                loss
+                for row in self.grid.rows
+                for loss in sorted(loss for rank in row for loss in said[rank])
+            ]
         step.of_all = [
             torch.tensor(value, dtype=DTYPES[dtype], device=self._device)
             for _, _, value, dtype in in_order
         ]
-        self.links.messages.end()
+        messages.end()
 
 
 def _check_keywords(said: Sequence[Sequence[Sequence[str]]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
+from time import perf_counter
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,10 +19,11 @@ from pipeproof.exec import tensors
 from pipeproof.exec.batch import LossFn
 from pipeproof.exec.bind import Binder, Homes, holders
 from pipeproof.exec.clock import Clock
-from pipeproof.exec.errors import RankError, StepError
+from pipeproof.exec.errors import BatchError, RankError, StepError
 from pipeproof.exec.finite import check_before, looked_at
 from pipeproof.exec.replicas import Run, Sums, add_up
 from pipeproof.exec.sharded import Sharded
+from pipeproof.exec.shared import Shared
 from pipeproof.exec.stash import Copies, Place
 from pipeproof.exec.step import Step
 from pipeproof.sched import Action, BufferKind, Kind, Op, Program, Schedule
@@ -92,6 +94,7 @@ class Runtime:
         parameters: of these, each once; the user's own.
         takes_keywords: names of keyword inputs that any unit here takes.
         clock: of the last timed step.
+        ran_s: seconds that the last one took which was not timed.
     """
 
     def __init__(
@@ -123,6 +126,7 @@ class Runtime:
         self._check_finite = check_finite
         self._last_backward = _last_backwards(program.schedule, self._sharded)
         self.clock: Clock
+        self.ran_s = 0.0
         schedule = program.schedule
         # Where several devices hold a stage, each sums its gradients for itself.
         elsewhere = frozenset[int]() if reduction is None else reduction.stages
@@ -131,6 +135,7 @@ class Runtime:
             for (stage, device), home in homes.items()
             if len(holders(schedule, stage)) > 1 or stage in elsewhere
         }
+        self._shared = Shared(homes)
         self._binder = Binder(program, homes, loss_fn)
         self._reader = {} if transport is None else readers(program)
         reductions = np.flatnonzero(program.action == Action.REDUCE).tolist()
@@ -150,13 +155,14 @@ class Runtime:
             StepError: something in the model or the loss failed; the cause is
                 chained.
         """
-        index = -1
+        index, began = -1, perf_counter()
         self._begin(step)
         try:
             for index, run in self._busy:  # noqa: B007
                 run()
             self._complete()
-        except RankError:  # says where by itself
+            self.ran_s = perf_counter() - began
+        except (RankError, BatchError):  # say where by themselves
             raise
         except Exception as error:
             raise self._broken(index, error) from error
@@ -175,7 +181,7 @@ class Runtime:
                 run()
                 clock.mark(device_of[index])
             self._complete()
-        except RankError:  # says where by itself
+        except (RankError, BatchError):  # say where by themselves
             raise
         except Exception as error:
             raise self._broken(index, error) from error
@@ -197,6 +203,7 @@ class Runtime:
             sharded.begin()
 
     def _complete(self) -> None:
+        self._shared.add_up()
         for stage in self.stages:
             stage.complete()
 
@@ -218,7 +225,7 @@ class Runtime:
                 for message in awaited:
                     assert self._transport is not None
                     self._transport.finish(message)
-        except RankError:  # says where by itself
+        except (RankError, BatchError):  # say where by themselves
             raise
         except Exception as error:
             raise self._broken(index, error, "") from error
@@ -292,6 +299,7 @@ class Runtime:
             self._transport.forget()
         for sums in self._sums.values():
             sums.begin()
+        self._shared.begin()
 
     def _device(self, index: int) -> torch.device:
         return self._devices[int(self._program.device[index])]
@@ -373,10 +381,13 @@ class Runtime:
             run = looked_at(run, op, instruction, stage, self._binder)
         if self._last_backward.get(op.stage) == op:
             return self._sharded[op.stage].before_last(run)
-        sums = self._sums.get((op.stage, instruction.stream.device))
-        if sums is None or op.kind not in (Kind.B, Kind.I, Kind.W):
+        if op.kind not in (Kind.B, Kind.I, Kind.W):
             return run
-        return sums.around(run)
+        device = instruction.stream.device
+        sums = self._sums.get((op.stage, device))
+        if sums is not None:
+            return sums.around(run)
+        return self._shared.around(op.stage, device, run)
 
     def _bind_send(self, instruction: Instruction) -> Run:
         values, message = self._binder.values, instruction.message

@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.overrides import TorchFunctionMode
 
+from pipeproof.exec.engine import backward, grad
 from pipeproof.exec.graph import Root as Root
 from pipeproof.exec.graph import node_of
 from pipeproof.exec.split_plan import Plan, recognised, saved_by, walked
@@ -74,11 +75,11 @@ class Rest:
         """W: add the weights' gradients to `.grad`. Once: they are let go of."""
         while self.calls:
             edges, caught, leaves = self.calls.pop()
-            torch.autograd.backward(edges, caught, inputs=leaves)
+            backward(edges, caught, leaves)
         formed, gradients = self.formed, self.gradients
         self.formed, self.gradients = [], []
         if formed:
-            torch.autograd.backward(formed, gradients)
+            backward(formed, gradients)
 
 
 class Splitter:
@@ -152,28 +153,22 @@ def _halved(
     if plan.whole or (plan.early and any(v._backward_hooks for v in plan.early)):
         return _undivided(roots, gradients, leaves), Rest([], [], [])
     forks = [GradientEdge(nodes[node], output) for node, output in plan.caught]
-    outputs: list[Any] = list(roots)  # torch takes a mixture, its types do not
-    inputs: list[Any] = [*leaves, *plan.early, *forks]
+    inputs: list[Root] = [*leaves, *plan.early, *forks]
     if not inputs:  # nothing in this stage learns, and none before it
         return [], Rest([], [], [])
-    found = torch.autograd.grad(
-        outputs,
-        inputs,
-        gradients,
-        retain_graph=bool(forks),
-        allow_unused=True,
-    )
+    found = grad(roots, gradients, inputs, keep_graph=bool(forks))
     for number, attribute in plan.spare:
         _let_go(nodes[number], attribute)
     early, forked = len(leaves), len(leaves) + len(plan.early)
     rest = Rest([], [], [])
     for call in plan.calls:
-        there = [i for i in call.catches if found[forked + i] is not None]
-        if there:
-            starts, caught = (
-                [forks[i] for i in there],
-                [found[forked + i] for i in there],
-            )
+        starts: list[GradientEdge] = []
+        caught: list[Tensor] = []
+        for i in call.catches:
+            if (gradient := found[forked + i]) is not None:
+                starts.append(forks[i])
+                caught.append(gradient)
+        if starts:
             rest.calls.append((starts, caught, call.leaves))
     for leaf, gradient in zip(plan.early, found[early:forked]):
         if gradient is not None:
@@ -186,10 +181,9 @@ def _undivided(
     roots: Sequence[Root], gradients: Sequence[Tensor], leaves: list[Tensor]
 ) -> list[Tensor | None]:
     """B; the leaves are left without a `.grad`."""
-    outputs: list[Any] = list(roots)
     for leaf in leaves:
         leaf.grad = None
-    torch.autograd.backward(outputs, gradients)
+    backward(roots, gradients)
     found = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None

@@ -27,8 +27,9 @@ more than a little is held like that, the oldest has a thread that waits for it.
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -42,8 +43,10 @@ from pipeproof.exec.wires import Pending, TextWire, Wait, Wire
 from pipeproof.sched import Action, Program
 from pipeproof.sched.program import Message
 
-HELD = 1 << 18
+HELD = 1 << 20
 """Bytes sent to a peer that may be held until something comes back from there."""
+Begun = tuple[int, float, list[Pending] | None]
+"""An instruction, when it began, and whose end is its own, if that is looked for."""
 Arriving = list[tuple[Part, Tensor, Pending | None]]
 """Of each tensor of a value: what it is, itself, and its transfer."""
 
@@ -79,9 +82,10 @@ class Across:
         self._going: dict[int, list[Pending]] = {}
         self._forms: dict[int, Form] = {}
         self._announced = False
+        self._ask: Callable[[], bool] | None = None
         self.recorded = False
-        self._begun: dict[int, tuple[int, float, list[Pending]]] = {}
-        self._kept: list[tuple[int, float, list[Pending]]] = []
+        self._begun: dict[int, Begun] = {}
+        self._kept: list[Begun] = []
         self._moving: dict[int, Arriving] = {}
         self._unknown: dict[int, deque[Message]] = {peer: deque() for peer in into}
         self._sent: dict[int, deque[tuple[int, int, Pending]]] = {
@@ -89,32 +93,42 @@ class Across:
         }
         self._held = dict.fromkeys(self._sent, 0)
 
-    def begin(self, *, announced: bool) -> None:
+    def begin(self, announced: Callable[[], bool]) -> None:
         """Get ready for a step.
 
         Args:
-            announced: messages have the forms they had in the step before;
-                otherwise each comes with a header.
+            announced: asked before the first message, whether all have the forms
+                they had in the step before; otherwise each comes with a header.
         """
-        self._announced = announced
-        if not announced:
-            self._forms.clear()
+        self._ask = announced
+
+    def agree(self) -> None:
+        """Ask, if that has not been done."""
+        if self._ask is not None:
+            ask, self._ask = self._ask, None
+            self._announced = ask()
+            if not self._announced:
+                self._forms.clear()
 
     def send(self, message: Message, value: Any) -> None:
         """Start to send a value; its memory is held until it is sent."""
+        if self._ask is not None:
+            self.agree()
         began = perf_counter()
         tensors = self._fitting(message, value)
         wire, moving = self._out[message.target], []
+        awaited = message.index in self._awaited
         for part, tensor in zip(self._forms[message.index].parts, tensors):
             if not part.empty:
                 row = self._row(part, tensor)
-                moving.append(wire.send(row, followed=self.recorded))
-        if message.index in self._awaited:
+                moving.append(wire.send(row, followed=awaited and self.recorded))
+        if awaited:
             self._going[message.index] = moving
-        elif not self.recorded:
+        else:
             self._hold(message, moving)
         if self.recorded:
-            self._begun[message.index] = message.send, began, moving
+            seen = moving if awaited else None
+            self._begun[message.index] = message.send, began, seen
 
     def _hold(self, message: Message, moving: list[Pending]) -> None:
         """Hold what was sent, the oldest no longer than a thread finds it gone."""
@@ -155,6 +169,8 @@ class Across:
 
     def post(self, message: Message) -> None:
         """Start to receive, if it is known what, and that of all before it."""
+        if self._ask is not None:
+            self.agree()
         if self._known(message) and not self._unknown[message.source]:
             self._receive(message)
         else:
@@ -226,22 +242,27 @@ class Across:
             waiting.clear()
 
     def end(self) -> None:
-        """Let go of what was sent, now that all of it has been taken."""
+        """Let go of what was sent, when it has gone."""
         for peer, sent in self._sent.items():
             while sent:
-                self._settle(peer, sent[-1][0])
+                _, size, pending = sent.popleft()
+                self._held[peer] -= size
+                self._wait(pending, "what was sent to be taken")
 
     def times(self) -> list[tuple[int, float, float]]:
         """When sends and receives of the last recorded step began and ended here.
 
         Returns:
-            Of each its instruction, and `perf_counter` at both ends.
+            Of each its instruction, and `perf_counter` at both ends; for that of a
+            send for which nobody waits nobody looks: it is that of its receive.
         """
         result = []
         for index, began, moving in self._kept:
-            for pending in moving:
+            ended = math.inf if moving is None else began
+            for pending in moving or []:
                 self._wait(pending, "what was sent to be taken")
-            result.append((index, began, max([began, *(p.ended for p in moving)])))
+                ended = max(ended, pending.ended)
+            result.append((index, began, ended))
         self._kept = []
         return result
 

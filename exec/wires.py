@@ -11,17 +11,19 @@ NCCL's waits only order the device's stream and return.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import cache
 from queue import SimpleQueue
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import Backend
+from torch._C._distributed_c10d import Backend, ProcessGroupGloo, Store
 
 NEVER = timedelta(days=365)
 """Deadlines are the ranks', who know why they wait; a communicator has none."""
@@ -30,6 +32,35 @@ NO_TAG = 99
 """Of messages that never come."""
 FIRST_BYTES = 1024
 """Size of a text's first tensor; a longer text is followed by the rest."""
+
+
+def gloo(store: Store, rank: int, size: int, timeout: timedelta) -> Backend:
+    """A gloo communicator.
+
+    All of a process share one thread that serves their sockets. Each with its own,
+    as torch makes them, they would compete with the op that runs for its core: such
+    a thread spins while another holds its link.
+
+    Args:
+        store: where its ranks meet, theirs alone.
+        rank: this one's place.
+        size: how many.
+        timeout: for them to come, and of collectives.
+    """
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = _devices(os.environ.get("GLOO_SOCKET_IFNAME", ""))
+    options._threads, options._timeout = 2, timeout
+    made: Backend = ProcessGroupGloo(store, rank, size, options)
+    return made
+
+
+@cache
+def _devices(interfaces: str) -> list[Any]:
+    """Of gloo, as torch chooses them."""
+    named = [
+        ProcessGroupGloo.create_device(interface=x) for x in interfaces.split(",") if x
+    ]
+    return named or [ProcessGroupGloo.create_default_device()]
 
 
 class Pending:

@@ -24,6 +24,8 @@ from pipeproof.sim.per_stage import divide
 
 Key = tuple[Kind, int]
 """A kind of op, in a stage."""
+Typical = Callable[[NDArray[Any]], Number]
+"""One number for several times."""
 
 FIELDS = {
     Kind.F: "forward",
@@ -60,8 +62,12 @@ class Fit:
     link_latency: Number | None
 
 
-def fit(trace: Trace) -> Fit:
+def fit(trace: Trace, typical: Typical | None = None) -> Fit:
     """Fit a cost to a trace, one number per stage and kind of op.
+
+    Args:
+        trace: measured.
+        typical: the time of several ops of one kind in one stage; default the median.
 
     Where ops of one kind ran only in groups, their time is what a group takes
     beyond its other ops. Where backwards ran only whole, I and W are half of B
@@ -71,7 +77,7 @@ def fit(trace: Trace) -> Fit:
     Raises:
         ParameterError: ops whose own time cannot be told from that of their groups.
     """
-    table = _Table.of(trace)
+    table = _Table.of(trace, typical or _median)
     known = table.alone()
     table.complete(known)
     cost = _cost(trace, known)
@@ -90,6 +96,7 @@ class _Table:
         time: how long each took, times the slices of a micro-batch.
         first, count: its ops.
         place: kind × stages + stage of its first op.
+        typical: as for `fit`.
     """
 
     trace: Trace
@@ -97,9 +104,10 @@ class _Table:
     first: NDArray[np.int64]
     count: NDArray[np.int64]
     place: NDArray[np.int64]
+    typical: Typical
 
     @staticmethod
-    def of(trace: Trace) -> _Table:
+    def of(trace: Trace, typical: Typical) -> _Table:
         program, schedule = trace.program, trace.program.schedule
         computes = program.computes
         time = (trace.end[computes] - trace.start[computes]) * schedule.slices
@@ -107,13 +115,13 @@ class _Table:
         kind = schedule.ops.kind[first].astype(np.int64)
         place = kind * schedule.stages + schedule.ops.stage[first]
         count = program.op_count[computes].astype(np.int64)
-        return _Table(trace, time, first, count, place)
+        return _Table(trace, time, first, count, place, typical)
 
     def alone(self) -> dict[Key, Number]:
-        """Medians of what ran outside groups."""
+        """Times of what ran outside groups."""
         mine = np.flatnonzero(self.count == 1)
         return {
-            self.key(place): _median(self.time[mine[where]])
+            self.key(place): self.typical(self.time[mine[where]])
             for place, where in _by_value(self.place[mine])
         }
 
@@ -153,7 +161,9 @@ class _Table:
                 if len(unknown) == 1:
                     rest: Any = sum(known[key] for key in keys if key in known)
                     told.setdefault(unknown[0], []).append(self.time[where] - rest)
-            known |= {key: _median(np.concatenate(rows)) for key, rows in told.items()}
+            known |= {
+                key: self.typical(np.concatenate(rows)) for key, rows in told.items()
+            }
             refused = [key for key in told if known[key] < 0]
             if refused or not told:
                 kind, stage = (refused or sorted(missing))[0]
@@ -163,7 +173,7 @@ class _Table:
                 )
 
     def joint(self, known: Mapping[Key, Number]) -> list[Number]:
-        """Median time of F&B by F's stage; F + B where a stage has none."""
+        """Time of F&B by F's stage; F + B where a stage has none."""
         by_stage: dict[int, list[NDArray[Any]]] = {}
         for keys, where in self.groups:
             if sorted(kind for kind, _ in keys) in PAIRS:
@@ -171,7 +181,7 @@ class _Table:
         if not by_stage:
             return []
         return [
-            _median(np.concatenate(by_stage[stage]))
+            self.typical(np.concatenate(by_stage[stage]))
             if stage in by_stage
             else _apart(known, stage)
             for stage in range(self.trace.program.schedule.stages)

@@ -8,7 +8,7 @@ and what is simulated with these costs takes as long as what was measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -48,7 +48,7 @@ def cost_of(traces: Sequence[Trace]) -> Cost:
         )
     found: dict[str, list[Any]] = {}
     for trace in traces:
-        cost = fit(occupied(trace)).cost
+        cost = fit(occupied(trace), _mean).cost
         for kind, name in FIELDS.items():
             if trace.program.schedule.has(kind):
                 found.setdefault(name, []).append(getattr(cost, name))
@@ -57,6 +57,10 @@ def cost_of(traces: Sequence[Trace]) -> Cost:
         halves = [number / 2 for number in times["backward"]]
         times |= {"input_grad": halves, "weight_grad": halves}
     return Cost(**times)
+
+
+def _mean(times: NDArray[Any]) -> Number:
+    return float(times.mean())
 
 
 def occupied(trace: Trace) -> Trace:
@@ -74,24 +78,56 @@ def occupied(trace: Trace) -> Trace:
     return replace(trace, timetable=Timetable(np.minimum(start, trace.end), trace.end))
 
 
-def links_of(traces: Sequence[Trace]) -> Links:
+def links_of(
+    traces: Sequence[Trace],
+    rates: Mapping[tuple[int, int], float] | None = None,
+    output_bytes: Sequence[float] = (),
+) -> Links:
     """Of each link, the median time from handing a message over to having it.
 
-    Of messages whose receive was posted in time. All of it counts as latency: what
-    depends on the size cannot be told where all messages of a link have one size.
+    Of messages whose receive was posted in time. Where the link's rate is known, what
+    its messages' bytes take of that is left to its bandwidth, and the rest is latency;
+    elsewhere all of it is, for the messages of a link have one size.
+
+    Args:
+        traces: as for `cost_of`.
+        rates: of links, bytes per unit of the traces' time.
+        output_bytes: of each stage, for a whole micro-batch, if there are rates.
     """
+    rates = rates or {}
     found: dict[tuple[int, int], list[NDArray[Any]]] = {}
     for trace in traces:
         send, recv = trace.program.send_of, trace.program.recv_of
         took = trace.end[recv] - trace.start[send]
+        if rates:
+            took -= _in_transit(trace, rates, output_bytes)
         in_time = trace.start[recv] <= trace.start[send]
         ends = trace.program.messages[:, 6:8]
         for source, target in np.unique(ends, axis=0).tolist():
             mine = in_time & (ends == (source, target)).all(axis=1)
             found.setdefault((source, target), []).append(took[mine])
     medians: dict[tuple[int, int], Number] = {
-        link: float(np.median(times))
+        link: max(0.0, float(np.median(times)))
         for link, several in found.items()
         if len(times := np.concatenate(several))
     }
-    return {link: Link(latency=latency) for link, latency in medians.items()}
+    return {
+        link: Link(latency=latency, bandwidth=rates.get(link))
+        for link, latency in medians.items()
+    }
+
+
+def _in_transit(
+    trace: Trace, rates: Mapping[tuple[int, int], float], output_bytes: Sequence[float]
+) -> NDArray[Any]:
+    """Of each message, the time that its bytes take at its link's rate."""
+    program = trace.program
+    parts = program.schedule.slices
+    return np.array(
+        [
+            output_bytes[min(m.source_stage, m.target_stage)]
+            / parts
+            / rates.get((m.source, m.target), np.inf)
+            for m in map(program.message_at, range(len(program.send_of)))
+        ]
+    )

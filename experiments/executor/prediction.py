@@ -86,11 +86,10 @@ def measured(ranks: Ranks, group: str, rounds: int) -> list[Row]:
     def pipeline(schedule: Schedule) -> Pipeline:
         return Pipeline(stages, schedule, functional.mse_loss, ranks=ranks)
 
-    bytes_ = bytes_of(
-        profile(
-            stages, schedules[0], functional.mse_loss, x, x, ranks=ranks, rounds=1
-        ).stages
+    first = profile(
+        stages, schedules[0], functional.mse_loss, x, x, ranks=ranks, rounds=1
     )
+    bytes_ = bytes_of(first.stages)
     probes = [pipeline(variant) for variant in variants(schedules[0]).values()]
     fresh = [pipeline(schedule) for schedule in schedules]
     traces, outside = [], []
@@ -102,7 +101,7 @@ def measured(ranks: Ranks, group: str, rounds: int) -> list[Row]:
             probe.step(x, x, record=True)
             if round_ >= 0:
                 traces.append(probe.trace)
-                outside.append(took - float(probe.trace.makespan))
+                outside.append(took - probe.instructions_s)
         for number, one in enumerate(fresh):
             for times, record in (plain, False), (traced, True):
                 took = timed(one, x, record=record)
@@ -112,8 +111,8 @@ def measured(ranks: Ranks, group: str, rounds: int) -> list[Row]:
     said = ranks.exchange([plain, traced, peaks, median(outside)], "the others'")
     found = Measured(
         replace(cost_of(traces), **bytes_),
-        links_of(traces),
-        max(0.0, *(of_rank[3] for of_rank in said)),
+        links_of(traces, first.link_rates, bytes_["boundary_bytes"]),
+        max(of_rank[3] for of_rank in said),
     )
     rows = []
     for number, (one, schedule) in enumerate(zip(fresh, schedules)):

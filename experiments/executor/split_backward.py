@@ -1,7 +1,8 @@
 """What it costs to run a backward in two halves: (I + W) / B.
 
-One stage, its forward not timed. Three ways to the same gradients, in turn, many
-times: one call of `torch.autograd.backward` (B); our `Splitter`; and the split
+One stage, its forward not timed. Ways to the same gradients, in turn, many times: one
+call of `torch.autograd.backward` (B), and one of the engine behind it, as the executor
+calls it (bare); our `Splitter`; and the split
 inside torch.distributed.pipelining, `stage_backward_input` and
 `stage_backward_weight`, which are private there. And what is alive between I and
 W: saved tensors and the stage's input, and gradients that wait for W.
@@ -27,7 +28,8 @@ from torch.distributed.pipelining._backward import (
     stage_backward_weight,
 )
 
-from pipeproof.exec import ActivationMeter
+from pipeproof.exec import ActivationMeter, keep_memory
+from pipeproof.exec.engine import backward
 from pipeproof.exec.examples import Block
 from pipeproof.exec.split import Splitter
 
@@ -73,6 +75,13 @@ def whole(leaf: Tensor, output: Tensor, gradient: Tensor) -> Halves:
     """B."""
     start = time.thread_time()
     torch.autograd.backward(output, gradient)
+    return time.thread_time() - start, 0.0
+
+
+def bare(leaf: Tensor, output: Tensor, gradient: Tensor) -> Halves:
+    """B, as the executor calls it."""
+    start = time.thread_time()
+    backward([output], [gradient])
     return time.thread_time() - start, 0.0
 
 
@@ -124,9 +133,11 @@ def row(name: str, rounds: int) -> str:
     make, shape, factor = MODELS[name]
     torch.manual_seed(0)
     stage = make()
-    ways = {"B": whole, "ours": ours(Splitter()), "theirs": theirs(stage)}
+    ways = {"B": whole, "bare": bare, "ours": ours(Splitter()), "theirs": theirs(stage)}
     times = in_turn(stage, shape, ways, round(rounds * factor))
-    cells = [name, f"{statistics.median(b for b, _ in times['B']) * 1e6:.0f}"]
+    cells = [name]
+    for way in ("B", "bare"):
+        cells.append(f"{statistics.median(b for b, _ in times[way]) * 1e6:.0f}")
     for way in ("ours", "theirs"):
         for half in (0, 1):
             cells.append(f"{statistics.median(t[half] for t in times[way]) * 1e6:.0f}")
@@ -186,18 +197,22 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_memory()  # as ranks do
     text = [
         "# A backward in two halves",
         "",
         "Microseconds of processor time, medians over rounds in turn; one thread on a "
         f"shared x86-64 machine with {os.cpu_count()} cores, torch "
         f"{torch.__version__}, float32.",
+        "The process keeps the memory that it frees, as ranks do.",
+        "B: `torch.autograd.backward`; bare: autograd's engine alone, as the executor "
+        "calls it for a whole backward. "
         "Ratio: (I + W) / B, the median over rounds. Theirs: "
         "`stage_backward_input` and `stage_backward_weight` of "
         "torch.distributed.pipelining.",
         "",
-        "| stage | B | ours: I | W | ratio | theirs: I | W | ratio |",
-        "|-|-|-|-|-|-|-|-|",
+        "| stage | B | bare | ours: I | W | ratio | theirs: I | W | ratio |",
+        "|-|-|-|-|-|-|-|-|-|",
     ]
     for name in MODELS:
         print(name, file=sys.stderr)

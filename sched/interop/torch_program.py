@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.interop.torch_comms import transfer
@@ -144,6 +145,15 @@ def _link(base: Program, step: _Step) -> tuple[int, int]:
     return source, target
 
 
+def _in_order(base: Program, order: NDArray[np.int64]) -> tuple[Lists, Lists, Lists]:
+    """What each of these instructions reads, writes and frees."""
+    reads, writes, frees = (
+        Lists.of([touched[i] for i in order.tolist()])
+        for touched in (base.reads, base.writes, base.frees)
+    )
+    return reads, writes, frees
+
+
 def _assembled(base: Program, steps: Sequence[_Step]) -> Program:
     """These instructions in this order; a message's missing side is -1."""
     order = np.array([step.index for step in steps], dtype=np.int64)
@@ -164,9 +174,6 @@ def _assembled(base: Program, steps: Sequence[_Step]) -> Program:
         storage=Stored(
             messages,
             base.buffers,
-            *(
-                Lists.of([touched[i] for i in order.tolist()])
-                for touched in (base.reads, base.writes, base.frees)
-            ),
+            *_in_order(base, order),
         ),
     )

@@ -42,6 +42,17 @@ def test_ranks_train_as_one_process_does(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["otherData"]["source"] == "measured"
 
 
+def test_replicas_train_on_their_parts_of_one_batch() -> None:
+    command = "run 1f1b -p 2 --steps 2 --batch 32 --dtype float64 --json"
+
+    replicas = call(f"{command} -m 4 --ranks 4 --data-parallel 2 --messages grouped")
+    alone = call(f"{command} -m 8")
+
+    assert replicas.exit_code == alone.exit_code == 0, replicas.output
+    expected = pytest.approx(json.loads(alone.stdout)["losses"], rel=1e-12)
+    assert json.loads(replicas.stdout)["losses"] == expected
+
+
 @pytest.mark.slow
 def test_torchrun_starts_the_same() -> None:
     command = "1f1b -p 2 -m 4 --steps 2 --json"
@@ -80,6 +91,21 @@ def test_a_failing_rank_is_named(
         result.stderr
     )
     assert "rank 0 ends: rank 1 failed in the step" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--ranks 3 --data-parallel 2", "needs 4 ranks, one for each device, in each"),
+        ("--ranks 2 --data-parallel 0", "data_parallel must be at least 1, got 0"),
+        ("--data-parallel 2", "data_parallel needs ranks: replicas are processes"),
+    ],
+)
+def test_replicas_that_cannot_be(options: str, message: str) -> None:
+    result = call(f"run gpipe -p 2 -m 2 {options}")
+
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 @pytest.mark.parametrize("ranks", [0, 3])

@@ -1,6 +1,7 @@
 """run and verify."""
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -170,6 +171,21 @@ def test_run_says_what_it_does() -> None:
     assert " is proved; `pipeproof prove` prints the certificate." in shown
     assert " bubble_fraction " in shown
     assert "measured" in shown
+
+
+def test_messages_can_be_posted_in_groups() -> None:
+    """Then the program is another one, and the losses are the same."""
+    runs = [
+        call(f"run 1f1b -p 2 -m 4 --steps 1 --messages {messages}").stdout
+        for messages in ("single", "grouped")
+    ]
+    single, grouped = (
+        {"loss": re.search("loss ([0-9.]+)", r), "id": re.search("program (\\w+)", r)}
+        for r in runs
+    )
+
+    assert single["loss"][1] == grouped["loss"][1]
+    assert single["id"][1] != grouped["id"][1]
 
 
 def test_the_seed_decides() -> None:

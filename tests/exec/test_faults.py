@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from jobs import Do, Fault, leaving_a_pid, standing_still, told
+from jobs import Do, Fault, interrupted, leaving_a_pid, standing_still, told
 from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.nn import functional
@@ -168,6 +168,18 @@ def test_ranks_that_stand_still(do: Do) -> None:
         assert "no rank has moved for 1 s:\n" in message
         assert "  rank 2: 0 a long op\n" in message
         assert "waiting for what the other ranks are to run" in message
+
+
+def test_a_rank_that_is_interrupted_while_it_waits(do: Do) -> None:
+    """It went on to wait in gloo, where Python raises nothing, until the deadline."""
+    said = do(interrupted, Fault("waiting", 1))
+
+    assert said[1] == "KeyboardInterrupt: "
+    for rank in (0, 2, 3):
+        assert said[rank] == (
+            f"RankError: rank {rank} ends: rank 1 failed in its beginning: "
+            "KeyboardInterrupt"
+        )
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,11 @@ def test_bytes_are_those_of_the_tensors(do: Do) -> None:
     assert last.activations == 3 * tensor
     assert last.output == 0
     assert first.weights == first.gradients == weights
+    assert alone.link_rates == {}
     for found in across:
+        assert found.link_rates.keys() == {(0, 1), (1, 0)}
+        assert found.link_rates == across[0].link_rates
+        assert min(found.link_rates.values()) > 0
         assert found.stages == alone.stages
         assert len(found.traces) == 3
 

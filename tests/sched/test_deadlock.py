@@ -49,7 +49,7 @@ def with_swaps(program: Program, times: int, dice: random.Random) -> Program:
 
 
 def runs(program: Program, streams: StreamModel, buffering: Buffering) -> bool:
-    timing = Timing(np.ones(len(program)), np.zeros(len(program.messages)), None)
+    timing = Timing.each(np.ones(len(program)), np.zeros(len(program.messages)), None)
     try:
         play(program, timing, Cluster(streams=streams, buffering=buffering))
     except DeadlockError:

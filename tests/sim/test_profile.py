@@ -70,6 +70,19 @@ def test_links_are_measured_each_by_itself() -> None:
     assert links_of([trace]) == links
 
 
+def test_a_link_s_rate_is_told_from_its_latency() -> None:
+    links = {(0, 1): Link(0.25, 8.0), (1, 0): Link(0.5, 16.0)}
+    trace = simulate(
+        catalog.make("1f1b", devices=2, micro_batches=4),
+        Cost(1.0, boundary_bytes=[2, 0]),
+        Cluster(links=links),
+    )
+
+    found = links_of([trace], {(0, 1): 8.0, (1, 0): 16.0}, [2, 0])
+
+    assert found == links
+
+
 def test_of_other_devices() -> None:
     one, two = (
         simulate(catalog.make(name, devices=2, micro_batches=2))
