@@ -72,13 +72,21 @@ def test_marks_a_group_as_a_whole_and_cuts_a_long_row() -> None:
 
 
 def test_shows_the_whole_of_a_group_at_the_edge() -> None:
-    row = [B(0, 0), *(F(0, m) for m in range(4)), overlap(F(0, 4), B(0, 1), F(0, 5))]
-    row += [B(0, m) for m in range(2, 6)]
+    row = [B(0, 0), *(F(0, m) for m in range(4)), overlap(F(0, 4), B(0, 1))]
+    row += [F(0, 5), *(B(0, m) for m in range(2, 6))]
 
     lines = str(check(Schedule.of([row]))).splitlines()
     assert lines[2:4] == [
-        "    device 0 | B0 F0 F1 F2 F3 (F4&B1&F5) …",
+        "    device 0 | B0 F0 F1 F2 F3 (F4&B1) …",
         "               ^^",
+    ]
+    row = [F(0, 0), F(0, 1), overlap(B(0, 0), F(0, 2)), *(F(0, m) for m in range(3, 7))]
+    row += [B(0, 7), F(0, 7), *(B(0, m) for m in range(1, 7))]
+
+    lines = str(check(Schedule.of([row]))).splitlines()
+    assert lines[2:4] == [
+        "    device 0 | … (B0&F2) F3 F4 F5 F6 B7 F7 B1 B2 B3 B4 …",
+        "                                     ^^",
     ]
 
 

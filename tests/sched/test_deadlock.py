@@ -1,5 +1,6 @@
 """Deadlocks: the graph of waits against the engine that plays the program."""
 
+import dataclasses
 import random
 import re
 from typing import Any
@@ -25,6 +26,7 @@ from pipeproof.sched import (
 )
 from pipeproof.sched.cycles import DRAWN, drawn
 from pipeproof.sched.deadlock import deadlocks
+from pipeproof.sched.program import Stored
 from pipeproof.sched.row import Case, Row
 from pipeproof.sched.streams import STREAM_MODELS, Buffering, StreamModel
 from pipeproof.sim import Cluster, DeadlockError
@@ -281,6 +283,27 @@ def test_a_message_on_another_link_is_found() -> None:
     ]
     assert "a send on the stream 'send to 2', is not that of" in found[0].found
     assert found[1].found == "0 of them"
+
+
+def test_instructions_and_messages_name_each_other() -> None:
+    program = lower(catalog.make("gpipe", devices=2, micro_batches=1))
+    send = int(program.send_of[0])
+    column, messages = program.message.copy(), program.messages.copy()
+    column[send] = len(messages)
+    messages[0, 8] = -1
+    unknown = dataclasses.replace(program, message=column)
+    touched = program.reads, program.writes, program.frees
+    unnamed = dataclasses.replace(
+        program, storage=Stored(messages, program.buffers, *touched)
+    )
+
+    for broken in (unknown, unnamed):
+        first, second = check(broken).findings
+        assert first.found == (
+            f"instruction {send}, a send on the stream 'send to 1', is not that of the "
+            "message it names"
+        )
+        assert second.found == "0 of them"
 
 
 def test_a_message_that_nobody_receives_is_found() -> None:

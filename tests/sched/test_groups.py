@@ -22,9 +22,17 @@ from pipeproof.sched import (
     lower,
     prove,
 )
+from pipeproof.sched.groups import needs, turns_of_others
+from pipeproof.sched.matching import misgrouped
 from pipeproof.sched.program import Lists
 from pipeproof.sched.row import Case, Row
-from pipeproof.sched.streams import STREAM_MODELS, Buffering, StreamModel, turn_of
+from pipeproof.sched.streams import (
+    STREAM_MODELS,
+    Buffering,
+    StreamModel,
+    in_turn,
+    turn_of,
+)
 
 bufferings = st.sampled_from(["rendezvous", "eager", 1, 2])
 policies = st.fixed_dictionaries(
@@ -256,6 +264,34 @@ def test_deadlocks_are_those_of_a_search_by_hand(
 
     verdict = check(program, streams=streams, buffering=buffering)
     assert verdict.ok == runs_through(program, streams, buffering)
+
+
+@settings(max_examples=60)
+@given(
+    schedule=schedules(slices=1),
+    times=st.integers(1, 3),
+    streams=st.sampled_from(STREAM_MODELS),
+    dice=st.randoms(use_true_random=False),
+)
+def test_whoever_waits_for_one_waits_for_all(
+    schedule: Schedule, times: int, streams: StreamModel, dice: random.Random
+) -> None:
+    program = with_groups(lower(schedule, messages="grouped"), times, dice)
+    if misgrouped(program):
+        return
+    mates = [{i, *program.posted_with(i)} for i in range(len(program))]
+    own = [set(program.waits_for[i]) for i in range(len(program))]
+    for row in in_turn(program, streams):
+        for before, after in pairwise(row.tolist()):
+            own[after] |= {before} - mates[after] if len(mates[after]) > 1 else {before}
+    found = [set(some) for some in needs(program, streams).to_lists()]
+    for before, after in zip(*turns_of_others(program, streams)):
+        found[after].add(int(before))
+
+    assert found == [
+        {other for mate in mates[i] for need in own[mate] for other in mates[need]}
+        for i in range(len(program))
+    ]
 
 
 def in_one_group(program: Program, *labels: str) -> Program:

@@ -119,6 +119,26 @@ def test_a_certificate_in_words() -> None:
     assert (again["ok"], again["program"]) == (True, certificate.program)
 
 
+@pytest.mark.parametrize(
+    ("order", "words"),
+    [
+        ([0, 1], "0 1"),
+        ([0, 1, 2], "0…2"),
+        ([3, 2, 1, 0], "3…0"),
+        ([0, 1, 2, 5, 3, 4, 6], "0…2 5 3 4 6"),
+        ([0, 2, 4, 6, 1, 3, 5, 7], "0 2 4 6 1 3 5 7"),
+        ([0, 2, 4, 6, 8, 1, 3, 5, 7], "0 2 4 6 8 1 3 … 7"),
+    ],
+)
+def test_the_order_of_adding_up_in_words(order: list[int], words: str) -> None:
+    """Neighbours that rise or fall by 1 are one word, and so are alike stages."""
+    m = len(order)
+    rows = [[F(s, range(m)), B(s, order)] for s in range(3)]
+
+    lines = str(prove(Schedule.of(rows))).splitlines()
+    assert lines[9] == f"  stages 0–2: Σ({words})"
+
+
 def test_a_sliced_certificate_says_where_keys_and_values_stay() -> None:
     said = "keys and values of a micro-batch's slices, and their gradients, stay on"
     for slices, there in ((1, False), (2, True)):
@@ -400,6 +420,11 @@ def test_a_slot_is_on_one_device() -> None:
 
     (finding,) = prove(assembled(program, parts_of(program), pair)).findings
     assert finding.found == "activation 1:0 takes over a slot of device 0"
+    looped = lower(catalog.make("interleaved", devices=2, micro_batches=2))
+    of = {str(looped.buffer_at(b)): b for b in range(len(looped.buffers))}
+    pair = {of["activation 2:0"]: of["activation 0:0"]}
+    found = prove(assembled(looped, parts_of(looped), pair)).findings
+    assert {finding.rule for finding in found} == {"operand", "gradient"}
 
 
 def test_an_op_runs_on_the_compute_stream() -> None:
