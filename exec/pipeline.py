@@ -265,7 +265,7 @@ class Pipeline:
         Of several ranks all call it. Those that run a first stage need the inputs,
         those that run a last one the targets, and those with a unit that takes a
         keyword that keyword; elsewhere they are ignored. A rank's failure ends the
-        step on all.
+        step on all that are not through with it, and whatever these others begin next.
 
         Returns:
             The batch's loss, a detached scalar; the same on every rank.
