@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument(
         "--programs", type=int, default=150, help="at most, of each edit of a program"
     )
-    parser.add_argument("--sample", type=int, default=6, help="of each edit of a CSV")
+    parser.add_argument("--sample", type=int, default=3, help="of each edit of a CSV")
     parser.add_argument("-o", "--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -13,6 +13,10 @@ Rows = list[list[list[Op]]]
 """For each device its ops in order, those of an overlap group together."""
 
 
+NO_SKIPS: list[str] = []
+"""What comes from, or goes to, stages further away: in these schedules nothing."""
+
+
 class Interpreter:
     """Devices that go through their rows and take tensors from named mailboxes.
 
@@ -101,7 +105,7 @@ class Interpreter:
             if x is None:
                 return False
             earlier = kept.get(("kv", device, s, m, q - 1))
-            act = term("act", s, m, q, x, earlier)
+            act = term("act", s, m, q, x, earlier, NO_SKIPS)
             kept["x", *of], kept["kv", *of] = x, act
             if kind == Kind.R or (s, m, q) not in self.again:
                 kept["act", *of] = act
@@ -128,7 +132,8 @@ class Interpreter:
         if act is None or (g is None and not last):
             return False
         later = kept.get(("dkv", device, s, m, q + 1))
-        dx, stash = term("dx", s, act, g, later), term("stash", act, act, g, later)
+        dx = term("dx", s, act, g, later, NO_SKIPS)
+        stash = term("stash", act, act, g, later, NO_SKIPS)
         kept["dkv", *of] = dx
         if s > 0:
             self.mail[self.home(op, s - 1), "g", s - 1, m, q].append(dx)

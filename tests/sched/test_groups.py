@@ -337,6 +337,22 @@ def test_what_follows_a_group_in_its_stream_waits_for_all_of_it() -> None:
     assert "send activation 0→1:1 (" in finding.found
 
 
+def test_a_group_is_not_behind_what_none_of_it_waits_for() -> None:
+    schedule = catalog.make("1f1b", devices=2, micro_batches=2)
+    program = in_one_group(lower(schedule), "recv gradient 1→0:0")
+    prove(program).raise_if_bad()
+    parts = parts_of(program)
+    of = {program.label(part.key): part for part in parts}
+    freed = of["send activation 0→1:0"].frees.pop()
+    of["recv gradient 1→0:0"].frees.append(freed)
+
+    (finding,) = prove(assembled(program, parts)).findings
+    assert finding.found == (
+        "nothing orders recv gradient 1→0:0, which frees output 0:0, behind "
+        "send activation 0→1:0, which reads output 0:0, in the same slot"
+    )
+
+
 def test_one_group_saves_two_that_send_first() -> None:
     """In one stream, two sends that meet hang under rendezvous; grouped they do not."""
     schedule = catalog.make("1f1b", devices=2, micro_batches=2)
