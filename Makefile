@@ -65,8 +65,8 @@ experiments: $(VENV)/ready
 	$(BIN)/python experiments/replay_speed.py
 	$(BIN)/python experiments/lowering_speed.py
 	$(BIN)/python experiments/torch_under_proof.py
-	$(BIN)/python experiments/mutants.py
-	$(BIN)/python experiments/mutation_testing.py
+	$(BIN)/python experiments/mutants
+	$(BIN)/python experiments/mutation_testing
 	$(BIN)/python experiments/proof_speed.py
 	$(BIN)/python experiments/executor_overhead.py
 	$(BIN)/python experiments/executor/split_backward.py

@@ -197,6 +197,7 @@ class Conditions:
     activation_bytes: Any
     boundary_bytes: Any
     input_bytes: Any
+    skip_bytes: Any
     link_latency: Number | None
     link_bandwidth: Number | None
     host_bandwidth: Number | None
@@ -304,6 +305,7 @@ _CONDITIONS = [
     _amount("--activation-bytes", "What a forward keeps, its input included."),
     _amount("--boundary-bytes", "A stage's output, as it is sent."),
     _amount("--input-bytes", "A stage's input; default the boundary before it."),
+    _amount("--skip-bytes", "What goes over a skip connection, or each of them."),
     _number("--link-latency", "Of every link; default 0."),
     _number("--link-bandwidth", "Bytes per unit of time; default unlimited."),
     _number("--host-bandwidth", "Of OFFLOAD and RELOAD; default unlimited."),

@@ -158,8 +158,14 @@ def measured_from(taken: Profile, text: str) -> Measured:
 
 def bytes_of(stages: tuple[StageBytes, ...]) -> dict[str, list[float]]:
     """As attributes of a Cost."""
+    over = sorted((n, *skip) for n, stage in enumerate(stages) for skip in stage.skips)
     beside = [stage.activations - stage.input for stage in stages]
-    return {
+    for _, target, size in over:
+        beside[target] -= size
+    skips: dict[str, list[float]] = (
+        {"skip_bytes": [size for _, _, size in over]} if over else {}
+    )
+    return skips | {
         "activation_bytes": [stage.activations for stage in stages],
         "weight_grad_memory": [
             stage.left / kept if kept else 1 for stage, kept in zip(stages, beside)

@@ -21,7 +21,8 @@ from pipeproof.exec.batch import LossScale
 from pipeproof.exec.errors import ModelError, RankError
 from pipeproof.exec.grid import Grid
 from pipeproof.exec.sharded import is_sharded
-from pipeproof.exec.stage import StageModule, modules_of, units_of
+from pipeproof.exec.skips import Offer, Routes
+from pipeproof.exec.stage import StageModule, modules_of, offers_of, units_of
 from pipeproof.sched import Schedule
 
 
@@ -44,6 +45,29 @@ def check_given(
                 f"rank {rank} runs stage {number} and was given None for it"
             )
         modules_of(number, stages[number])
+
+
+def routes_of(stages: Sequence[StageModule | None], grid: Grid | None) -> Routes:
+    """The skip connections of a model.
+
+    Args:
+        stages: as for `Pipeline`.
+        grid: of all ranks, each of which may know some stages only.
+
+    Raises:
+        ModelError: a stage that is none, or skips that are wrong.
+    """
+    known: dict[int, list[Offer]] = {}
+    for number, stage in enumerate(stages):
+        if stage is not None or grid is None:
+            modules_of(number, stage)
+        if stage is not None:
+            known[number] = offers_of(stage)
+    if grid is not None:
+        said = grid.ranks.exchange(list(known.items()), "the other ranks' skips")
+        for of_rank in reversed(said):  # the first that knows a stage counts
+            known |= dict(of_rank)
+    return Routes.of([known.get(number, []) for number in range(len(stages))])
 
 
 def agree(

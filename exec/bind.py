@@ -13,7 +13,8 @@ of its own, and a backward needs nothing but the two ends of it.
 
 What a slice carries on to the next crosses that boundary in the same way: it is
 a second output of F(m,q) and a second leaf of F(m,q+1), whose gradient B(m,q+1)
-leaves for B(m,q).
+leaves for B(m,q). What goes over a skip connection does likewise: it is one more
+output of F(s,m), and one more leaf of F(t,m).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pipeproof.exec.engine import backward as run_backward
 from pipeproof.exec.errors import LossError, ModelError
 from pipeproof.exec.replicas import Run
 from pipeproof.exec.rng import generators, key, seed
+from pipeproof.exec.skips import Values
 from pipeproof.exec.split import Root
 from pipeproof.exec.stage import Stage
 from pipeproof.exec.stash import Stash
@@ -40,12 +42,15 @@ from pipeproof.sched.deps import OpTable
 from pipeproof.sched.program import Buffer, Instruction
 
 INPUTS = (BufferKind.INPUT, BufferKind.STORED_INPUT)
+OUTPUT, OUTPUT_GRAD = BufferKind.OUTPUT, BufferKind.OUTPUT_GRAD
+INPUT_GRAD = BufferKind.INPUT_GRAD
 
 Homes = Mapping[tuple[int, int], Stage]
 """By stage and device of the schedule, the stages that this process runs."""
 
-Forward = Callable[[], tuple[Value, tuple[Any, ...]]]
-"""Gives an output and, for each unit that takes a carry, what it leaves."""
+Forward = Callable[[], tuple[Value, tuple[Any, ...], dict[int, Values]]]
+"""Gives an output; for each unit that takes a carry, what it leaves; and what goes
+over skip connections, by stage."""
 
 Of = tuple[int, int, int]
 """Stage, micro-batch and slice."""
@@ -81,8 +86,18 @@ class Binder:
         self._offloaded = OpTable.of(program.schedule).has(Kind.OFFLOAD)
         inputs = np.flatnonzero(np.isin(program.buffers[:, 0], INPUTS))
         owners = program.buffers[inputs, 2:5].tolist()
+        over = np.full(len(inputs), -1)
+        if program.schedule.skips:
+            over = program.buffer_skips[inputs]
         # Of a reloaded one the last, which its backward reads.
-        self._input_of = dict(zip(map(tuple, owners), inputs.tolist()))
+        self._input_of: dict[Of, int] = {}
+        self._brought_to: dict[Of, dict[int, int]] = {}
+        for of, index, skip in zip(owners, inputs.tolist(), over.tolist()):
+            if skip < 0:
+                self._input_of[tuple(of)] = index
+            else:
+                source = program.schedule.skips[skip][0]
+                self._brought_to.setdefault(tuple(of), {})[source] = index
 
     def forget(self) -> None:
         """Let go of every tensor of the step."""
@@ -116,17 +131,22 @@ class Binder:
         compute = self._bind_units(op, instruction)
         finish = self._bind_loss(op, stage) if last else stage.checked
         out = _find(instruction.writes, (BufferKind.OUTPUT,), op)
+        over = _going(instruction, op)
         brought = _find(instruction.writes, INPUTS, op)
         read = _find(instruction.reads + instruction.writes, INPUTS, op)
+        done = [read, *self._brought_to.get(_of(op), {}).values()]
 
         def forward() -> None:
             if brought >= 0:
                 batch = self.step.inputs[op.micro_batch][op.slice]
                 values[brought] = tensors.handed_on(batch)
-            output, carry = compute()
-            values[read] = None
+            output, carry, left = compute()
+            for buffer in done:
+                values[buffer] = None
             self._carried.pop(_of(op), None)
             self._carry_on(op, carry)
+            for target, buffer in over:
+                values[buffer] = tensors.handed_on(left[target])
             if last:
                 self.step.outputs[op.micro_batch][op.slice] = output
             if not last or self.step.targets:
@@ -140,7 +160,8 @@ class Binder:
         """The leaves of the graph that a forward made; an OFFLOAD reads them."""
         read = _find(instruction.reads, INPUTS, op)
         carry = self._carried.get(_of(op), ())
-        leaves = tensors.flat((self.values[read], carry))
+        brought = [self.values[b.index] for b in _coming(instruction, op)]
+        leaves = tensors.flat((self.values[read], brought, carry))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def _stage(self, op: Op, instruction: Instruction) -> Stage:
@@ -152,9 +173,10 @@ class Binder:
         if self._offloaded[op.micro_batch, op.slice, op.stage]:
             compute = _inside(self._into_stash(op, stage), compute)
         if len(holders(self.program.schedule, op.stage)) > 1:
-            compute = _inside(stage.refusing_changes, compute)
+            compute = _inside(stage.buffers.refusing_changes, compute)
         out = _find(instruction.writes, (BufferKind.OUTPUT,), op)
         stash = _find(instruction.writes, (BufferKind.ACTIVATION,), op)
+        over, over_in = _going(instruction, op), _coming(instruction, op)
         brought = _find(instruction.writes, INPUTS, op)
         read = _find(instruction.reads + instruction.writes, INPUTS, op)
 
@@ -166,25 +188,31 @@ class Binder:
         def keep() -> None:
             if brought >= 0:
                 bring_in()
-            output, carry = compute()
-            values[stash] = tensors.root(output), carry and self._carry_on(op, carry)
+            output, carry, left = compute()
+            carried = carry and self._carry_on(op, carry)
+            values[stash] = tensors.root(output), carried, left and tensors.root(left)
             if out >= 0:
                 values[out] = tensors.handed_on(output)
+            for target, buffer in over:
+                values[buffer] = tensors.handed_on(left[target])
 
         def forget() -> None:
             if brought >= 0:
                 bring_in()
-            with torch.no_grad(), stage.noting_changes():
-                output, carry = compute()
+            with torch.no_grad(), stage.buffers.noting_changes(_of(op)):
+                output, carry, left = compute()
             if self.autocast:
                 # Casts of weights made here have no graph; cached, they would
                 # cut the weights off from every later forward.
                 torch.clear_autocast_cache()
-            leaves = values[read], self._carried.get(_of(op), ())
+            came = [values[buffer.index] for buffer in over_in]
+            leaves = values[read], came, self._carried.get(_of(op), ())
             wants_grad = stage.trains or tensors.wants_grad(leaves)
             self._carry_on(op, carry, wants_grad)
             if out >= 0:
                 values[out] = tensors.handed_on(output, wants_grad)
+            for target, buffer in over:
+                values[buffer] = tensors.handed_on(left[target], wants_grad)
 
         return keep if stash >= 0 else forget
 
@@ -194,9 +222,10 @@ class Binder:
         stash = _find(instruction.writes, (BufferKind.ACTIVATION,), op)
 
         def recompute() -> None:
-            with stage.unchanged():
-                output, carry = compute()
-            values[stash] = tensors.root(output), self._roots(op, carry)
+            with stage.buffers.rewound(_of(op)):
+                output, carry, left = compute()
+            roots = left and tensors.root(left)
+            values[stash] = tensors.root(output), self._roots(op, carry), roots
 
         return recompute
 
@@ -207,9 +236,9 @@ class Binder:
         last = op.stage == self.program.schedule.stages - 1
         finish = self._bind_loss(op, stage) if last else stage.checked
 
-        def compute() -> tuple[Value, tuple[Any, ...]]:
-            output, left = units()
-            return finish(output), left
+        def compute() -> tuple[Value, tuple[Any, ...], dict[int, Values]]:
+            output, carry, left = units()
+            return finish(output), carry, left
 
         return _inside(stage.splitter.watching, compute) if self._split else compute
 
@@ -219,24 +248,28 @@ class Binder:
         read = _find(instruction.reads + instruction.writes, INPUTS, op)
         of, micro_batch, part = _of(op), op.micro_batch, op.slice
         sliced, first = self._sliced, ((),) * stage.carries
+        over = [buffer.index for buffer in _coming(instruction, op)]
 
-        def compute() -> tuple[Value, tuple[Any, ...]]:
+        def compute() -> tuple[Value, tuple[Any, ...], dict[int, Values]]:
             value, step = values[read], self.step
             carry = self._carried.get(of, first) if sliced else None
-            leaves = value if carry is None else (value, carry)
+            came: Values = {}
+            for buffer in over:
+                came |= values[buffer]
+            leaves = value if carry is None and not came else (value, came, carry)
             before = tensors.versions(leaves)
-            output, left = stage.run(
+            output, left, gone = stage.run(
                 value,
                 step.seed,
                 micro_batch,
                 part,
                 carry,
                 step.keywords_at(stage.device, micro_batch, part),
+                came,
             )
             if tensors.versions(leaves) != before:
-                found = tensors.versions((value,))
-                raise ModelError(_in_place(op, found, before))
-            return output, left
+                raise ModelError(_in_place(op, leaves, before))
+            return output, left, gone
 
         return compute
 
@@ -284,11 +317,16 @@ class Binder:
         values = self.values
         stash = _find(instruction.reads, (BufferKind.ACTIVATION,), op)
         arrived = _find(instruction.reads, (BufferKind.OUTPUT_GRAD,), op)
+        over = [
+            (buffer.skip[1], buffer.index)
+            for buffer in instruction.reads
+            if buffer.skip and buffer.kind == OUTPUT_GRAD and _belongs(buffer, op)
+        ]
         last = op.stage == self.program.schedule.stages - 1
         following = op.stage, op.micro_batch, op.slice + 1
 
         def ends() -> tuple[list[Root], list[Tensor]]:
-            root, carried = values[stash]
+            root, carried, left = values[stash]
             if last:
                 gradient = None if root is None else torch.ones_like(root)
             else:
@@ -297,6 +335,9 @@ class Binder:
             if carried:
                 grads = self._carried_grads.pop(following)
                 more, theirs = tensors.ends(carried, tuple(grads))
+                roots, gradients = roots + more, gradients + theirs
+            for target, buffer in over:
+                more, theirs = tensors.ends(left[target], values[buffer])
                 roots, gradients = roots + more, gradients + theirs
             if last and root is None:
                 self._lossless(op)
@@ -315,7 +356,7 @@ class Binder:
         ends = self._bind_ends(op, instruction)
         pass_on = self._bind_passing(op, instruction)
         of, read = _of(op), self._input_of[_of(op)]
-
+        over = list(self._brought_to.get(of, {}).values())
         values, carried = self.values, self._carried
 
         def backward() -> None:
@@ -323,7 +364,8 @@ class Binder:
             if roots:
                 run_backward(roots, gradients)
             carry = tensors.grads(carried[of]) if of in carried else ()
-            pass_on(tensors.grads(values[read]), carry)
+            came = [tensors.grads(values[buffer]) for buffer in over]
+            pass_on(tensors.grads(values[read]), carry, came)
 
         return backward
 
@@ -334,33 +376,43 @@ class Binder:
         pass_on = self._bind_passing(op, instruction)
         rest = _find(instruction.writes, (BufferKind.WEIGHT_STASH,), op)
         of, read = _of(op), self._input_of[_of(op)]
+        over = list(self._brought_to.get(of, {}).values())
 
         def input_grad() -> None:
             roots, gradients = ends()
             value, carry = values[read], self._carried.get(of, ())
+            came = [values[buffer] for buffer in over]
             found: list[Tensor | None] = []
-            leaves = tensors.learning((value, carry))
+            leaves = tensors.learning((value, carry, came))
             if roots:
                 found, values[rest] = splitter.input_grads(roots, gradients, leaves)
             by_leaf = iter(found or [None] * len(leaves))
-            pass_on(tensors.like(value, by_leaf), tensors.like(carry, by_leaf))
+            pass_on(*(tensors.like(of, by_leaf) for of in (value, carry, came)))
 
         return input_grad
 
     def _bind_passing(
         self, op: Op, instruction: Instruction
-    ) -> Callable[[Any, Any], None]:
-        """Pass on the gradients of the input and the carry; free what is done with."""
+    ) -> Callable[[Any, Any, Any], None]:
+        """Pass on the gradients of what the stage got; free what is done with."""
         values = self.values
         passed = _find(instruction.writes, (BufferKind.INPUT_GRAD,), op)
         frees = [b.index for b in instruction.frees if _belongs(b, op)]
         first, of, read = op.stage == 0, _of(op), self._input_of[_of(op)]
+        back = {
+            buffer.skip[0]: buffer.index
+            for buffer in instruction.writes
+            if buffer.skip and buffer.kind == INPUT_GRAD and _belongs(buffer, op)
+        }
+        over = [back[source] for source in self._brought_to.get(of, {})]
 
-        def pass_on(gradient: Any, carried: Any) -> None:
+        def pass_on(gradient: Any, carried: Any, came: Any) -> None:
             if passed >= 0:
                 values[passed] = gradient
             elif first and tensors.wants_grad(values[read]):
                 self.step.input_grads[op.micro_batch][op.slice] = gradient
+            for buffer, grads in zip(over, came):
+                values[buffer] = grads
             if of in self._carried:
                 del self._carried[of]
                 self._carried_grads[of] = tensors.flat(carried)
@@ -395,7 +447,7 @@ class Binder:
 
 
 def _inside(context: Callable[[], Any], compute: Forward) -> Forward:
-    def inside() -> tuple[Value, tuple[Any, ...]]:
+    def inside() -> tuple[Value, tuple[Any, ...], dict[int, Values]]:
         with context():
             return compute()
 
@@ -407,12 +459,20 @@ def holders(schedule: Schedule, stage: int) -> list[int]:
     return sorted({pipe[stage] for pipe in schedule.placement.pipes})
 
 
-def _in_place(op: Op, now: list[int], before: list[int]) -> str:
-    if op.slice and now == before[: len(now)]:
+def _in_place(op: Op, leaves: Any, before: Any) -> str:
+    """Which of its leaves a stage has changed: input, what skips brought, carry."""
+    parts = [leaves] if isinstance(before, int) else list(leaves)
+    was = iter([before] if isinstance(before, int) else before)
+    changed = [
+        [next(was) for _ in found] != found
+        for found in (tensors.versions((part,)) for part in parts)
+    ]
+    source = f"stage {op.stage - 1}'s output" if op.stage else "the batch"
+    what = f"input in place, which is {source}"
+    if not changed[0]:
         what = "carry in place, which is what an earlier slice left"
-    else:
-        source = f"stage {op.stage - 1}'s output" if op.stage else "the batch"
-        what = f"input in place, which is {source}"
+        if len(changed) == 3 and changed[1]:
+            what = "skips in place, which is what earlier stages gave"
     return (
         f"stage {op.stage} changes its {what}: make its first operation work out of "
         "place"
@@ -430,6 +490,24 @@ def _belongs(buffer: Buffer, op: Op) -> bool:
 def _find(buffers: Sequence[Buffer], kinds: Sequence[BufferKind], op: Op) -> int:
     """The op's own buffer of one of these kinds; -1 where there is none."""
     for buffer in buffers:
-        if buffer.kind in kinds and _belongs(buffer, op):
+        if buffer.kind in kinds and buffer.skip is None and _belongs(buffer, op):
             return buffer.index
     return -1
+
+
+def _going(instruction: Instruction, op: Op) -> list[tuple[int, int]]:
+    """The stages that a forward gives to over skips, and the buffers."""
+    return [
+        (buffer.skip[1], buffer.index)
+        for buffer in instruction.writes
+        if buffer.skip and buffer.kind == OUTPUT and _belongs(buffer, op)
+    ]
+
+
+def _coming(instruction: Instruction, op: Op) -> list[Buffer]:
+    """The buffers in which an op finds what came over skips."""
+    return [
+        buffer
+        for buffer in instruction.reads
+        if buffer.skip and buffer.kind in INPUTS and _belongs(buffer, op)
+    ]

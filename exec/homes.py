@@ -9,6 +9,7 @@ import torch
 from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import ModelError
 from pipeproof.exec.replicas import Replica
+from pipeproof.exec.skips import NO_ROUTES, Routes
 from pipeproof.exec.stage import Stage, StageModule, check_sliced
 from pipeproof.sched import ParameterError, Schedule
 
@@ -52,6 +53,7 @@ def place(
     stages: list[StageModule | None],
     schedule: Schedule,
     devices: Sequence[torch.device],
+    routes: Routes = NO_ROUTES,
 ) -> dict[tuple[int, int], Stage]:
     """By stage and device of the schedule, the stage where that device runs it."""
     homes: dict[tuple[int, int], Stage] = {}
@@ -59,7 +61,7 @@ def place(
     for number, module in enumerate(stages):
         assert module is not None
         held_by = holders(schedule, number)
-        original = Stage(number, module, unit, devices[held_by[0]])
+        original = Stage(number, module, unit, devices[held_by[0]], routes)
         unit += len(original.units)
         there = {original.device: original}
         for holder in held_by:

@@ -18,12 +18,13 @@ from functools import cache
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
-from pipeproof.exec.stage import StageModule, units_of
+from pipeproof.exec.skips import gives_of
+from pipeproof.exec.stage import StageModule, takes_of, units_of
 
 
 class ActivationMeter:
@@ -59,7 +60,7 @@ class ActivationMeter:
         self._seen: dict[int, list[Any]] = {}
         self._ignored: set[int] = set()
         self._walked: set[int] = set()
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._handles: list[RemovableHandle] = []
         self._watch = _Watch(self._made)
 
     def ignore(self, *tensors: Tensor) -> None:
@@ -73,6 +74,7 @@ class ActivationMeter:
             enter = self._entering(number)
             hook = units[0].register_forward_pre_hook(enter, prepend=True)
             self._handles.append(hook)
+            self._handles += self._where_skips_end(units)
         self._watch.__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -95,6 +97,28 @@ class ActivationMeter:
                 self._see(tensor, saved=False)
 
         return enter
+
+    def _where_skips_end(self, units: list[nn.Module]) -> list[RemovableHandle]:
+        """Hooks that see what comes from other stages over skip connections."""
+        given = {name for of in self._units for unit in of for name in gives_of(unit)}
+        given -= {name for unit in units for name in gives_of(unit)}
+
+        def entering(parameters: set[str]) -> Any:
+            def enter(_: nn.Module, __: Any, keywords: dict[str, Any]) -> None:
+                for name in parameters & keywords.keys():
+                    for tensor in _tensors(keywords[name]):
+                        self._see(tensor, saved=False)
+
+            return enter
+
+        taken = [{p for p, n in takes_of(unit).items() if n in given} for unit in units]
+        return [
+            unit.register_forward_pre_hook(
+                entering(parameters), prepend=True, with_kwargs=True
+            )
+            for unit, parameters in zip(units, taken)
+            if parameters
+        ]
 
     def _made(self, tensors: list[Tensor]) -> None:
         """Look at the nodes behind these that are new."""

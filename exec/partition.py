@@ -22,6 +22,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from pipeproof.exec import tensors
 from pipeproof.exec.errors import ModelError
+from pipeproof.exec.skips import gives_of, parted
+from pipeproof.exec.stage import takes_of
 from pipeproof.sched import Layer, ParameterError
 from pipeproof.sched.errors import at_least_one
 
@@ -100,7 +102,7 @@ def profile_layers(
         Of each layer its times in seconds and its bytes. `weights` are those of
         parameters, gradients and the optimizer's state; a parameter of several
         layers counts in each. A layer that returns a view of its input counts as
-        keeping it.
+        keeping it. What skips weigh on their way counts nowhere.
 
     Raises:
         ParameterError: no run is to count.
@@ -111,11 +113,16 @@ def profile_layers(
         raise ParameterError(f"optimizer must be at least 0, got {optimizer}")
     result: list[Layer] = []
     kept: set[int] = set()
-    value = tensors.handed_on(inputs)
+    value, named = tensors.handed_on(inputs), dict[str, Any]()
     for number, layer in enumerate(layers):
+        takes = takes_of(layer).items()
+        given = {own: named[name] for own, name in takes if name in named}
         with torch.enable_grad(), _left_alone(layer, value):
-            saved, output = _saved(layer, value)
-            times = [_timed(layer, value) for _ in range(1 + repeats)][1:]
+            saved, output = _saved(layer, value, given)
+            times = [_timed(layer, value, given) for _ in range(1 + repeats)][1:]
+        if names := gives_of(layer):
+            output, made = parted(layer, output, names)
+            named |= tensors.handed_on(made)
         tensors.check(output, f"layer {number}")
         entry = {_address(t): t.untyped_storage().nbytes() for t in _tensors(value)}
         # Whoever keeps a view of its input keeps that.
@@ -140,7 +147,9 @@ def profile_layers(
     return result
 
 
-def _saved(layer: nn.Module, value: Any) -> tuple[dict[int, int], Any]:
+def _saved(
+    layer: nn.Module, value: Any, given: dict[str, Any]
+) -> tuple[dict[int, int], Any]:
     """The memory that a layer keeps for its backward, and its output."""
     own = {_address(t) for t in (*layer.parameters(), *layer.buffers())}
     found: dict[int, int] = {}
@@ -153,17 +162,18 @@ def _saved(layer: nn.Module, value: Any) -> tuple[dict[int, int], Any]:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        return found, layer(value)
+        return found, layer(value, **given)
 
 
-def _timed(layer: nn.Module, value: Any) -> tuple[float, float]:
+def _timed(layer: nn.Module, value: Any, given: dict[str, Any]) -> tuple[float, float]:
     """Seconds of one forward and of one backward."""
     start = perf_counter()
-    output = layer(value)
+    output = layer(value, **given)
     _wait_for(output)
     middle = perf_counter()
     roots = [t for t in _tensors(output) if t.requires_grad]
-    ends = [t for t in (*_tensors(value), *layer.parameters()) if t.requires_grad]
+    leaves = (*_tensors((value, given)), *layer.parameters())
+    ends = [t for t in leaves if t.requires_grad]
     gradients = [torch.ones_like(root) for root in roots]
     _wait_for(gradients)
     begun = perf_counter()

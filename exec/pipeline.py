@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from pipeproof.exec import clipping, scaling
+from pipeproof.exec.agreement import routes_of
 from pipeproof.exec.bandwidth import Rates, link_rates
 from pipeproof.exec.batch import (
     NO_KEYWORDS,
@@ -38,7 +39,8 @@ from pipeproof.exec.ranked import Ranked
 from pipeproof.exec.rng import step_seed
 from pipeproof.exec.runtime import Runtime
 from pipeproof.exec.sharded import check_wrapped
-from pipeproof.exec.stage import StageModule, check_sliced, modules_of
+from pipeproof.exec.skips import Routes
+from pipeproof.exec.stage import StageModule, check_sliced
 from pipeproof.exec.step import Step
 from pipeproof.exec.tensors import placed
 from pipeproof.sched import (
@@ -80,6 +82,11 @@ class Pipeline:
     `()` for the first slice, and returns `(y, carry)`; the carry, a tensor or a
     nested tuple of tensors, goes to its call on the next slice.
 
+    A unit that says `gives_skips = ("fine",)` returns `(output, {"fine": value})`,
+    and a later one whose forward has a parameter `fine` is called with the value,
+    which goes there past all stages between; so is one that says that its parameter
+    takes it, `takes_skips = {"skip": "fine"}`.
+
     Where several devices hold a stage (two pipes), each sums the gradients of its
     micro-batches, and REDUCE adds the sum over the devices to `.grad` once.
 
@@ -114,6 +121,11 @@ class Pipeline:
             looks at every one of them, for which each op waits for its device: for
             finding out, not for every day. What REDUCE adds up is not looked at, nor,
             with a scaler, gradients; `evaluate` and `predict` look at nothing.
+
+    Attributes:
+        schedule: what is run, with the skips of the stages.
+        program: of it.
+        routes: of the skips, by name.
 
     Raises:
         ScheduleError: `check` has findings.
@@ -156,6 +168,9 @@ class Pipeline:
             if isinstance(devices, (str, torch.device)):
                 devices = [devices]
             self._shared = len(devices) == 1 and grid is None
+            check_count(len(stages), schedule)
+            self.routes = routes = routes_of(list(stages), grid)
+            self.schedule = schedule = routes.onto(schedule)
             # On one device nothing is under way: a boundary tensor is handed over
             # when its consumer is next, and lies nowhere meanwhile but in one place.
             self.program: Program = lower(
@@ -164,12 +179,9 @@ class Pipeline:
                 messages=messages,
             )
             self._devices = torch_devices(devices, schedule)
-            check_count(len(stages), schedule)
             if grid is None:
-                for number, module in enumerate(stages):
-                    modules_of(number, module)
                 check_wrapped(list(stages), schedule, None)
-                homes = place(list(stages), schedule, self._devices)
+                homes = place(list(stages), schedule, self._devices, routes)
                 self._runtime = Runtime(
                     self.program,
                     homes,
@@ -178,13 +190,19 @@ class Pipeline:
                     check_finite=check_finite,
                 )
             else:
-                self._join(grid, list(stages), loss_fn)
+                self._join(grid, list(stages), loss_fn, routes)
 
     def _join(
-        self, grid: Grid, stages: list[StageModule | None], loss_fn: LossFn
+        self,
+        grid: Grid,
+        stages: list[StageModule | None],
+        loss_fn: LossFn,
+        routes: Routes,
     ) -> None:
         """Run one device's part here; the others are other ranks'."""
-        ranked = Ranked(grid, self.program, stages, self._devices, self._loss_scale)
+        ranked = Ranked(
+            grid, self.program, stages, self._devices, self._loss_scale, routes
+        )
         self._ranked = ranked
         for stage in ranked.homes.values():
             if self.schedule.slices > 1:

@@ -12,7 +12,7 @@ the same batch, in turn with it:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -21,16 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
+from pipeproof.exec import tensors
 from pipeproof.exec.bandwidth import Rates
 from pipeproof.exec.batch import LossFn, LossScale, Value, split
 from pipeproof.exec.bind import holders
 from pipeproof.exec.group import Ranks
 from pipeproof.exec.measure import ActivationMeter
 from pipeproof.exec.pipeline import Pipeline
+from pipeproof.exec.skips import Routes, Values, gives_of, handed_over, parted
 from pipeproof.exec.split import Splitter
-from pipeproof.exec.stage import StageModule, takes_carry, units_of
-from pipeproof.exec.tensors import flat
+from pipeproof.exec.stage import StageModule, takes_carry, takes_of, units_of
 from pipeproof.sched import (
     Kind,
     Op,
@@ -53,10 +55,12 @@ class StageBytes:
     Of a micro-batch in slices, what its first slice leaves, times the slices.
 
     Attributes:
-        activations: all that F keeps, the stage's input included.
-        left: of it, beside the input, what I leaves for W.
+        activations: all that F keeps, the stage's input included, and what skip
+            connections bring.
+        left: of it, beside these, what I leaves for W.
         input, output: the boundary tensors; no input of the first stage's.
         weights, gradients: held all the time.
+        skips: stages further on, with what goes there over a skip connection.
     """
 
     activations: int
@@ -65,6 +69,7 @@ class StageBytes:
     output: int
     weights: int
     gradients: int
+    skips: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,11 +160,8 @@ def profile(
     before = [p.grad for p in parameters]
     for parameter in parameters:
         parameter.grad = None
-    seen: dict[int, Value] = {}
-    hooks = [
-        units_of(_there(stages[n]))[0].register_forward_pre_hook(_seeing(seen, n))
-        for n in mine
-    ]
+    seen, routes = {n: _Seen() for n in mine}, pipelines[0].routes
+    hooks = [hook for n in mine for hook in seen[n].hooks(_there(stages[n]), n, routes)]
     labels = split("targets", targets, schedule.micro_batches, schedule.slices)[0][0]
     traces, outside = [], []
     try:
@@ -176,7 +178,9 @@ def profile(
                     traces.append(pipeline.trace)
                     outside.append(took - pipeline.instructions_s)
         found = {
-            n: _weighed(_there(stages[n]), n, seen[n], schedule, loss_fn, labels)
+            n: _Weighed(_there(stages[n]), n, seen[n], schedule, routes).bytes(
+                loss_fn, labels
+            )
             for n in mine
         }
         rates = pipelines[0].link_rates()
@@ -192,7 +196,7 @@ def _agreed(
     ranks: Ranks | None,
     schedule: Schedule,
     traces: list[Trace],
-    found: dict[int, list[int]],
+    found: dict[int, list[Any]],
     outside_s: float,
     rates: Rates,
 ) -> Profile:
@@ -201,8 +205,10 @@ def _agreed(
         said = ranks.exchange(ours, "the other ranks' bytes")
         found = {number: sizes for of_rank, _ in said for number, sizes in of_rank}
         outside_s = max(seconds for _, seconds in said)
-    sizes = tuple(StageBytes(*found[n]) for n in range(schedule.stages))
-    return Profile(tuple(traces), sizes, outside_s, rates)
+    for sizes in found.values():
+        sizes[-1] = tuple(map(tuple, sizes[-1]))  # JSON has lists
+    of_stages = tuple(StageBytes(*found[n]) for n in range(schedule.stages))
+    return Profile(tuple(traces), of_stages, outside_s, rates)
 
 
 def _there(stage: StageModule | None) -> StageModule:
@@ -210,69 +216,143 @@ def _there(stage: StageModule | None) -> StageModule:
     return stage
 
 
-def _seeing(seen: dict[int, Value], number: int) -> Any:
-    """A hook that keeps what a stage is first called with."""
+class _Seen:
+    """What a stage was first called with.
 
-    def see(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        seen.setdefault(number, arguments[0])
+    Attributes:
+        value: its input.
+        brought: by name, what skip connections brought.
+    """
 
-    return see
+    def __init__(self) -> None:
+        self.value: Value = None
+        self.brought: Values = {}
+
+    def hooks(
+        self, stage: StageModule, number: int, routes: Routes
+    ) -> Iterator[RemovableHandle]:
+        """On its units, so that they tell."""
+        for place, unit in enumerate(units_of(stage)):
+            taken = {
+                own: name
+                for own, name in routes.parameters(takes_of(unit)).items()
+                if routes.sources[name] < number
+            }
+            see = self._seeing(taken, first=place == 0)
+            yield unit.register_forward_pre_hook(see, with_kwargs=True)
+
+    def _seeing(self, taken: dict[str, str], *, first: bool) -> Any:
+        def see(_: nn.Module, arguments: tuple[Any, ...], keywords: Values) -> None:
+            if first and self.value is None:
+                self.value = arguments[0]
+            for own, name in taken.items():
+                self.brought.setdefault(name, keywords[own])
+
+        return see
 
 
-def _weighed(
-    stage: StageModule,
-    number: int,
-    value: Value,
-    schedule: Schedule,
-    loss_fn: LossFn,
-    targets: Value,
-) -> list[int]:
-    """Bytes of a stage, run by itself on one micro-batch; as in `StageBytes`."""
-    units = units_of(stage)
-    leaves = [_leaf(tensor) for tensor in flat(value)]
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    meter = ActivationMeter([stage])
-    meter.ignore(*leaves, *flat(targets))
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), meter:
-        output: Any = tuple(leaves) if isinstance(value, tuple) else leaves[0]
+class _Weighed:
+    """A stage that is run by itself on one micro-batch.
+
+    Args:
+        stage: as given.
+        number: of it.
+        seen: what it is called with.
+        schedule: which it is a stage of.
+        routes: of skip connections.
+    """
+
+    def __init__(
+        self,
+        stage: StageModule,
+        number: int,
+        seen: _Seen,
+        schedule: Schedule,
+        routes: Routes,
+    ) -> None:
+        self._stage, self._number, self._routes = stage, number, routes
+        self._value, self._schedule = tensors.mapped(_leaf, seen.value), schedule
+        self._brought = tensors.mapped(_leaf, seen.brought)
+
+    def bytes(self, loss_fn: LossFn, targets: Value) -> list[Any]:
+        """As in `StageBytes`."""
+        units, number = units_of(self._stage), self._number
+        leaves = _tensors((self._value, self._brought))
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        meter = ActivationMeter([self._stage])
+        meter.ignore(*leaves, *_tensors(targets))
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), meter:
+            output, gone = self._run(units)
+            last = number == self._schedule.stages - 1
+            near = _tensors(gone.pop(number + 1, []))
+            roots = [loss_fn(output, targets)] if last else _tensors(output) + near
+            handed_on = 0 if last else _bytes(roots)
+            over = [(to, _bytes(_tensors(values))) for to, values in gone.items()]
+            roots += _tensors(gone)
+            roots = [root for root in roots if root.requires_grad]
+            ones = [torch.ones_like(root) for root in roots]
+            # What is handed on is no longer the stage's; its place in the graph is.
+            edges: list[Any] = [get_gradient_edge(root) for root in roots]
+            del output, gone, near, roots
+            kept = meter.live
+            _, rest = Splitter(units).input_grads(edges, ones, wanted)
+            del edges
+            left = meter.live
+            del rest
+        parameters = {id(p): p for unit in units for p in unit.parameters()}.values()
+        trained = [p for p in parameters if p.requires_grad]
+        beside = [n for n in self._brought if self._routes.sources[n] == number - 1]
+        came = [self._brought[name] for name in beside]
+        # The first stage's input is a view of the batch.
+        of_input = _bytes(_tensors((self._value, came))) if number else 0
+        arrived = _bytes(leaves) if number else 0
+        slices = self._schedule.slices
+        return [
+            slices * (kept + arrived),
+            slices * left,
+            slices * of_input,
+            slices * handed_on,
+            _bytes(parameters),
+            _bytes(trained),
+            [(to, slices * size) for to, size in sorted(over)],
+        ]
+
+    def _run(self, units: Sequence[nn.Module]) -> tuple[Value, dict[int, list[Value]]]:
+        """Its output, and what it gives to other stages."""
+        output, here = self._value, dict(self._brought)
+        gone: dict[int, list[Value]] = {}
         for unit in units:
-            if schedule.slices > 1 and takes_carry(unit):
-                output, _ = unit(output, ())
+            takes = self._routes.parameters(takes_of(unit))
+            given = {own: here[name] for own, name in takes.items()}
+            if self._schedule.slices > 1 and takes_carry(unit):
+                output, _ = unit(output, (), **given)
             else:
-                output = unit(output)
-        last = number == schedule.stages - 1
-        roots = [loss_fn(output, targets)] if last else flat(output)
-        handed_on = 0 if last else _bytes(roots)
-        roots = [root for root in roots if root.requires_grad]
-        ones = [torch.ones_like(root) for root in roots]
-        # What is handed on is no longer the stage's; its place in the graph is.
-        edges: list[Any] = [get_gradient_edge(root) for root in roots]
-        del output, roots
-        kept = meter.live
-        _, rest = Splitter(units).input_grads(edges, ones, wanted)
-        del edges
-        left = meter.live
-        del rest
-    parameters = {id(p): p for unit in units for p in unit.parameters()}.values()
-    of_input = _bytes(leaves) if number else 0  # the first's is a view of the batch
-    trained = [p for p in parameters if p.requires_grad]
-    slices = schedule.slices
-    return [
-        slices * (kept + of_input),
-        slices * left,
-        slices * of_input,
-        slices * handed_on,
-        _bytes(parameters),
-        _bytes(trained),
-    ]
+                output = unit(output, **given)
+            if not (names := gives_of(unit)):
+                continue
+            output, made = parted(unit, output, names)
+            for name in names:
+                for target in self._routes.targets[name]:
+                    value = handed_over(made[name])
+                    if target == self._number:
+                        here[name] = value
+                    else:
+                        gone.setdefault(target, []).append(value)
+        return output, gone
 
 
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tensors.flat(value) if isinstance(leaf, Tensor)]
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+def _leaf(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+
+
+def _bytes(found: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in found)
 
 
 Rows = Callable[[Sequence[Op]], list[Op]]

@@ -42,6 +42,7 @@ from pipeproof.exec.links import Links
 from pipeproof.exec.rng import of_replica
 from pipeproof.exec.runtime import Runtime
 from pipeproof.exec.sharded import Sharded, check_wrapped, is_sharded
+from pipeproof.exec.skips import Routes
 from pipeproof.exec.stage import Stage, StageModule
 from pipeproof.exec.step import Step
 from pipeproof.exec.tensors import flat, placed
@@ -59,6 +60,7 @@ class Ranked:
         stages: those of this rank; others may be None, or are left as they are.
         devices: the torch device of each of the schedule's.
         loss_scale: as for `Pipeline`.
+        routes: of the model's skip connections.
 
     Attributes:
         grid: as given.
@@ -80,6 +82,7 @@ class Ranked:
         stages: Sequence[StageModule | None],
         devices: Sequence[torch.device],
         loss_scale: LossScale,
+        routes: Routes,
     ) -> None:
         self.grid, self._program = grid, program
         self._ranks, self._loss_scale = grid.ranks, loss_scale
@@ -103,7 +106,7 @@ class Ranked:
         for number in mine:
             module = stages[number]
             assert module is not None
-            stage = Stage(number, module, first_unit[number], device)
+            stage = Stage(number, module, first_unit[number], device, routes)
             self.homes[number, grid.device] = stage
         self._first, self._last = (n in mine for n in (0, schedule.stages - 1))
         self._last_device = holders(schedule, schedule.stages - 1)[0]

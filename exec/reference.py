@@ -7,11 +7,14 @@ randomness, and the weights of the losses, since those define the question.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from pipeproof.exec.batch import (
     NO_KEYWORDS,
@@ -28,11 +31,14 @@ from pipeproof.exec.batch import (
 from pipeproof.exec.batch_norm import deferred
 from pipeproof.exec.errors import BatchError
 from pipeproof.exec.rng import generators, key, of_replica, seed, step_seed
+from pipeproof.exec.skips import Routes, gives_of, handed_over
 from pipeproof.exec.stage import (
     StageModule,
     check_sliced,
     keywords_of,
+    offers_of,
     takes_carry,
+    takes_of,
     units_of,
 )
 from pipeproof.sched import Kind, Schedule
@@ -60,8 +66,10 @@ def reference(
     schedule runs its stage's backwards. For a schedule with one order on all
     stages this is a loop of `loss.backward()`; `Pipeline.step` equals it bit by
     bit. Where several devices hold a stage, each one's are added up so, then these
-    sums in the order of the devices. The forwards run in the order of the first
-    stage's, which is what decides running statistics.
+    sums in the order of the devices; where several stages share a parameter, each
+    stage's, then these sums in the order of the stages on each device, and of the
+    devices. The forwards run in the order of the first stage's, which is what decides
+    running statistics.
 
     Args:
         stages: as for `Pipeline`, all on one device; pass a deep copy of those
@@ -89,37 +97,51 @@ def reference(
     labels = split("targets", targets, schedule.micro_batches, schedule.slices)
     scale = factors(labels, loss_scale, *size)
     units = [unit for stage in stages for unit in units_of(stage)]
+    routes = Routes.of([offers_of(stage) for stage in stages])
+    routes.onto(schedule)
     parts = schedule.micro_batches, schedule.slices
     further = split_keywords(keywords, *size, parts)
-    taken = frozenset[str]().union(*map(keywords_of, units))
+    taken = frozenset[str]().union(
+        *(
+            keywords_of(unit) - routes.parameters(takes_of(unit)).keys()
+            for unit in units
+        )
+    )
     if unknown := sorted(keywords.keys() - taken):
         raise BatchError(no_unit_takes(unknown, taken))
     if schedule.slices > 1:
         check_sliced(units)
+    where = [n for n, stage in enumerate(stages) for _ in units_of(stage)]
     norms = deferred(module for unit in units for module in unit.modules())
     for norm in norms:
         norm.forget()
-    owners = _owners(stages)
-    parameters = [parameter for parameter, _ in owners]
-    device = parameters[0].device if parameters else torch.device("cpu")
+    uses = _uses(stages)
+    leaves = [use.leaf for use in uses]
+    device = leaves[0].device if leaves else torch.device("cpu")
+    own = _own_leaves(stages, uses)
     losses: dict[int, list[Tensor]] = {}
     grads: dict[tuple[int, int], Gradients] = {}
     with torch.enable_grad(), step_seed([device]) as seed_of_all:
         step = of_replica(seed_of_all, replica)
         sources = generators(device)
         for number in _forward_order(schedule):
-            one = _MicroBatch(units, loss_fn, sources, step, number, further[number])
+            one = _MicroBatch(
+                units,
+                own,
+                loss_fn,
+                sources,
+                step,
+                number,
+                further[number],
+                where,
+                routes,
+            )
             losses[number] = one.forward(batch[number], labels[number], scale[number])
-            for part, found in enumerate(one.backward(parameters)):
+            for part, found in enumerate(one.backward(leaves)):
                 grads[number, part] = found
     for norm in norms:
         norm.move()
-    order = _backward_order(schedule)
-    for place, (parameter, stage) in enumerate(owners):
-        chains = [[grads[of][place] for of in chain] for chain in order[stage]]
-        once = [_sum(map(_sum, chains))]
-        for grad in once if len(chains) > 1 else chains[0]:
-            _accumulate(parameter, grad)
+    _add_up(uses, schedule, grads)
     total = losses[0][0].clone()
     for loss in [loss for number in sorted(losses) for loss in losses[number]][1:]:
         total += loss
@@ -131,23 +153,30 @@ class _MicroBatch:
 
     Args:
         units: of the model.
+        own: for each, the leaves that stand for its parameters, by name.
         loss_fn: as for `Pipeline`.
         sources: generators to seed.
         step: the step's seed.
         number: of the micro-batch.
         keywords: of its slices.
+        stages: of each unit.
+        routes: of skip connections.
     """
 
     def __init__(
         self,
         units: Sequence[nn.Module],
+        own: Sequence[dict[str, Tensor]],
         loss_fn: LossFn,
         sources: Sequence[torch.Generator],
         step: int,
         number: int,
         keywords: list[dict[str, Any]],
+        stages: list[int],
+        routes: Routes,
     ) -> None:
-        self._units, self._loss_fn = units, loss_fn
+        self._stages, self._routes = stages, routes
+        self._units, self._own, self._loss_fn = units, own, loss_fn
         self._step, self._number = step, number
         self._sources, self._keywords = sources, keywords
         self._slices: list[tuple[Tensor | None, list[Tensor], list[Tensor]]] = []
@@ -178,15 +207,30 @@ class _MicroBatch:
     ) -> tuple[Value, dict[int, Any]]:
         """The model on one slice: its output, and what each unit carries on."""
         left: dict[int, Any] = {}
+        named: dict[tuple[str, int], Any] = {}  # a skip, and the stage that takes it
         for number, unit in enumerate(self._units):
             self._seed(number, part)
-            names = keywords_of(unit) & self._keywords[part].keys()
-            given = {name: self._keywords[part][name] for name in names}
+            names, stage = keywords_of(unit), self._stages[number]
+            given = {
+                n: self._keywords[part][n] for n in names if n in self._keywords[part]
+            }
+            takes = self._routes.parameters(takes_of(unit))
+            given |= {own: named[name, stage] for own, name in takes.items()}
+            inputs: tuple[Any, ...] = (value,)
             if carry is not None and takes_carry(unit):
-                value, carried = unit(value, carry.get(number, ()), **given)
-                left[number] = _aside(carried)
+                inputs = value, carry.get(number, ())
+            if own := self._own[number]:
+                value = functional_call(unit, own, inputs, given)
             else:
-                value = unit(value, **given)
+                value = unit(*inputs, **given)
+            if len(inputs) > 1:
+                value, carried = value
+                left[number] = _aside(carried)
+            if gives := gives_of(unit):
+                value, made = value
+                for name in gives:
+                    for target in self._routes.targets[name]:
+                        named[name, target] = handed_over(made[name])
         return value, left
 
     def _seed(self, unit: int, part: int) -> None:
@@ -235,18 +279,82 @@ def _aside(carry: Any) -> Any:
     return tuple(map(_aside, carry))
 
 
-def _owners(stages: Sequence[StageModule] | nn.Sequential) -> list[tuple[Tensor, int]]:
-    """Every parameter that wants a gradient, once, with the last stage it is in.
+@dataclass(frozen=True)
+class _Use:
+    """A parameter that wants a gradient, in one stage.
 
-    The last stage's backward comes first, so it decides a shared one's order.
+    Attributes:
+        parameter: the user's.
+        stage: which.
+        leaf: the parameter itself, or, where several stages share it, what stands for
+            it in this one.
     """
-    owners: dict[int, tuple[Tensor, int]] = {}
-    for number, stage in enumerate(stages):
-        for unit in units_of(stage):
-            for parameter in unit.parameters():
-                if parameter.requires_grad:
-                    owners[id(parameter)] = parameter, number
-    return list(owners.values())
+
+    parameter: Tensor
+    stage: int
+    leaf: Tensor
+
+
+def _uses(stages: Sequence[StageModule] | nn.Sequential) -> list[_Use]:
+    found = [
+        {
+            id(parameter): parameter
+            for unit in units_of(stage)
+            for parameter in unit.parameters()
+            if parameter.requires_grad
+        }
+        for stage in stages
+    ]
+    times = Counter(key for of_stage in found for key in of_stage)
+    return [
+        _Use(x, number, x if times[key] == 1 else x.detach().requires_grad_())
+        for number, of_stage in enumerate(found)
+        for key, x in of_stage.items()
+    ]
+
+
+def _own_leaves(
+    stages: Sequence[StageModule] | nn.Sequential, uses: Sequence[_Use]
+) -> list[dict[str, Tensor]]:
+    """For each unit what stands for its parameters, by name; of most nothing does."""
+    instead = {
+        (use.stage, id(use.parameter)): use.leaf
+        for use in uses
+        if use.leaf is not use.parameter
+    }
+    return [
+        {
+            name: instead[number, id(parameter)]
+            for name, parameter in unit.named_parameters(remove_duplicate=False)
+            if (number, id(parameter)) in instead
+        }
+        for number, stage in enumerate(stages)
+        for unit in units_of(stage)
+    ]
+
+
+def _add_up(
+    uses: Sequence[_Use],
+    schedule: Schedule,
+    grads: Mapping[tuple[int, int], Gradients],
+) -> None:
+    """Each parameter's gradient, in the order of its stages' backwards, to `.grad`."""
+    order = _backward_order(schedule)
+    shared: dict[int, dict[int, list[Tensor | None]]] = {}
+    parameters = {id(use.parameter): use.parameter for use in uses}
+    for place, use in enumerate(uses):
+        chains = [[grads[of][place] for of in chain] for chain in order[use.stage]]
+        if use.leaf is not use.parameter:
+            devices = shared.setdefault(id(use.parameter), {})
+            home = schedule.placement.pipes[0][use.stage]
+            devices.setdefault(home, []).append(_sum(chains[0]))
+            continue
+        once = [_sum(map(_sum, chains))]
+        for grad in once if len(chains) > 1 else chains[0]:
+            _accumulate(use.parameter, grad)
+    for parameter, devices in shared.items():
+        in_order = [sums for _, sums in sorted(devices.items())]
+        _accumulate(parameters[parameter], _sum(map(_sum, in_order)))
 
 
 def _forward_order(schedule: Schedule) -> list[int]:

@@ -135,7 +135,8 @@ class Replica(Stage):
                 f"stage {original.number} is held on several devices, and its module "
                 f"cannot be copied to {device}: {type(error).__name__}: {error}"
             ) from error
-        super().__init__(original.number, twin, original.first_unit, device)
+        number, first, routes = original.number, original.first_unit, original.routes
+        super().__init__(number, twin, first, device, routes)
         self._original = original
 
     @property

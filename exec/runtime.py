@@ -23,6 +23,7 @@ from pipeproof.exec.errors import BatchError, RankError, StepError
 from pipeproof.exec.finite import check_before, looked_at
 from pipeproof.exec.replicas import Run, Sums, add_up
 from pipeproof.exec.sharded import Sharded
+from pipeproof.exec.shared import Shared
 from pipeproof.exec.stash import Copies, Place
 from pipeproof.exec.step import Step
 from pipeproof.sched import Action, BufferKind, Kind, Op, Program, Schedule
@@ -134,6 +135,7 @@ class Runtime:
             for (stage, device), home in homes.items()
             if len(holders(schedule, stage)) > 1 or stage in elsewhere
         }
+        self._shared = Shared(homes)
         self._binder = Binder(program, homes, loss_fn)
         self._reader = {} if transport is None else readers(program)
         reductions = np.flatnonzero(program.action == Action.REDUCE).tolist()
@@ -201,6 +203,7 @@ class Runtime:
             sharded.begin()
 
     def _complete(self) -> None:
+        self._shared.add_up()
         for stage in self.stages:
             stage.complete()
 
@@ -296,6 +299,7 @@ class Runtime:
             self._transport.forget()
         for sums in self._sums.values():
             sums.begin()
+        self._shared.begin()
 
     def _device(self, index: int) -> torch.device:
         return self._devices[int(self._program.device[index])]
@@ -377,10 +381,13 @@ class Runtime:
             run = looked_at(run, op, instruction, stage, self._binder)
         if self._last_backward.get(op.stage) == op:
             return self._sharded[op.stage].before_last(run)
-        sums = self._sums.get((op.stage, instruction.stream.device))
-        if sums is None or op.kind not in (Kind.B, Kind.I, Kind.W):
+        if op.kind not in (Kind.B, Kind.I, Kind.W):
             return run
-        return sums.around(run)
+        device = instruction.stream.device
+        sums = self._sums.get((op.stage, device))
+        if sums is not None:
+            return sums.around(run)
+        return self._shared.around(op.stage, device, run)
 
     def _bind_send(self, instruction: Instruction) -> Run:
         values, message = self._binder.values, instruction.message

@@ -1,10 +1,9 @@
-"""One stage: its units, their randomness, and the state they change."""
+"""One stage: its units, and their randomness."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +12,19 @@ from torch import Tensor, nn
 from pipeproof.exec import tensors
 from pipeproof.exec.batch import NO_KEYWORDS, Value
 from pipeproof.exec.batch_norm import deferred
+from pipeproof.exec.buffers import Buffers
 from pipeproof.exec.errors import ModelError
 from pipeproof.exec.rng import generators, key, seed
+from pipeproof.exec.skips import (
+    NO_ROUTES,
+    Offer,
+    Routes,
+    Values,
+    gives_of,
+    handed_over,
+    parted,
+    said_to_take,
+)
 from pipeproof.exec.split import Splitter
 from pipeproof.exec.stash import addresses
 
@@ -154,6 +164,37 @@ def keywords_of(unit: nn.Module) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.kind in named) - own
 
 
+def takes_of(unit: nn.Module) -> dict[str, str]:
+    """The skip that each of a unit's keyword parameters takes, if any gives it.
+
+    That of its own name, unless the unit says another in its `takes_skips`, a dict.
+
+    Raises:
+        ModelError: it says so of what is no parameter of its forward.
+    """
+    names, said = sorted(keywords_of(unit)), said_to_take(unit)
+    for name in said:
+        if name not in names:
+            raise ModelError(
+                f"{type(unit).__name__} has takes_skips with {name!r}: expected "
+                "parameters of its forward behind its first, found "
+                f"{', '.join(map(repr, names)) or 'none'}"
+            )
+    return {name: said.get(name, name) for name in names}
+
+
+def offers_of(stage: StageModule) -> list[Offer]:
+    """Of each unit, the skips that it gives, takes if they are given, and needs.
+
+    Raises:
+        ModelError: as `gives_of` and `takes_of`.
+    """
+    return [
+        (gives_of(unit), [*takes_of(unit).values()], [*said_to_take(unit).values()])
+        for unit in units_of(stage)
+    ]
+
+
 def carried_on(
     unit: nn.Module, value: Value, carry: Any, keywords: Mapping[str, Any]
 ) -> tuple[Value, Any]:
@@ -192,13 +233,19 @@ class Stage:
         module: the stage as the user gave it; moved to the device.
         first_unit: number of its first unit in the whole model.
         device: where it runs.
+        routes: of the model's skip connections.
 
     Raises:
         ModelError: no module in it, or something that is none.
     """
 
     def __init__(
-        self, number: int, module: StageModule, first_unit: int, device: torch.device
+        self,
+        number: int,
+        module: StageModule,
+        first_unit: int,
+        device: torch.device,
+        routes: Routes = NO_ROUTES,
     ) -> None:
         modules = modules_of(number, module)
         self.number = number
@@ -207,7 +254,13 @@ class Stage:
             raise ModelError(f"stage {number} is empty: give it at least one module")
         self.first_unit = first_unit
         self._plan: list[tuple[int, nn.Module, frozenset[str]]] = []
-        self._keywords = list(map(keywords_of, self.units))
+        self.routes = routes
+        self._takes = [routes.parameters(takes_of(unit)) for unit in self.units]
+        self._keywords = [
+            keywords_of(unit) - taken.keys()
+            for unit, taken in zip(self.units, self._takes)
+        ]
+        self._gives = list(map(gives_of, self.units)) if routes.targets else []
         self.device = device
         for part in modules:
             part.to(device)
@@ -219,14 +272,11 @@ class Stage:
             {id(m): m for unit in unique for m in unit.modules()}.values()
         )
         self._deferred = deferred(self.modules)
-        self._has_buffers = any(module._buffers for module in self.modules)
+        self.buffers = Buffers(number, self.modules)
         self.carries = sum(map(takes_carry, self.units))
         self.takes_keywords = frozenset[str]().union(*self._keywords)
         self._generators = generators(device)
         self.splitter = Splitter(self.modules)
-        self.changed: set[tuple[int, str]] = set()
-        self._modes: list[bool] = []
-        self._learning = True
         self._staying: frozenset[int] | None = None
 
     @property
@@ -238,7 +288,7 @@ class Stage:
     def staying(self) -> frozenset[int]:
         """Addresses of its parameters and buffers."""
         if self._staying is None:
-            buffers = (buffer for _, buffer in self._buffers())
+            buffers = (buffer for _, buffer in self.buffers)
             self._staying = addresses((*self.parameters, *buffers))
         return self._staying
 
@@ -252,10 +302,7 @@ class Stage:
         self._staying = None
         for norm in self._deferred:
             norm.forget()
-        modes = [module.training for module in self.modules]
-        if modes != self._modes:
-            self._modes, self._learning = modes, True
-            self.changed.clear()
+        self.buffers.begin()
         self._plan = [
             (-1 if _draws_nothing(unit) else number, unit, names)
             for number, (unit, names) in enumerate(
@@ -276,7 +323,8 @@ class Stage:
         part: int = 0,
         carry: tuple[Any, ...] | None = None,
         keywords: Mapping[str, Any] = NO_KEYWORDS,
-    ) -> tuple[Value, tuple[Any, ...]]:
+        brought: Mapping[str, Any] = NO_KEYWORDS,
+    ) -> tuple[Value, tuple[Any, ...], dict[int, Values]]:
         """All units in turn.
 
         Args:
@@ -287,17 +335,23 @@ class Stage:
             carry: what the slice before left, for each unit that takes one; None
                 where micro-batches are whole.
             keywords: keyword inputs of the slice; each unit gets those it takes.
+            brought: what came over skip connections.
 
         Returns:
-            The output, and what is carried on to the next slice.
+            The output; what is carried on to the next slice; and by stage, what goes
+            there over a skip connection.
         """
         sources = self._generators
+        if self.routes.targets:
+            return self._run_with_skips(
+                value, step_seed, micro_batch, part, carry, keywords, brought
+            )
         if carry is None and not keywords:  # nearly always, and half as long
             for number, unit, _ in self._plan:
                 if number >= 0:
                     seed(sources, key(step_seed, number, micro_batch, part))
                 value = unit(value)
-            return value, ()
+            return value, (), {}
         carried: list[Any] = []
         given: Mapping[str, Any] = NO_KEYWORDS
         for number, unit, names in self._plan:
@@ -310,7 +364,57 @@ class Stage:
                 carried.append(left)
             else:
                 value = unit(value, **given)
-        return value, tuple(carried)
+        return value, tuple(carried), {}
+
+    def _run_with_skips(
+        self,
+        value: Value,
+        step_seed: int,
+        micro_batch: int,
+        part: int,
+        carry: tuple[Any, ...] | None,
+        keywords: Mapping[str, Any],
+        brought: Mapping[str, Any],
+    ) -> tuple[Value, tuple[Any, ...], dict[int, Values]]:
+        """As `run`, where the model has skip connections."""
+        here = dict(brought)
+        if self._comes_beside:
+            value, near = value
+            here |= near
+        carried: list[Any] = []
+        left: dict[int, Values] = {}
+        for place, (number, unit, names) in enumerate(self._plan):
+            if number >= 0:
+                seed(self._generators, key(step_seed, number, micro_batch, part))
+            given = {name: keywords[name] for name in names & keywords.keys()}
+            given |= {own: here[name] for own, name in self._takes[place].items()}
+            if carry is not None and takes_carry(unit):
+                value, more = carried_on(unit, value, carry[len(carried)], given)
+                carried.append(more)
+            else:
+                value = unit(value, **given)
+            if self._gives[place]:
+                value, made = parted(unit, value, self._gives[place])
+                self._distribute(made, self._gives[place], here, left)
+        if (beside := left.pop(self.number + 1, None)) is not None:
+            value = value, beside
+        for values in left.values():
+            tensors.check(values, f"stage {self.number}")
+        return value, tuple(carried), left
+
+    def _distribute(
+        self, made: Values, names: Sequence[str], here: Values, left: dict[int, Values]
+    ) -> None:
+        """What a unit gives, to units of this stage and to others."""
+        for name in names:
+            for target in self.routes.targets[name]:
+                values = here if target == self.number else left.setdefault(target, {})
+                values[name] = handed_over(made[name])
+
+    @property
+    def _comes_beside(self) -> bool:
+        """Whether skips of the stage before come beside its output."""
+        return self.number in self.routes.beside
 
     def checked(self, value: object) -> Value:
         """A stage's output, if it can cross a boundary.
@@ -321,76 +425,3 @@ class Stage:
         if isinstance(value, Tensor):
             return value
         return tensors.check(value, f"stage {self.number}")
-
-    @contextmanager
-    def noting_changes(self) -> Iterator[None]:
-        """Note which of the stage's buffers a forward changes.
-
-        The first forward compares values, since batch norm does not tell
-        autograd that it writes to its statistics; later ones compare versions.
-        """
-        if not self._has_buffers:
-            yield
-            return
-        before = {
-            where: (buffer, buffer._version, buffer.clone() if self._learning else None)
-            for where, buffer in self._buffers()
-        }
-        yield
-        for where, buffer in self._buffers():
-            earlier, version, copy = before.get(where, (None, 0, None))
-            if (
-                buffer is not earlier
-                or buffer._version != version
-                or (copy is not None and not torch.equal(buffer, copy))
-            ):
-                self.changed.add(where)
-        self._learning = False
-
-    @contextmanager
-    def refusing_changes(self) -> Iterator[None]:
-        """Refuse a first forward that changes the stage's buffers.
-
-        Raises:
-            ModelError: it does.
-        """
-        if not self._has_buffers or not self._learning:
-            yield
-            return
-        with self.noting_changes():
-            yield
-        for number, name in sorted(self.changed):
-            owner = type(self.modules[number]).__name__
-            raise ModelError(
-                f"stage {self.number} has replicas on several devices, and its "
-                f"{owner} changes {name!r} in forward: which micro-batches a replica "
-                "sees depends on the schedule, and so would the result; freeze it "
-                "(eval), or use a schedule of one pipe"
-            )
-
-    def _buffers(self) -> Iterator[tuple[tuple[int, str], Tensor]]:
-        for number, module in enumerate(self.modules):
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    yield (number, name), buffer
-
-    @contextmanager
-    def unchanged(self) -> Iterator[None]:
-        """Run a forward again without its effect on the stage's buffers.
-
-        The forward before has had that effect already: running statistics count
-        each micro-batch once. A module whose output depends on what it changed
-        cannot be run again; no module of torch.nn does.
-        """
-        originals = []
-        for number, name in self.changed:
-            buffers = self.modules[number]._buffers
-            original = buffers[name]
-            if original is not None:
-                originals.append((buffers, name, original))
-                buffers[name] = original.clone()
-        try:
-            yield
-        finally:
-            for buffers, name, original in originals:
-                buffers[name] = original

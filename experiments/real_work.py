@@ -5,7 +5,7 @@ Three models, each in four stages:
 * a residual CNN with batch norm on scikit-learn's handwritten digits;
 * a byte-level GPT on the standard library's sources;
 * a U-Net that takes noise off digits. Its skips are long: what the first stage
-  makes is used by the last. The stages between carry it in tuples.
+  makes is used by the last, and goes there past the stages between.
 
 Each is trained step by step with `Pipeline`, in two schedules, and with `reference`,
 the plain loop over micro-batches. Losses of all steps, all parameters and all buffers
@@ -92,57 +92,31 @@ def convolved(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class Down(nn.Module):
-    """(x, *skips) → (half as wide and high, *skips, what it was)."""
+    """(rows, inputs, h, w) → half as wide and high; what it was goes on as a skip."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, skip: str) -> None:
         super().__init__()
+        self.gives_skips = (skip,)
         self.body = convolved(inputs, outputs)
 
-    def forward(self, carried: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """One more skip."""
-        x, *skips = carried if isinstance(carried, tuple) else (carried,)
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Its output, and the skip by name."""
         x = self.body(x)
-        return functional.max_pool2d(x, 2), *skips, x
-
-
-class Level(nn.Module):
-    """(x, *skips) → the same shapes."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.body = convolved(channels, channels)
-
-    def forward(self, carried: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Skips pass."""
-        x, *skips = carried
-        return self.body(x), *skips
+        return functional.max_pool2d(x, 2), {self.gives_skips[0]: x}
 
 
 class Up(nn.Module):
-    """(x, *skips) → (twice as wide and high, all skips but the last)."""
+    """Twice as wide and high, with the skip of that size."""
 
-    def __init__(self, inputs: int, skip: int, outputs: int) -> None:
+    def __init__(self, inputs: int, beside: int, outputs: int, skip: str) -> None:
         super().__init__()
-        self.body = convolved(inputs + skip, outputs)
+        self.takes_skips = {"skip": skip}
+        self.body = convolved(inputs + beside, outputs)
 
-    def forward(self, carried: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The last skip is used."""
-        x, *skips, last = carried
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """(rows, inputs, h, w), (rows, beside, 2h, 2w) → (rows, outputs, 2h, 2w)."""
         x = functional.interpolate(x, scale_factor=2.0)
-        return self.body(torch.cat([x, last], 1)), *skips
-
-
-class Out(nn.Module):
-    """(x,) → one channel."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.body = nn.Conv2d(channels, 1, 1)
-
-    def forward(self, carried: tuple[Tensor, ...]) -> Tensor:
-        """All skips are used."""
-        (x,) = carried
-        return self.body(x)
+        return self.body(torch.cat([x, skip], 1))
 
 
 def u_net_layers() -> list[nn.Module]:
@@ -152,14 +126,14 @@ def u_net_layers() -> list[nn.Module]:
     the third.
     """
     return [
-        Down(1, 16),
-        Down(16, 32),
-        Level(32),
-        Level(32),
-        Up(32, 32, 32),
-        Level(32),
-        Up(32, 16, 16),
-        Out(16),
+        Down(1, 16, "outer"),
+        Down(16, 32, "inner"),
+        convolved(32, 32),
+        convolved(32, 32),
+        Up(32, 32, 32, "inner"),
+        convolved(32, 32),
+        Up(32, 16, 16, "outer"),
+        nn.Conv2d(16, 1, 1),
     ]
 
 
@@ -327,9 +301,10 @@ def train(task: Task, stages: list[nn.Sequential], step: Step) -> Run:
         losses.append(float(step(inputs, targets)))
         optimizer.step()
     seconds = time.process_time() - start
-    model.eval()
-    with torch.no_grad():
-        found = task.quality(model(task.held_out[0]), task.held_out[1])
+    alone = catalog.make("gpipe", devices=1, micro_batches=1)
+    outputs = Pipeline([model], alone, task.loss_fn).predict(task.held_out[0])
+    assert isinstance(outputs, Tensor)
+    found = task.quality(outputs, task.held_out[1])
     return Run(losses, [t.clone() for t in model.state_dict().values()], found, seconds)
 
 
@@ -439,9 +414,8 @@ whole batch: gradients and losses stay those of micro-batches.
 |-|-|-|
 """
 SKIPS = """
-The U-Net's skips cross stages that do not use them: its stages hand on tuples, one
-tensor more for each skip that is open. Its norm is a group norm, so nothing in it looks
-across rows.
+The U-Net's skips go straight from the first stage to the last two, past stages that do
+not use them. Its norm is a group norm, so nothing in it looks across rows.
 """
 
 

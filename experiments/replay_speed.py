@@ -54,7 +54,7 @@ kernels.run = run
 kernel, columns = seen[0]
 compiled = kernels.compiled(kernel, len(program))
 def alone():
-    columns[7][:] = 0  # when each stream is free
+    columns[8][:] = 0  # when each stream is free
     compiled(*columns)
 report(ops=len(program.schedule), instructions=len(program), alone=best(alone),
        whole=best(lambda: replay(program, timing, cluster)))

@@ -266,8 +266,7 @@ def _runtime(case: Case, stages: list[nn.Module], mine: list[int]) -> Any:
 class Company:
     """Processes, one a rank, that run cases."""
 
-    def __init__(self, ranks: int, deadline_s: float = DEADLINE_S) -> None:
-        self._deadline_s = deadline_s
+    def __init__(self, ranks: int) -> None:
         self._folder = tempfile.TemporaryDirectory()
         command = [sys.executable, __file__, "--work"]
         self._processes = [
@@ -281,11 +280,11 @@ class Company:
             for rank in range(ranks)
         ]
 
-    def run(self, case: Case) -> Outcome:
-        """What one case comes to on all ranks."""
+    def run(self, case: Case, deadline_s: float = DEADLINE_S) -> Outcome:
+        """What one case comes to on all ranks, which may stand still for so long."""
         for process in self._processes:
             assert process.stdin is not None
-            given = {**asdict(case), "deadline_s": self._deadline_s}
+            given = {**asdict(case), "deadline_s": deadline_s}
             process.stdin.write(json.dumps(given) + "\n")
             process.stdin.flush()
         said = [json.loads(p.stdout.readline()) for p in self._processes if p.stdout]

@@ -8,6 +8,7 @@ or of hops::
                 | outputs and input gradients, by hop
                 | gradients of outputs, by hop
                 | accumulated gradients, by device and stage
+                | what arrived over skip connections, by hop | copies
 
 The copies of a block are those elsewhere, then what comes back from there.
 """
@@ -32,6 +33,7 @@ from pipeproof.sched.program import table as new_table
 _F = int(Kind.F)
 _OUTPUT, _INPUT_GRAD = int(BufferKind.OUTPUT), int(BufferKind.INPUT_GRAD)
 _OUTPUT_GRAD = int(BufferKind.OUTPUT_GRAD)
+_INPUT, _STORED = int(BufferKind.INPUT), int(BufferKind.STORED_INPUT)
 
 AGAIN, SPLIT, MOVED, HOWS = 1, 2, 4, 8
 
@@ -51,9 +53,13 @@ class Block(IntEnum):
     HANDED = 9
     OUTPUT_GRAD = 10
     GRADIENT = 11
+    SKIP = 12
+    SKIP_AWAY = 13
+    SKIP_BACK = 14
 
 
 _ARRIVED, _HANDED, _TO_COME = map(int, (Block.INPUT, Block.HANDED, Block.OUTPUT_GRAD))
+_SKIP = int(Block.SKIP)
 
 
 def how_of(table: OpTable) -> NDArray[np.int8]:
@@ -74,7 +80,9 @@ class Blocks:
     Attributes:
         starts: where each `Block` begins, and the end.
         rows: `Program.buffers`.
+        skips: `Program.buffer_skips`.
         moved, split, moved_split: its number among those; -1 for others.
+        moved_skip: of each buffer of SKIP, likewise.
         arrives: for each hop the buffer that it fills.
         accumulated: for each pipe and stage, its number among the accumulated
             gradients; -1 where there is none.
@@ -82,9 +90,11 @@ class Blocks:
 
     starts: NDArray[np.int64]
     rows: Column
+    skips: Index
     moved: Index
     split: Index
     moved_split: Index
+    moved_skip: Index
     arrives: Index
     accumulated: Index
 
@@ -104,7 +114,11 @@ class Blocks:
         splits, both = int(split.sum()), int((away & split).sum())
         devices, stages, accumulated = _accumulated(schedule)
         sizes = [places, moves, moves, splits, both, both, places, moves, moves]
+        over = np.flatnonzero(hops.skip >= 0)
+        over = hops.target[over[schedule.ops.kind[hops.source[over]] == _F]]
+        skip_away = away[table.place[over]]
         sizes += [len(hops.source), len(hops.source) // 2, len(stages)]
+        sizes += [len(over), *[int(skip_away.sum())] * 2]
         starts = np.cumsum([0, *sizes])
         rows = new_table(int(starts[-1]), 6)
         blocks = [rows[a:b] for a, b in pairwise(starts.tolist())]
@@ -116,22 +130,29 @@ class Blocks:
         inputs[again, 0] = BufferKind.STORED_INPUT
         stashes[:] = activations[split]
         stashes[:, 0] = BufferKind.WEIGHT_STASH
+        skips = np.full(len(rows) if len(over) else 0, -1, dtype=np.int32)
+        arrives = _of_hops(schedule, table, hops, starts, rows, skips)
         if moves:
             for block, which in (
                 (Block.KEPT, away),
                 (Block.STASH, away[split]),
                 (Block.INPUT, away),
+                (Block.SKIP, skip_away),
             ):
                 _copies(schedule, blocks[block][which], *blocks[block + 1 : block + 3])
+        if skip_away.any():
+            parts = np.split(skips, starts[1:-1])
+            for copies in (Block.SKIP_AWAY, Block.SKIP_BACK):
+                parts[copies][:] = parts[Block.SKIP][skip_away]
         for column, values in zip(
             gradients.T, (BufferKind.GRADIENT, devices, stages, -1, 0, -1)
         ):
             column[:] = values
-        arrives = _of_hops(schedule, table, hops, starts, rows)
         taken = np.flatnonzero(took >= 0)
         rows[arrives[taken], 5] = arrives[took[taken]]
         numbers = _numbers(away), _numbers(split), _numbers(away & split)
-        return cls(starts, rows, *numbers, arrives, accumulated)
+        moved = *numbers, _numbers(skip_away)
+        return cls(starts, rows, skips, *moved, arrives, accumulated)
 
 
 def _numbers(chosen: NDArray[np.bool_]) -> Index:
@@ -191,6 +212,7 @@ def _of_hops(
     hops: Hops,
     starts: NDArray[np.int64],
     rows: Column,
+    skips: Index,
 ) -> Index:
     """What each hop hands on, and the gradients of outputs that arrive.
 
@@ -209,10 +231,13 @@ def _of_hops(
         table.place,
         schedule.device_of_op,
         starts,
+        hops.skip,
+        table.get(Kind.R).ravel(),
         *rows.T,
+        skips,
         np.empty(len(hops.source), dtype=np.int32),
     ]
-    return run(_fill, columns, results=[*range(9, 16)], size=len(hops.source))[-1]
+    return run(_fill, columns, results=[*range(11, 19)], size=len(hops.source))[-1]
 
 
 def _fill(
@@ -225,15 +250,19 @@ def _fill(
     place: Any,
     op_device: Any,
     starts: Any,
+    skip_of: Any,
+    again: Any,
     kind: Any,
     device: Any,
     stage: Any,
     micro_batch: Any,
     part: Any,
     takes_over: Any,
+    skips: Any,
     arrives: Any,
 ) -> None:
     gradient = starts[_TO_COME]
+    over = starts[_SKIP]
     for hop in range(len(source)):
         down = op_kind[source[hop]] == _F
         for side in range(1 if down else 2):
@@ -245,8 +274,20 @@ def _fill(
             micro_batch[row] = op_micro_batch[op]
             part[row] = op_slice[op]
             takes_over[row] = -1
-        if down:
-            arrives[hop] = starts[_ARRIVED] + place[target[hop]]
-        else:
+        if not down:
             arrives[hop] = gradient
             gradient += 1
+        elif len(skip_of) == 0 or skip_of[hop] < 0:
+            arrives[hop] = starts[_ARRIVED] + place[target[hop]]
+        else:
+            op = target[hop]
+            kind[over] = _STORED if again[place[op]] >= 0 else _INPUT
+            device[over] = op_device[op]
+            stage[over] = op_stage[op]
+            micro_batch[over] = op_micro_batch[op]
+            part[over] = op_slice[op]
+            takes_over[over] = -1
+            arrives[hop] = over
+            over += 1
+        if len(skip_of) > 0 and skip_of[hop] >= 0:
+            skips[starts[_HANDED] + hop] = skips[arrives[hop]] = skip_of[hop]

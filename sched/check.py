@@ -18,6 +18,7 @@ from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.findings import SHOWN, Finding, Report
 from pipeproof.sched.ir import BESIDE_KINDS, STAGE_KINDS, Kind, Op, Schedule
 from pipeproof.sched.program import Program
+from pipeproof.sched.skips import named, wrong
 from pipeproof.sched.streams import Buffering, StreamModel
 
 
@@ -384,6 +385,21 @@ def _offloads(judge: _Judge) -> Iterator[Finding]:
         )
 
 
+def _skips(judge: _Judge) -> Iterator[Finding]:
+    """Skip connections lead over at least one stage to a later one."""
+    for skip, found, remedy in wrong(judge.schedule):
+        yield Finding(
+            "skips",
+            None,
+            None,
+            None,
+            expected=f"skips from a stage to one of 0 … {judge.schedule.stages - 1} "
+            "that is at least two further on",
+            found=f"{named(skip)}: {found}",
+            remedy=remedy,
+        )
+
+
 def _cycles(judge: _Judge, *, in_rows: bool) -> Iterator[Finding]:
     """Device order and dependencies together have no cycle.
 
@@ -438,5 +454,6 @@ RULES: tuple[Callable[[_Judge], Iterator[Finding]], ...] = (
     _in_order,
     _groups,
     _offloads,
+    _skips,
 )
 """Every rule but the numbers, which the others rely on, and the cycles, last."""

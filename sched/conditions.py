@@ -11,6 +11,7 @@ from pipeproof.sched.buffers import HOWS, Block
 from pipeproof.sched.deps import Index, OpTable
 from pipeproof.sched.hops import Hops
 from pipeproof.sched.ir import Kind, Schedule
+from pipeproof.sched.kernels import columns as new_columns
 from pipeproof.sched.kernels import run
 from pipeproof.sched.layout import Layout
 from pipeproof.sched.nodes import Nodes
@@ -59,8 +60,14 @@ def conditions(
     most += count * blocking + len(
         table.by_kind.get(Kind.RELOAD, nodes.by_rank[:0]).ravel()
     )
+    most_freed = 2 + 2 * len(schedule.skips)
     nowhere = np.zeros(0, dtype=np.int32)
     index: Any = np.int32 if most < 2**31 else np.int64
+    kept = new_columns((total + 1, index), (most, np.int32), (count, np.int32))
+    kept[0][0], kept[2][:] = 0, -1
+    cells, slots = int(np.prod(table.shape)), int(hops.slot.max(initial=-1)) + 1
+    scratch = new_columns((cells, np.int32), *[(count, np.int32)] * 2)
+    scratch[0][:] = -1
     columns: list[NDArray[Any]] = [
         layout.action,
         layout.first_op,
@@ -80,23 +87,21 @@ def conditions(
         hops.slot,
         hops.out_of,
         hops.into,
+        hops.beside,
         how,
-        np.full(int(np.prod(table.shape)), -1, dtype=np.int32),
+        scratch[0],
         *(table.by_kind.get(kind, nowhere).ravel() for kind in _MOVES),
         touching(Touch.TAKE, Block.OUTPUT_GRAD),
         touching(Touch.TAKE, Block.INPUT),
         np.array([blocking, late]),
         np.full(schedule.devices, -1, dtype=np.int32),
-        np.full(int(hops.slot.max(initial=-1)) + 1, -1, dtype=np.int32),
-        np.empty(int(hops.slot.max(initial=-1)) + 1, dtype=np.int32),
-        np.empty(count, dtype=np.int32),
-        np.empty(count, dtype=np.int32),
-        np.empty(2 * int(layout.op_count.max(initial=0)), dtype=np.int32),
-        np.zeros(total + 1, dtype=index),
-        np.empty(most, dtype=np.int32),
-        np.full(count, -1, dtype=np.int32),
+        np.full(slots, -1, dtype=np.int32),
+        np.empty(slots, dtype=np.int32),
+        *scratch[1:],
+        np.empty(most_freed * int(layout.op_count.max(initial=0)), dtype=np.int32),
+        *kept,
     ]
-    offsets, values, took = run(_wait, columns, results=[31, 32, 33], size=total)
+    offsets, values, took = run(_wait, columns, results=[32, 33, 34], size=total)
     return Lists(offsets, values[: offsets[-1]]), took
 
 
@@ -119,6 +124,7 @@ def _wait(
     slot_of: Any,
     out_of: Any,
     into: Any,
+    also: Any,
     how: Any,
     brought: Any,
     away: Any,
@@ -167,14 +173,15 @@ def _wait(
         first = w
         for op in range(begin, end):  # ops wait for what arrives, in order of hops
             hop = into[op]
-            if hop < 0 or link[hop] < 0:
-                continue
-            spot = w
-            while spot > first and hop_of[waits[spot - 1]] > hop:
-                waits[spot] = waits[spot - 1]
-                spot -= 1
-            waits[spot] = arrival[hop]
-            w += 1
+            while hop >= 0:
+                if link[hop] >= 0:
+                    spot = w
+                    while spot > first and hop_of[waits[spot - 1]] > hop:
+                        waits[spot] = waits[spot - 1]
+                        spot -= 1
+                    waits[spot] = arrival[hop]
+                    w += 1
+                hop = also[hop] if len(also) > 0 else -1
         if action[i] == _COMPUTE:
             for op in range(begin, end if len(back) > 0 else begin):  # reloaded
                 if kind[op] != _B and kind[op] != _I:
@@ -186,9 +193,11 @@ def _wait(
             if blocking and before >= 0:  # for the sends of the op before
                 for op in range(first_op[before], first_op[before] + op_count[before]):
                     hop = out_of[op]
-                    if hop >= 0 and link[hop] >= 0:
-                        waits[w] = out[hop]
-                        w += 1
+                    while 0 <= hop < len(source) and source[hop] == op:
+                        if link[hop] >= 0:
+                            waits[w] = out[hop]
+                            w += 1
+                        hop += 1
             last[device[begin]] = i
         else:
             # Beside the others: for the device's ops before it. None behind it
@@ -218,14 +227,15 @@ def _wait(
                     hop = into[op]
                 elif side == 1 and takes_input[row]:
                     hop = brought[at]
-                if hop < 0 or link[hop] < 0:
-                    continue
-                spot = count
-                while spot > 0 and freed[spot - 1] > hop:
-                    freed[spot] = freed[spot - 1]
-                    spot -= 1
-                freed[spot] = hop
-                count += 1
+                while hop >= 0:
+                    if link[hop] >= 0:
+                        spot = count
+                        while spot > 0 and freed[spot - 1] > hop:
+                            freed[spot] = freed[spot - 1]
+                            spot -= 1
+                        freed[spot] = hop
+                        count += 1
+                    hop = also[hop] if len(also) > 0 else -1
         for spot in range(count):
             hop = freed[spot]
             slot = slot_of[hop]

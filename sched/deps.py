@@ -11,6 +11,8 @@ The default chain of micro-batch m through stages s (and slices q)::
     I          → W
     F → OFFLOAD → RELOAD → B/I   activations away and back
     B/W of a stage, on every device → REDUCE → STEP
+
+Skip connections add nothing: F(0) is before F(3) anyhow, and B(3) before B(0).
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from numpy.typing import NDArray
 from pipeproof.sched.ir import BACKWARD_KINDS, BESIDE_KINDS, STAGE_KINDS, Kind, Schedule
 from pipeproof.sched.kernels import csr as csr
 from pipeproof.sched.kernels import levels, run
+from pipeproof.sched.skips import wrong
 
 Index = NDArray[np.signedinteger[Any]]
 """Numbers of ops, nodes, instructions or buffers; int32 where many are kept."""
@@ -249,6 +252,7 @@ def clean_levels(schedule: Schedule) -> Index | None:
     ops, stages = schedule.ops, schedule.stages
     shape = schedule.all_micro_batches, schedule.slices, stages
     unusual = len(schedule.placement.pipes) > 1 or schedule.offloads_to_devices
+    unusual |= bool(schedule.skips and wrong(schedule))
     if unusual or not len(ops) or ops.joined.any() or ops.kind.max() > _R:
         return None
     numbers = ops.micro_batch, ops.slice, ops.stage

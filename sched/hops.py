@@ -1,4 +1,4 @@
-"""Tensors passed between neighbouring stages, and where they are handed on."""
+"""Tensors passed between stages, and where they are handed on."""
 
 from __future__ import annotations
 
@@ -11,26 +11,34 @@ from numpy.typing import NDArray
 
 from pipeproof.sched.deps import Index, OpTable, csr
 from pipeproof.sched.ir import BACKWARD_KINDS, Kind, Schedule
+from pipeproof.sched.kernels import columns as new_columns
 from pipeproof.sched.kernels import run
 from pipeproof.sched.nodes import Nodes, Streams
+from pipeproof.sched.skips import SkipTable
 
 _F, _B, _I = int(Kind.F), int(Kind.B), int(Kind.I)
 
 
 @dataclass(frozen=True)
 class Hops:
-    """Tensors passed between neighbouring stages, in the order of production.
+    """Tensors passed between stages, in the order of production.
+
+    An op passes one on to the next stage, then one over each skip connection.
 
     Attributes:
         source, target: the ops that produce and consume each.
         link: the stream that sends it; -1 where it stays on its device.
         slot: the sort of slot that it arrives in: one for what goes down the stages
-            and one for what goes up, for each stage on each device.
+            and one for what goes up, for each stage, and each skip, on each device.
         message: its number among those that cross devices, or -1.
         starts: where those that each node produces begin, in the canonical order,
             and the end.
-        out_of, into: for each op, the hop that it produces and the one that it
-            consumes; -1 for none, and never more than one.
+        out_of, into: for each op, the first hop that it produces, behind which its
+            others are, and the one that it consumes from the chain of stages; -1
+            for none.
+        skip: which skip connection each goes over, or -1; empty without any.
+        beside: for each hop the next one that its consumer consumes, or -1; empty
+            without skip connections.
     """
 
     source: Index
@@ -41,6 +49,8 @@ class Hops:
     starts: Index
     out_of: Index
     into: Index
+    skip: Index
+    beside: Index
 
     @classmethod
     def of(
@@ -51,7 +61,19 @@ class Hops:
         Those of an overlap group come in the order of its ops.
         """
         ops = schedule.ops
-        size = 2 * (schedule.stages - 1) * schedule.all_micro_batches * schedule.slices
+        skips = SkipTable.of(schedule)
+        size = 2 * (schedule.stages - 1 + len(skips))
+        size *= schedule.all_micro_batches * schedule.slices
+        most = size if len(skips) else 0
+        filled = new_columns(
+            *[(size, np.int32)] * 5,
+            (len(nodes.by_rank) + 1, np.int32),
+            *[(len(ops), np.int32)] * 2,
+            *[(most, np.int32)] * 2,
+        )
+        filled[5][0] = 0
+        for column in filled[6:]:
+            column[:] = -1
         columns = [
             nodes.by_rank,
             nodes.starts,
@@ -65,12 +87,19 @@ class Hops:
             streams.down,
             streams.up,
             _slots(schedule),
-            np.array([schedule.stages]),
-            *(np.empty(size, dtype=np.int32) for _ in range(5)),
-            np.zeros(len(nodes.by_rank) + 1, dtype=np.int32),
-            *(np.full(len(ops), -1, dtype=np.int32) for _ in range(2)),
+            np.array([schedule.stages, len(skips)]),
+            skips.source,
+            skips.target,
+            skips.down,
+            skips.down_at,
+            skips.up,
+            skips.up_at,
+            streams.skip_down,
+            streams.skip_up,
+            *_skip_slots(schedule, skips),
+            *filled,
         ]
-        return cls(*run(_produce, columns, results=[*range(13, 21)], size=len(ops)))
+        return cls(*run(_produce, columns, results=[*range(23, 33)], size=len(ops)))
 
     @cached_property
     def messages(self) -> int:
@@ -79,15 +108,34 @@ class Hops:
 
 
 def _slots(schedule: Schedule) -> NDArray[np.int32]:
-    """The first of two sorts of slot of each stage of each pipe.
+    """The first of two sorts of slot of each stage, at pipe × stages + stage.
 
     Pipes whose stage lies on one device share them.
     """
+    stages = schedule.stages
+    slots = _first_there(schedule) * stages + np.arange(stages)
+    return (2 * slots).astype(np.int32).ravel()
+
+
+def _first_there(schedule: Schedule) -> NDArray[np.int64]:
+    """Of each pipe and stage, the first pipe that has the stage on that device."""
     homes = np.array(schedule.placement.pipes)
-    stages = homes.shape[1]
-    first = np.argmax(homes[:, None] == homes, axis=1)
-    slots: NDArray[np.int32] = (first * stages + np.arange(stages)).astype(np.int32)
-    return 2 * slots
+    first: NDArray[np.int64] = np.argmax(homes[:, None] == homes, axis=1)
+    return first
+
+
+def _skip_slots(
+    schedule: Schedule, skips: SkipTable
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The sort of slot at the target, and at the source, of each pipe and skip."""
+    first = _first_there(schedule)
+    chain, every = first.size, np.arange(len(skips))
+    slots = (
+        2 * (chain + first[:, stages] * len(skips) + every) + up
+        for up, stages in enumerate((skips.target, skips.source))
+    )
+    down, up = (some.astype(np.int32).ravel() for some in slots)
+    return down, up
 
 
 def _produce(
@@ -104,6 +152,16 @@ def _produce(
     up: Any,
     slots: Any,
     sizes: Any,
+    skip_source: Any,
+    skip_target: Any,
+    skips_down: Any,
+    down_at: Any,
+    skips_up: Any,
+    up_at: Any,
+    skip_down: Any,
+    skip_up: Any,
+    skip_slots_down: Any,
+    skip_slots_up: Any,
     source: Any,
     target: Any,
     link: Any,
@@ -112,9 +170,15 @@ def _produce(
     hops_at: Any,
     out_of: Any,
     into: Any,
+    skip_of: Any,
+    beside: Any,
 ) -> None:
-    """Number the hops op by op, and note which op each one leads to."""
-    stages = sizes[0]
+    """Number the hops op by op, and note which op each one leads to.
+
+    What comes over skips is there before what comes from the chain, since the stages
+    between need it too: so the last one to name a consumer stands first in its list.
+    """
+    stages, skips = sizes[0], sizes[1]
     hop = 0
     sent = 0
     for rank in range(len(by_rank)):
@@ -125,24 +189,54 @@ def _produce(
                 after = forward[place[op] + 1]
                 pipe = pipe_of[micro_batch[op]]
                 over = down[pipe * stages + at]
-                slot[hop] = slots[pipe][at + 1]
+                slot[hop] = slots[pipe * stages + at + 1]
             elif (kind[op] == _B or kind[op] == _I) and at > 0:
                 after = backward[place[op] - 1]
                 pipe = pipe_of[micro_batch[op]]
                 over = up[pipe * stages + at]
-                slot[hop] = slots[pipe][at - 1] + 1
+                slot[hop] = slots[pipe * stages + at - 1] + 1
             else:
                 continue
             source[hop] = op
             target[hop] = after
             out_of[op] = hop
-            into[after] = hop
             link[hop] = over
             message[hop] = -1
             if over >= 0:
                 message[hop] = sent
                 sent += 1
+            if skips > 0:
+                beside[hop] = into[after]
+            into[after] = hop
             hop += 1
+            if skips == 0:
+                continue
+            pipe = pipe_of[micro_batch[op]]
+            down_here = kind[op] == _F
+            begin = down_at[at] if down_here else up_at[at]
+            end = down_at[at + 1] if down_here else up_at[at + 1]
+            for nth in range(begin, end):
+                if down_here:
+                    skip = skips_down[nth]
+                    after = forward[place[op] + skip_target[skip] - at]
+                    over = skip_down[pipe * skips + skip]
+                    slot[hop] = skip_slots_down[pipe * skips + skip]
+                else:
+                    skip = skips_up[nth]
+                    after = backward[place[op] + skip_source[skip] - at]
+                    over = skip_up[pipe * skips + skip]
+                    slot[hop] = skip_slots_up[pipe * skips + skip]
+                source[hop] = op
+                target[hop] = after
+                skip_of[hop] = skip
+                beside[hop] = into[after]
+                into[after] = hop
+                link[hop] = over
+                message[hop] = -1
+                if over >= 0:
+                    message[hop] = sent
+                    sent += 1
+                hop += 1
         hops_at[rank + 1] = hop
 
 

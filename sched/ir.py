@@ -38,6 +38,8 @@ from pipeproof.sched.ops import alternate as alternate
 from pipeproof.sched.ops import op as op
 from pipeproof.sched.ops import overlap as overlap
 from pipeproof.sched.placement import Placement as Placement
+from pipeproof.sched.skips import Skip as Skip
+from pipeproof.sched.skips import listed
 
 if TYPE_CHECKING:
     from pipeproof.sched.deps import OpTable
@@ -63,6 +65,8 @@ class Schedule:
             `ops[row_starts[d]:row_starts[d + 1]]`.
         offload_to: for each device, the device whose memory takes what it
             OFFLOADs; None for the host's.
+        skips: pairs of stages of which one hands tensors straight to the other, in
+            order; see `skips`.
     """
 
     name: str
@@ -74,6 +78,7 @@ class Schedule:
     ops: Ops
     row_starts: NDArray[np.int64]
     offload_to: tuple[int | None, ...]
+    skips: tuple[Skip, ...] = ()
 
     @classmethod
     def of(
@@ -87,6 +92,7 @@ class Schedule:
         steps: int = 1,
         pipe_of: Sequence[int] | NDArray[Any] | None = None,
         offload_to: Sequence[int | None] | None = None,
+        skips: Iterable[Skip] = (),
     ) -> Schedule:
         """A schedule from one row of ops for each device.
 
@@ -102,10 +108,13 @@ class Schedule:
             pipe_of: the pipe of each micro-batch; needed with more than one pipe.
             offload_to: for each device, where its OFFLOADs go: a device, or None
                 for the host; default the host for all.
+            skips: pairs (stage, later stage): what the first makes goes straight to
+                the second, past those between.
 
         Raises:
             ParameterError: no rows, more rows than the placement has devices or
-                fewer, a size below 1, or pipes or an offload_to that do not fit.
+                fewer, a size below 1, pipes or an offload_to that do not fit, or
+                skips that are no pairs.
         """
         if not rows:
             raise ParameterError("a schedule needs at least one device, got no rows")
@@ -153,6 +162,7 @@ class Schedule:
             ops,
             starts,
             _targets(offload_to, len(rows)),
+            listed(skips),
         )
 
     @property
@@ -242,6 +252,8 @@ class Schedule:
         sha.update(repr((self.placement.pipes, sizes)).encode())
         if self.offloads_to_devices:
             sha.update(repr(self.offload_to).encode())
+        if self.skips:
+            sha.update(repr(self.skips).encode())
         columns: list[NDArray[Any]] = [self.pipe_of, self.row_starts]
         for column in columns + list(self.ops.columns()):
             sha.update(column.astype(column.dtype.newbyteorder("<")).data)
@@ -280,6 +292,10 @@ class Schedule:
         check_name(name)
         return replace(self, name=name)
 
+    def with_skips(self, skips: Iterable[Skip]) -> Schedule:
+        """The same schedule of a model with these skip connections."""
+        return replace(self, skips=listed(skips))
+
     def with_rows(self, rows: Sequence[Iterable[Op | Ops]], name: str = "") -> Schedule:
         """Other rows of ops for the same model, placement and sizes."""
         return Schedule.of(
@@ -291,6 +307,7 @@ class Schedule:
             steps=self.steps,
             pipe_of=self.pipe_of,
             offload_to=self.offload_to,
+            skips=self.skips,
         )
 
     @cached_property

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipeproof.sched.deps import Index, csr
 from pipeproof.sched.hops import Hops
 from pipeproof.sched.ir import Kind, Schedule
+from pipeproof.sched.kernels import columns as new_columns
 from pipeproof.sched.kernels import run
 from pipeproof.sched.nodes import BESIDE, Nodes, Streams
 from pipeproof.sched.program import Action, Column
@@ -74,6 +75,19 @@ def lay_out(
     actions = [BESIDE.get(kind, (Action.COMPUTE, None))[0] for kind in Kind]
     total = size + count + hops.messages
     largest = int(np.diff(nodes.starts).max(initial=0)) if size < len(schedule) else 1
+    room = new_columns(
+        (total, np.int32),
+        (total, np.int8),
+        (total, np.int32),
+        (total, np.int8 if largest < 128 else np.int32),
+        (total, np.int32),
+        # Where all hops cross devices they are the messages.
+        (total if hops.messages < count else 0, np.int32),
+        (size, np.int32),
+        *[(count, np.int32)] * 2,
+    )
+    if hops.messages == count:
+        room[5] = room[4]
     columns = [
         node_starts,
         node_at,
@@ -88,13 +102,7 @@ def lay_out(
         hops.message,
         nodes.of_op,
         np.array([schedule.devices, phase_of_messages]),
-        np.empty(total, dtype=np.int32),
-        np.empty(total, dtype=np.int8),
-        np.empty(total, dtype=np.int32),
-        np.empty(total, dtype=np.int8 if largest < 128 else np.int32),
-        *(np.empty(total, dtype=np.int32) for _ in range(2)),
-        np.empty(size, dtype=np.int32),
-        *(np.empty(count, dtype=np.int32) for _ in range(2)),
+        *room,
     ]
     return Layout(*run(_append, columns, results=[*range(14, 23)], size=total))
 

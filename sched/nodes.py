@@ -83,12 +83,15 @@ class Streams:
         down, up: the stream that sends a tensor on from a stage, or -1 where it
             stays on its device, at pipe × stages + stage. The one that receives
             it has the next number.
+        skip_down, skip_up: likewise over skip connections, at pipe × skips + skip.
     """
 
     streams: tuple[Stream, ...]
     of_kind: NDArray[np.int32]
     down: NDArray[np.int32]
     up: NDArray[np.int32]
+    skip_down: NDArray[np.int32]
+    skip_up: NDArray[np.int32]
 
     @classmethod
     def of(cls, schedule: Schedule) -> Streams:
@@ -97,27 +100,33 @@ class Streams:
         streams = [Stream(device, StreamKind.COMPUTE) for device in range(devices)]
         homes = np.array(schedule.placement.pipes, dtype=np.int64)
         used = distinct(schedule.pipe_of)
-        upper, lower = homes[used, :-1].ravel(), homes[used, 1:].ravel()
+        chain = homes.shape[1] - 1
+        above = [*range(chain), *(source for source, _ in schedule.skips)]
+        below = [*range(1, chain + 1), *(target for _, target in schedule.skips)]
+        upper, lower = (homes[used][:, stages].ravel() for stages in (above, below))
         apart = upper != lower
         ends = [(upper, lower), (lower, upper)]
         codes = [source[apart] * devices + target[apart] for source, target in ends]
         pairs = distinct(np.concatenate(codes))
         for a, b in (divmod(pair, devices) for pair in pairs.tolist()):
             streams += [Stream(a, StreamKind.SEND, b), Stream(b, StreamKind.RECV, a)]
-        links = []
+        links, over = [], []
         for ahead, (source, target) in zip((0, 1), ends):
-            link = np.full(homes.shape, -1, dtype=np.int32)
             number = devices + 2 * np.searchsorted(pairs, source * devices + target)
-            stages = slice(ahead, ahead + homes.shape[1] - 1)
-            link[used, stages] = np.where(apart, number, -1).reshape(len(used), -1)
+            number = np.where(apart, number, -1).reshape(len(used), -1)
+            link = np.full(homes.shape, -1, dtype=np.int32)
+            link[used, ahead : ahead + chain] = number[:, :chain]
             links.append(link.ravel())
+            link = np.full((len(homes), len(schedule.skips)), -1, dtype=np.int32)
+            link[used] = number[:, chain:]
+            over.append(link.ravel())
         of_kind = np.tile(np.arange(devices, dtype=np.int32), (len(Kind), 1))
         for kind, (_, where) in BESIDE.items():
             mine = distinct(schedule.device_of_op[schedule.ops.kind == kind]).tolist()
             for device in mine:
                 of_kind[kind, device] = len(streams)
                 streams.append(_beside(schedule, device, where))
-        return cls(tuple(streams), of_kind.ravel(), *links)
+        return cls(tuple(streams), of_kind.ravel(), *links, *over)
 
 
 BESIDE = {

@@ -13,7 +13,7 @@ schedule's ops they are columns of integers, and an `Instruction` is a view.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
 from itertools import pairwise
@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched.ir import Kind, Op, Schedule
+from pipeproof.sched.ir import Kind, Op, Schedule, Skip
 
 Column = NDArray[np.int32]
 
@@ -104,7 +104,8 @@ class BufferKind(IntEnum):
     WEIGHT_STASH = 1
     """The part of it that must outlive I, because W needs it."""
     INPUT = 2
-    """A stage's input: the boundary tensor that arrived."""
+    """A stage's input: the boundary tensor that arrived, or what came over a skip
+    connection."""
     STORED_INPUT = 3
     """The same where a recompute will need it; 0 in `peak_activations`."""
     OUTPUT = 4
@@ -139,6 +140,8 @@ class Buffer:
         stage, micro_batch, slice: what it belongs to; micro_batch is -1 for a
             GRADIENT, which belongs to all.
         takes_over: the buffer whose slot it fills, once that one is freed, or -1.
+        skip: the stages at both ends of the skip connection that its content goes
+            over, if it goes over one.
     """
 
     index: int
@@ -148,15 +151,17 @@ class Buffer:
     micro_batch: int
     slice: int
     takes_over: int
+    skip: Skip | None = None
 
     def __str__(self) -> str:
         name = self.kind.name.lower()
         if self.micro_batch < 0:
             return f"{name} {self.stage}"
+        place = f"{self.stage}" if self.skip is None else "{}→{}".format(*self.skip)
         part = f".{self.slice}" if self.slice else ""
         guest = self.kind == BufferKind.OFFLOADED
         where = f" on device {self.device}" if guest else ""
-        return f"{name} {self.stage}:{self.micro_batch}{part}{where}"
+        return f"{name} {place}:{self.micro_batch}{part}{where}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +264,13 @@ class Storage(Protocol):
         """int32 of shape (buffers, 6), columns as in `Buffer`."""
 
     @property
+    def buffer_skips(self) -> Column:
+        """int32 per buffer, which of the schedule's skips its content goes over, or -1.
+
+        Empty where it has none.
+        """
+
+    @property
     def reads(self) -> Lists:
         """The buffers that each instruction reads."""
 
@@ -280,6 +292,7 @@ class Stored:
     reads: Lists
     writes: Lists
     frees: Lists
+    buffer_skips: Column = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     by_op: ClassVar[bool] = False
 
     @property
@@ -372,7 +385,10 @@ class Program:
     def buffer_at(self, index: int) -> Buffer:
         """One buffer, spelled out."""
         kind, *rest = self.buffers[index].tolist()
-        return Buffer(index, BufferKind(kind), *rest)
+        buffer, skips = Buffer(index, BufferKind(kind), *rest), self.buffer_skips
+        if not len(skips) or skips[index] < 0:
+            return buffer
+        return replace(buffer, skip=self.schedule.skips[int(skips[index])])
 
     @property
     def message_count(self) -> int:
@@ -388,6 +404,11 @@ class Program:
     def buffers(self) -> Column:
         """int32 of shape (buffers, 6), columns as in `Buffer`."""
         return self.storage.buffers
+
+    @property
+    def buffer_skips(self) -> Column:
+        """As in `Storage`."""
+        return self.storage.buffer_skips
 
     @property
     def reads(self) -> Lists:

@@ -228,4 +228,5 @@ def _digest(program: Program) -> str:
         program.buffers,
     ):
         sha.update(np.ascontiguousarray(column, dtype="<i8").tobytes() + b"|")
+    sha.update(np.ascontiguousarray(program.buffer_skips, dtype="<i8").tobytes())
     return sha.hexdigest()

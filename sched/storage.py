@@ -56,6 +56,11 @@ class LoweredStorage:
         """As in `Storage`."""
         return self._blocks.rows
 
+    @property
+    def buffer_skips(self) -> Column:
+        """As in `Storage`."""
+        return self._blocks.skips
+
     @cached_property
     def _touched(self) -> Touched:
         return Touched.of(
@@ -131,7 +136,7 @@ def _describe(
         kind[row] = _ACTIVATION if op_kind[before] == _F else _GRADIENT
         source_stage[row] = stage[before]
         target_stage[row] = stage[after]
-        port[row] = 0  # the one there is so far
+        port[row] = 0  # all that one stage hands to another is one message
         its_micro_batch[row] = micro_batch[before]
         its_slice[row] = part[before]
         source_device[row] = device[before]

@@ -6,9 +6,13 @@ compared in one step. With A(s, x, kv) all that stage s's forward computes from 
 input x and the keys and values of earlier slices, for one micro-batch and slice::
 
     batch(m, q)        a micro-batch's rows
-    act(s, m, q, x, kv)  the forward; m and q key its randomness and its targets
+    act(s, m, q, x, kv, …)  the forward; m and q key its randomness and its targets;
+                       last comes what skip connections brought
+    skip(k, act)       what it hands on over skip connection k
     out(act)           its output, the next stage's input
     dx(s, act, g)      the gradient of its input, from that of its output
+    dskip(k, act, g)   that of what skip connection k brought
+    and(g, …)          gradients of an output and of what went over skips
     stash(old, act, g) what is left for the weights' gradient, once g is known
     grad(s, stash, x)  the gradient of the weights
     add(sum, grad)     an accumulator after one more of them
@@ -21,7 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pipeproof.sched.ir import Schedule
+from pipeproof.sched.ir import Schedule, Skip
 
 Key = tuple[object, ...]
 
@@ -69,6 +73,9 @@ class Reference:
     Attributes:
         inputs, activations, output_grads, stashes, gradients: at
             (micro-batch · slices + slice) · stages + stage, the term of it.
+        skips: the schedule's.
+        skip_inputs, skip_grads: of each skip, at micro-batch · slices + slice, what it
+            brings, and the gradient of that.
     """
 
     stages: int
@@ -78,13 +85,22 @@ class Reference:
     output_grads: list[int]
     stashes: list[int]
     gradients: list[int]
+    skips: tuple[Skip, ...]
+    skip_inputs: list[list[int]]
+    skip_grads: list[list[int]]
 
     @classmethod
     def of(cls, terms: Terms, schedule: Schedule) -> Reference:
         """Of a step with this many stages, micro-batches and slices."""
         stages, slices = schedule.stages, schedule.slices
         size = stages * slices * schedule.all_micro_batches
-        result = cls(stages, slices, *([NOTHING] * size for _ in range(5)))
+        inputs, activations, output_grads, stashes, gradients = (
+            [NOTHING] * size for _ in range(5)
+        )
+        rows = [NOTHING] * (slices * schedule.all_micro_batches)
+        brought, back = ([list(rows) for _ in schedule.skips] for _ in range(2))
+        columns = inputs, activations, output_grads, stashes, gradients
+        result = cls(stages, slices, *columns, schedule.skips, brought, back)
         for micro_batch in range(schedule.all_micro_batches):
             for part in range(slices):
                 result._forward(terms, micro_batch, part)
@@ -96,27 +112,47 @@ class Reference:
         """The place of a micro-batch and slice at a stage, in each list."""
         return (micro_batch * self.slices + part) * self.stages + stage
 
+    def row(self, micro_batch: int, part: int) -> int:
+        """The place of a micro-batch and slice in lists of skips."""
+        return micro_batch * self.slices + part
+
+    def leaving(self, stage: int) -> list[int]:
+        """The skips that begin at a stage."""
+        return [k for k, (source, _) in enumerate(self.skips) if source == stage]
+
+    def coming(self, stage: int) -> list[int]:
+        """Those that end there."""
+        return [k for k, (_, target) in enumerate(self.skips) if target == stage]
+
     def _forward(self, terms: Terms, micro_batch: int, part: int) -> None:
+        row = self.row(micro_batch, part)
         x = terms.make("batch", micro_batch, part)
         for stage in range(self.stages):
             place = self.at(stage, micro_batch, part)
             kv = self.activations[place - self.stages] if part else NOTHING
-            act = terms.make("act", stage, micro_batch, part, x, kv)
+            brought = [self.skip_inputs[k][row] for k in self.coming(stage)]
+            act = terms.make("act", stage, micro_batch, part, x, kv, *brought)
             self.inputs[place], self.activations[place] = x, act
             x = terms.make("out", act)
+            for k in self.leaving(stage):
+                self.skip_inputs[k][row] = terms.make("skip", k, act)
 
     def _backward(self, terms: Terms, micro_batch: int, part: int) -> None:
-        g = NOTHING
+        g, row = NOTHING, self.row(micro_batch, part)
         for stage in reversed(range(self.stages)):
             place = self.at(stage, micro_batch, part)
             act = self.activations[place]
             self.output_grads[place] = g
+            if leaving := self.leaving(stage):
+                g = terms.make("and", g, *(self.skip_grads[k][row] for k in leaving))
             if part + 1 < self.slices:
                 g = terms.make("with", g, self._passed_on(terms, place + self.stages))
             self.stashes[place] = terms.make("stash", act, act, g)
             self.gradients[place] = terms.make(
                 "grad", stage, self.stashes[place], self.inputs[place]
             )
+            for k in self.coming(stage):
+                self.skip_grads[k][row] = terms.make("dskip", k, act, g)
             g = terms.make("dx", stage, act, g)
 
     def _passed_on(self, terms: Terms, later: int) -> int:
@@ -139,6 +175,13 @@ class Reference:
                     continue
                 row, stage = divmod(place, self.stages)
                 result[term] = f"{what.format(stage)} for {self.of_row(row)}"
+        for what, columns in (
+            ("the gradient of what goes from stage {} to {}", self.skip_grads),
+            ("what goes from stage {} to {}", self.skip_inputs),
+        ):
+            for skip, terms_of in zip(self.skips, columns):
+                for row, term in enumerate(terms_of):
+                    result[term] = f"{what.format(*skip)} for {self.of_row(row)}"
         return result
 
     def of_row(self, row: int) -> str:

@@ -12,11 +12,13 @@
 
 An op is stage, kind, micro-batch and, after a point, a slice other than 0:
 `2F0`, `2F0.1`. `2REDUCE` and `2STEP` have no micro-batch, but the number of a
-step other than 0. `(0F1&3B0)` is an overlap group. With more than one pipe a
+step other than 0. Each op stands once; `2REDUCE` and `2STEP` once on each device.
+`(0F1&3B0)` is an overlap group. With more than one pipe a
 line `pipes: 0-3 | 4-7` says which micro-batches travel which. Where OFFLOADs go to
-another device's memory, `offload-to: 1 host` says for each device to which. Blank
-lines and lines that open with `#` are skipped; `slices` and `steps` default to 1,
-`offload-to` to the host for all.
+another device's memory, `offload-to: 1 host` says for each device to which. Where
+stages hand tensors straight to later ones, `skips: 0>3 1>3` says which. Blank lines
+and lines that open with `#` are skipped; `slices` and `steps` default to 1,
+`offload-to` to the host for all, `skips` to none.
 
 Reading never runs code, accepts ASCII only (but in the name), and bounds every
 size before it allocates.
@@ -43,6 +45,7 @@ from pipeproof.sched.ir import (
     check_name,
 )
 from pipeproof.sched.placement import Placement
+from pipeproof.sched.skips import Skip, format_skips, parse_skips
 
 HOST = "host"
 MAX_TEXT_BYTES = 1 << 26
@@ -62,6 +65,7 @@ _KEYS = (
     "steps",
     "pipes",
     "offload-to",
+    "skips",
 )
 
 
@@ -80,6 +84,8 @@ def format_schedule(schedule: Schedule) -> str:
     if schedule.offloads_to_devices:
         words = [HOST if d is None else str(d) for d in schedule.offload_to]
         head.append(f"offload-to: {' '.join(words)}")
+    if schedule.skips:
+        head.append(f"skips: {format_skips(schedule.skips)}")
     rows = [
         " ".join([f"device {device} |", *words_of(schedule.row(device))])
         for device in range(schedule.devices)
@@ -190,6 +196,7 @@ def _assemble(header: dict[str, tuple[int, str]], rows: list[Ops]) -> Schedule:
         placement = Placement.parse(value, devices)
     pipe_of = _parse_pipes(header, len(placement.pipes), micro_batches * steps)
     offload_to = _parse_offload_to(header, devices)
+    skips = _parse_skips(header)
     with _at_line(line):
         return Schedule.of(
             rows,
@@ -200,6 +207,7 @@ def _assemble(header: dict[str, tuple[int, str]], rows: list[Ops]) -> Schedule:
             steps=steps,
             pipe_of=pipe_of,
             offload_to=offload_to,
+            skips=skips,
         )
 
 
@@ -262,6 +270,13 @@ def _parse_offload_to(
                 f"{where}: expected a device or {HOST!r}, found {word[:40]!r}"
             )
     return [None if word == HOST else int(word) for word in words]
+
+
+def _parse_skips(header: dict[str, tuple[int, str]]) -> tuple[Skip, ...]:
+    if "skips" not in header:
+        return ()
+    line, value = header["skips"]
+    return parse_skips(value, f"line {line}: skips")
 
 
 def parse_row(number: int, line: str, start: int) -> Ops:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -35,12 +36,14 @@ class Touch(IntEnum):
     """Read it for the last time, and free it."""
 
 
-def _touches(kind: Kind, how: int) -> list[tuple[Touch, Block]]:
+def _touches(kind: Kind, how: int, skips: bool) -> list[tuple[Touch, Block]]:
     again, split, moved = how & AGAIN, how & SPLIT, how & MOVED
     kept, stash = [Block.KEPT, Block.STASH][: 2 if split else 1], [Block.STASH]
-    inputs = [Block.INPUT]
+    inputs, over = [Block.INPUT], [Block.SKIP] if skips else []
     if moved and kind not in (Kind.F, Kind.R, Kind.OFFLOAD):  # it came back
         kept, stash, inputs = [Block.KEPT_BACK], [Block.STASH_BACK], [Block.INPUT_BACK]
+        over = [Block.SKIP_BACK] if skips else []
+    inputs += over
     writes: list[Block] = []
     adds: list[Block] = []
     reads: list[Block] = []
@@ -60,12 +63,13 @@ def _touches(kind: Kind, how: int) -> list[tuple[Touch, Block]]:
         case Kind.W:
             writes, takes = [Block.GRADIENT], [*stash, *inputs]
         case Kind.OFFLOAD:
-            takes = [*kept, Block.INPUT]
+            takes = [*kept, Block.INPUT, *over]
             writes = [Block(block + 1) for block in takes]
         case Kind.RELOAD:
             takes = [Block.KEPT_AWAY, Block.INPUT_AWAY]
             if split:
                 takes.insert(1, Block.STASH_AWAY)
+            takes += [Block.SKIP_AWAY] if skips else []
             writes = [Block(block + 1) for block in takes]
         case Kind.REDUCE:
             writes = reads = [Block.GRADIENT]
@@ -77,7 +81,7 @@ def _touches(kind: Kind, how: int) -> list[tuple[Touch, Block]]:
     ]
 
 
-TOUCHES = [_touches(kind, how) for kind in Kind for how in range(HOWS)]
+TOUCHES = [_touches(kind, how, False) for kind in Kind for how in range(HOWS)]
 """What an op does, at kind × HOWS + how (see `how_of`).
 
 A forward writes its input where it brings it in, and reads it where it arrives.
@@ -90,8 +94,13 @@ def touching(touch: Touch, block: Block) -> NDArray[np.bool_]:
     return np.array([(touch, block) in some for some in TOUCHES])
 
 
-_STARTS = np.array([0, *accumulate(map(len, TOUCHES))])
-_VERBS, _BLOCKS = np.array([pair for some in TOUCHES for pair in some]).T
+@cache
+def _tables(skips: bool) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Where what each does begins, the verbs, and the blocks."""
+    every = [_touches(kind, how, skips) for kind in Kind for how in range(HOWS)]
+    verbs, blocks = np.array([pair for some in every for pair in some]).T
+    return np.array([0, *accumulate(map(len, every))]), verbs, blocks
+
 
 _WRITE, _ADD, _TAKE = map(int, (Touch.WRITE, Touch.ADD, Touch.TAKE))
 _F, _REDUCE = int(Kind.F), int(Kind.REDUCE)
@@ -99,6 +108,7 @@ _SEND, _RECV = int(Action.SEND), int(Action.RECV)
 _KEPT, _STASH = int(Block.KEPT), int(Block.STASH)
 _INPUT, _HANDED = int(Block.INPUT), int(Block.HANDED)
 _OUTPUT_GRAD, _GRADIENT = int(Block.OUTPUT_GRAD), int(Block.GRADIENT)
+_SKIP = int(Block.SKIP)
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,8 @@ class Touched:
         """Of a group, op by op."""
         ops, total = schedule.ops, len(layout.action)
         homes = np.array(schedule.placement.pipes, dtype=np.int32)
-        most = 4 * len(ops) + len(hops.source)
+        # A skip's tensor is read wherever a stage's input is.
+        most = 4 * len(ops) + len(hops.source) + 4 * len(hops.skip)
         index: Any = np.int32 if most < 2**31 else np.int64
         columns: list[NDArray[Any]] = [
             layout.action,
@@ -140,17 +151,19 @@ class Touched:
             blocks.moved,
             blocks.split,
             blocks.moved_split,
+            blocks.moved_skip,
             blocks.starts,
             hops.out_of,
             hops.into,
+            hops.source,
+            hops.beside,
+            table.get(Kind.F).ravel(),
             blocks.arrives,
-            _STARTS,
-            _VERBS,
-            _BLOCKS,
+            *_tables(len(hops.skip) > 0),
             *(np.zeros(total + 1, dtype=index) for _ in range(3)),
             *(np.empty(most, dtype=np.int32) for _ in range(3)),
         ]
-        found = run(_touch, columns, results=[*range(23, 29)], size=total)
+        found = run(_touch, columns, results=[*range(27, 33)], size=total)
         return cls(
             *(Lists(at, some[: at[-1]]) for at, some in zip(found[:3], found[3:]))
         )
@@ -173,9 +186,13 @@ def _touch(
     moved: Any,
     split: Any,
     moved_split: Any,
+    moved_skip: Any,
     starts: Any,
     out_of: Any,
     into: Any,
+    source: Any,
+    beside: Any,
+    forward: Any,
     arrives: Any,
     rows: Any,
     verbs: Any,
@@ -208,14 +225,34 @@ def _touch(
                 row += how[at]
             for nth in range(rows[row], rows[row + 1]):
                 verb, block = verbs[nth], blocks[nth]
+                buffer = -1
                 if block == _HANDED:
-                    if out_of[op] < 0:
-                        continue
-                    buffer = starts[block] + out_of[op]
-                elif block == _OUTPUT_GRAD:
-                    if into[op] < 0:
-                        continue
-                    buffer = arrives[into[op]]
+                    hop = out_of[op]
+                    while 0 <= hop < len(source) and source[hop] == op:
+                        writes[w] = starts[block] + hop
+                        w += 1
+                        hop += 1
+                elif block == _OUTPUT_GRAD or block >= _SKIP:
+                    hop = into[op]
+                    if block >= _SKIP:  # what came beside the input of its forward
+                        hop = into[forward[at]]
+                        if hop >= 0:
+                            hop = beside[hop]
+                    while hop >= 0:
+                        buffer = arrives[hop]
+                        if block > _SKIP:
+                            buffer = starts[block] + moved_skip[buffer - starts[_SKIP]]
+                        if verb == _WRITE:
+                            writes[w] = buffer
+                            w += 1
+                        else:
+                            reads[r] = buffer
+                            r += 1
+                            if verb == _TAKE:
+                                frees[f] = buffer
+                                f += 1
+                        hop = beside[hop] if len(beside) > 0 else -1
+                    buffer = -1
                 elif block == _GRADIENT:
                     pipe = 0
                     if what != _REDUCE:
@@ -235,6 +272,8 @@ def _touch(
                     buffer = starts[block] + moved_split[at]
                 else:
                     buffer = starts[block] + moved[at]
+                if buffer < 0:
+                    continue
                 if verb in (_WRITE, _ADD):
                     writes[w] = buffer
                     w += 1

@@ -89,6 +89,10 @@ class Walk:
         self._kinds = [row[0] for row in rows]
         self._homes = [row[1] for row in rows]
         self._owners = [tuple(row[2:5]) for row in rows]
+        self._over = program.buffer_skips.tolist()
+        stages = range(program.schedule.stages)
+        self._coming = list(map(self.reference.coming, stages))
+        self._leaving = list(map(self.reference.leaving, stages))
         self._content = [NOTHING] * len(rows)
         self._past: list[Past | None] = [None] * len(rows)
         self._holder = [-1] * len(rows)
@@ -145,21 +149,26 @@ class Walk:
     ) -> None:
         make, reads, writes = self.terms.make, self._reads[i], self._writes[i]
         here = (stage, micro_batch, part)
-        wanted = self.reference.at(stage, micro_batch, part)
+        reference, place = self.reference, self.reference.at(*here)
+        row, coming = reference.row(micro_batch, part), self._coming[stage]
         who = None if alone else here
 
-        def read(kinds: Kinds, expected: list[int]) -> int:
-            buffer = self._find(reads, kinds, who)
-            found = self._read(buffer) if buffer >= 0 else make("missing", i, *kinds)
-            if found != expected[wanted] and self.difference is None:
+        def read(kinds: Kinds, expected: int, skip: int = -1) -> int:
+            buffer = self._find(reads, kinds, who, skip)
+            missing = "missing", i, *kinds, skip
+            found = self._read(buffer) if buffer >= 0 else make(*missing)
+            if found != expected and self.difference is None:
                 past, op = self._past_of(buffer), Op(Kind(kind), *here)
                 self.difference = Difference(
-                    i, op, kinds, buffer, found, expected[wanted], past
+                    i, op, kinds, buffer, found, expected, past
                 )
             return found
 
-        def write(kinds: Kinds, term: int) -> None:
-            buffer = self._find(writes, kinds, who)
+        def brought() -> list[int]:
+            return [read(INPUTS, reference.skip_inputs[k][row], k) for k in coming]
+
+        def write(kinds: Kinds, term: int, skip: int = -1) -> None:
+            buffer = self._find(writes, kinds, who, skip)
             if buffer >= 0:
                 self._write(buffer, term, (i, None))
 
@@ -170,35 +179,44 @@ class Walk:
                 total = make("add", self.gradient(buffer), gradient)
                 self._write(buffer, total, (i, None))
 
-        reference = self.reference
         if kind in (Kind.F, Kind.R):
             if self._find(writes, INPUTS, who) >= 0:  # brought in, not received
                 x = make("batch", micro_batch, part)
                 write(INPUTS, x)
             else:
-                x = read(INPUTS, reference.inputs)
+                x = read(INPUTS, reference.inputs[place])
             kv = self._carry("forward", device, stage, micro_batch, part - 1)
-            act = make("act", stage, micro_batch, part, x, kv)
+            act = make("act", stage, micro_batch, part, x, kv, *brought())
             self._carried["forward", device, *here] = act
             write(ACTIVATIONS, act)
             write(STASHES, act)
             write(OUTPUTS, make("out", act))
+            for k in self._leaving[stage]:
+                write(OUTPUTS, make("skip", k, act), k)
         elif kind == Kind.W:
-            stash = read(STASHES, reference.stashes)
-            add(make("grad", stage, stash, read(INPUTS, reference.inputs)))
+            stash = read(STASHES, reference.stashes[place])
+            brought()
+            add(make("grad", stage, stash, read(INPUTS, reference.inputs[place])))
         else:
-            act = read(ACTIVATIONS, reference.activations)
+            act = read(ACTIVATIONS, reference.activations[place])
             g = NOTHING
             if stage < self._last_stage:
-                g = read(OUTPUT_GRADS, reference.output_grads)
+                g = read(OUTPUT_GRADS, reference.output_grads[place])
+            if leaving := self._leaving[stage]:
+                grads = reference.skip_grads
+                over = [read(OUTPUT_GRADS, grads[k][row], k) for k in leaving]
+                g = make("and", g, *over)
             if part < self._last_slice:
                 later = self._carry("backward", device, stage, micro_batch, part + 1)
                 g = make("with", g, later)
             dx = make("dx", stage, act, g)
             self._carried["backward", device, *here] = dx
             write(INPUT_GRADS, dx)
+            for k in coming:
+                write(INPUT_GRADS, make("dskip", k, act, g), k)
             if kind == Kind.B:
-                x = read(INPUTS, reference.inputs)
+                brought()
+                x = read(INPUTS, reference.inputs[place])
                 add(make("grad", stage, make("stash", act, act, g), x))
             else:
                 buffer = self._find(writes, STASHES, who)
@@ -217,10 +235,17 @@ class Walk:
         return self.terms.make("missing", *key) if found is None else found
 
     def _find(
-        self, buffers: list[int], kinds: Kinds, owner: tuple[int, int, int] | None
+        self,
+        buffers: list[int],
+        kinds: Kinds,
+        owner: tuple[int, int, int] | None,
+        skip: int = -1,
     ) -> int:
+        over = self._over
         for buffer in buffers:
-            if self._kinds[buffer] in kinds and owner in (None, self._owners[buffer]):
+            if self._kinds[buffer] not in kinds or (over and over[buffer] != skip):
+                continue
+            if owner in (None, self._owners[buffer]):
                 return buffer
         return -1
 

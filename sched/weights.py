@@ -23,9 +23,12 @@ class Weights:
         by_kind: for kinds that weigh anything, one number for each pipe and stage,
             four times over: as it is; where its activations are recomputed; where
             the backward is split; and where both. A copy weighs what it is one of.
+        by_skip: for each of the schedule's skips, what goes over it, if that weighs
+            anything.
     """
 
     by_kind: Mapping[BufferKind, NDArray[Any]]
+    by_skip: NDArray[Any] | None = None
 
     def column(self, program: Program) -> NDArray[Any]:
         """One number for each buffer."""
@@ -39,10 +42,16 @@ class Weights:
             place += _beside(BufferKind.STORED_INPUT, program) * size
         if schedule.has(Kind.W):
             place += _beside(BufferKind.WEIGHT_STASH, program) * (2 * size)
-        result = np.zeros(len(kind), dtype=np.result_type(*self.by_kind.values()))
+        over = self.by_skip
+        columns = [*self.by_kind.values(), *([] if over is None else [over])]
+        result = np.zeros(len(kind), dtype=np.result_type(*columns))
         for member, numbers in self.by_kind.items():
             where = np.flatnonzero(kind == member)
             result[where] = numbers[place[where]]
+        if len(program.buffer_skips):
+            where = np.flatnonzero(program.buffer_skips >= 0)
+            skips = program.buffer_skips[where]
+            result[where] = 0 if over is None else over[skips]
         if schedule.has(Kind.OFFLOAD):
             # An OFFLOAD frees buffers and writes their copies, in one order.
             copying = np.flatnonzero(program.op_kind == Kind.OFFLOAD)

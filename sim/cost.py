@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pipeproof.sched import Kind, Program, Schedule, Trace
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, is_number, plain
+from pipeproof.sched.kernels import columns as new_columns
 from pipeproof.sched.kernels import run
 from pipeproof.sched.weights import Sizes
 from pipeproof.sim.per_stage import Table, divide
@@ -45,14 +46,17 @@ class Cost:
             that I leaves for W; from 0 to 1. One number, or one per stage.
         weight_bytes, gradient_bytes, optimizer_bytes: held all the time.
         activation_bytes: all that a forward keeps for its backward, the stage's
-            input included.
+            input included, and what skip connections bring.
         boundary_bytes: a stage's output tensor, and the gradient of it. Not
             divided by V: a boundary is as wide wherever the cut is.
         input_bytes: a stage's input tensor; default the boundary_bytes of the
             stage before, and 0 for the first stage, whose input is a view of the
             batch.
+        skip_bytes: what goes over a skip connection, and the gradient of it: one
+            number, or one for each of the schedule's skips, in their order. Not
+            divided by V.
         stored_bytes: all that a forward keeps where an R rebuilds the rest, the
-            stage's input included; default the input.
+            stage's input and what skips bring included; default these.
         rebuilt_bytes: what that R adds; default all of the activations that are
             not stored.
         workspace_bytes: what a backward (B or I) needs only while it runs. Not
@@ -79,6 +83,7 @@ class Cost:
     activation_bytes: PerStage | None = None
     boundary_bytes: PerStage | None = None
     input_bytes: PerStage | None = None
+    skip_bytes: PerStage | None = None
     stored_bytes: PerStage | None = None
     rebuilt_bytes: PerStage | None = None
     workspace_bytes: PerStage | None = None
@@ -149,19 +154,26 @@ class Cost:
         times = self._times(schedule)
         ops = schedule.ops
         # A table (kind, pipe, stage) → time, then one look-up per op.
-        pipes, stages = len(schedule.placement.pipes), schedule.stages
-        table = [times[Kind(k)] for k in range(len(Kind))]
-        numbers = [number for by_pipe in table for row in by_pipe for number in row]
-        place = ops.kind * np.int32(pipes * stages) + schedule.table.cell
+        table = [n for k in range(len(Kind)) for row in times[Kind(k)] for n in row]
+        numbers, places = _same(table)
+        cells = len(schedule.placement.pipes) * schedule.stages
         computes = program.computes
-        which: NDArray[Any] = np.empty(len(computes), dtype=np.int32)
-        columns: list[NDArray[Any]] = [computes, program.first_op, place, which]
-        (which,) = run(_look_up, columns, results=[3], size=len(computes))
+        columns: list[NDArray[Any]] = [
+            computes,
+            program.first_op,
+            ops.kind,
+            schedule.table.cell,
+            np.array([cells]),
+            places,
+            *new_columns((len(computes), np.int32)),
+        ]
+        (which,) = run(_look_up, columns, results=[6], size=len(computes))
         if not (program.op_count > 1).any():
             return numbers, which
         first, count = (
             column[computes] for column in (program.first_op, program.op_count)
         )
+        place = places[ops.kind * np.int32(cells) + schedule.table.cell]
         groups = np.flatnonzero(count > 1)
         # Groups alike in all their ops take equally long.
         alike = which[groups]
@@ -199,8 +211,7 @@ class Cost:
         input_grad = of("input_grad", self.input_grad)
         weight_grad = of("weight_grad", self.weight_grad)
         if self.backward is None:
-            both = zip(input_grad, weight_grad)
-            backward = [[plain(i + w) for i, w in zip(*rows)] for rows in both]
+            backward = _sums(input_grad, weight_grad)
         else:
             backward = of("backward", self.backward)
         again = forward if self.recompute is None else of("recompute", self.recompute)
@@ -233,10 +244,25 @@ class Cost:
         number = plain(value)
         if not per_share:
             return [[number] * schedule.stages for _ in schedule.placement.pipes]
-        return [
-            [divide(number, share) for share in shares]
-            for shares in schedule.placement.shares()
-        ]
+        shares = schedule.placement.shares()
+        part = {n: divide(number, n) for n in set().union(*shares)}
+        return [[part[n] for n in pipe] for pipe in shares]
+
+    def per_skip(self, schedule: Schedule) -> list[Number]:
+        """Bytes that go over each skip connection, for a slice.
+
+        Raises:
+            ParameterError: a sequence whose length is not the number of skips.
+        """
+        skips, value = schedule.skips, self.skip_bytes
+        if not isinstance(value, Sequence):
+            value = [0 if value is None else value] * len(skips)
+        if len(value) != len(skips):
+            raise ParameterError(
+                f"skip_bytes has {len(value)} numbers for {len(skips)} skips: give one "
+                "number, or one per skip of the schedule"
+            )
+        return [divide(plain(number), schedule.slices) for number in value]
 
     def sizes(self, program: Program) -> Sizes:
         """What each buffer of a program weighs.
@@ -250,6 +276,42 @@ class Cost:
         return sizes_of(self, program)
 
 
-def _look_up(computes: Any, first_op: Any, place: Any, which: Any) -> None:
+def _same(numbers: list[Number]) -> tuple[list[Number], NDArray[np.int32]]:
+    """The different objects among some numbers, and which of them each is.
+
+    Most costs are one number for all stages; Fractions take long to compare.
+    """
+    place: dict[int, int] = {}
+    different: list[Number] = []
+    for number in numbers:
+        if place.setdefault(id(number), len(place)) == len(different):
+            different.append(number)
+    which = [place[id(number)] for number in numbers]
+    return different, np.array(which, dtype=np.int32)
+
+
+def _sums(one: Table, other: Table) -> Table:
+    """Place by place, each different pair of objects once."""
+    known: dict[tuple[int, int], Number] = {}
+
+    def add(a: Any, b: Any) -> Number:
+        pair = id(a), id(b)
+        if pair not in known:
+            known[pair] = plain(a + b)
+        return known[pair]
+
+    return [list(map(add, *rows)) for rows in zip(one, other)]
+
+
+def _look_up(
+    computes: Any,
+    first_op: Any,
+    kind: Any,
+    cell: Any,
+    cells: Any,
+    places: Any,
+    which: Any,
+) -> None:
     for nth in range(len(computes)):
-        which[nth] = place[first_op[computes[nth]]]
+        op = first_op[computes[nth]]
+        which[nth] = places[kind[op] * cells[0] + cell[op]]

@@ -74,7 +74,7 @@ def play(
     """
     engine = _Engine(program, timing, cluster)
     engine.run(progress)
-    dtype = object if engine.shares and timing.scale else timing.durations.dtype
+    dtype = object if engine.shares and timing.scale else timing.times.dtype
     return np.array(engine.start, dtype=dtype), np.array(engine.end, dtype=dtype)
 
 

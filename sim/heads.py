@@ -30,7 +30,7 @@ class Graph:
         time: per node, how long it runs.
         head, tail: longest path up to its start, and from its end on.
         computes: whether it occupies its device.
-        arrives: per op, how long the tensor that it needs from another device takes
+        arrives: per op, how long the tensor of the next stage, which it needs, takes
             to it.
     """
 
@@ -43,7 +43,7 @@ class Graph:
         self.table = OpTable.of(schedule)
         running = np.flatnonzero(program.first_op >= 0)
         where = self.node[program.first_op[running]]
-        self.time = np.zeros(len(first), dtype=timing.durations.dtype)
+        self.time = np.zeros(len(first), dtype=timing.times.dtype)
         self.time[where] = timing.durations[running]
         self.computes = np.zeros(len(first), dtype=np.bool_)
         self.computes[where] = program.action[running] == Action.COMPUTE
@@ -54,7 +54,8 @@ class Graph:
         after = np.concatenate([after[apart], self.node[target]])
         lag = np.concatenate([np.zeros_like(sent, shape=int(apart.sum())), sent])
         self.arrives = np.zeros(len(schedule), dtype=self.time.dtype)
-        self.arrives[target] = sent
+        next_to = np.abs(np.subtract(*self.program.messages.T[1:3])) == 1
+        self.arrives[target[next_to]] = sent[next_to]
         level = levels(len(first), before, after)
         self.head = self._longest(before, after, lag, level)
         self.tail = self._longest(after, before, lag, -level)

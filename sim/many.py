@@ -168,7 +168,7 @@ def _one_by_one(
     sizes = Sizes(np.zeros(len(program.buffers)))
     for row in durations:
         fixed[program.computes] = row
-        start, end = replay(program, Timing(fixed, latencies, 1), cluster)
+        start, end = replay(program, Timing.each(fixed, latencies, 1), cluster)
         trace = Trace(program, Timetable(start, end), "predicted", sizes)
         result.append(
             [

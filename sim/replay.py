@@ -65,23 +65,25 @@ def replay(
     refuse_contention(program, cluster)
     turn = turns(program, cluster)
     waits = all_waits(program, turn, cluster)
-    dtype = timing.durations.dtype
+    dtype = timing.times.dtype
+    start, end = kernels.columns(*[(len(program), dtype)] * 2)
     columns: list[NDArray[Any]] = [
         turn,
         program.action,
         program.message,
         waits.offsets,
         waits.values,
-        timing.durations,
+        timing.times,
+        timing.which,
         timing.latencies,
         np.zeros(len(program.streams) + len(program.groups.values), dtype=dtype),
         np.full(len(timing.latencies), -1, dtype=dtype),
-        np.empty(len(program), dtype=dtype),
-        np.empty(len(program), dtype=dtype),
+        start,
+        end,
         np.full(1, -1),
     ]
     start, end, stuck = kernels.run(
-        _pass, columns, results=[9, 10, 11], size=len(program) + len(waits.values)
+        _pass, columns, results=[10, 11, 12], size=len(program) + len(waits.values)
     )
     if stuck[0] >= 0:
         raise not_in_order(program, int(stuck[0]))
@@ -94,7 +96,8 @@ def _pass(
     message: Any,
     offsets: Any,
     waits: Any,
-    durations: Any,
+    times: Any,
+    which: Any,
     latencies: Any,
     free: Any,
     arrival: Any,
@@ -121,7 +124,7 @@ def _pass(
             if ready > over:
                 over = ready
         else:
-            over = ready + durations[i]
+            over = ready + times[which[i]]
             if action[i] == _SEND:
                 arrival[message[i]] = over + latencies[message[i]]
         end[i] = over

@@ -170,7 +170,7 @@ def _shortened(
         scale = timing.scale or 1
         durations, latencies = durations / scale, latencies / scale
         stays = 1 - float(less)
-        return Timing(
+        return Timing.each(
             np.where(which, durations * stays, durations),
             np.where(of_message, latencies * stays, latencies),
             None,
@@ -180,7 +180,7 @@ def _shortened(
     if longest >= LONGEST:
         durations, latencies = durations.astype(object), latencies.astype(object)
     stays = below - Fraction(less).numerator
-    return Timing(
+    return Timing.each(
         durations * np.where(which, stays, below),
         latencies * np.where(of_message, stays, below),
         timing.scale * below,

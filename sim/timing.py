@@ -5,7 +5,8 @@ replay. Ints and Fractions stay exact: all are multiplied by what makes them who
 and divided by it in the end. A single float among them makes all of them float64.
 
 A program of millions of instructions has few different durations. They are worked
-out one by one, and spread over the instructions by numpy.
+out one by one, and each instruction keeps the place of its own among them: mostly
+a byte.
 """
 
 from __future__ import annotations
@@ -72,16 +73,26 @@ class Timing:
     """Durations and latencies of a program on a cluster.
 
     Attributes:
-        durations: per instruction; for a SEND, how long it occupies its link.
+        times: the different durations.
+        which: for each instruction its duration's place in `times`.
         latencies: per message, from the end of its SEND to its arrival.
         scale: exact times are whole multiples of 1 / scale, and kept as these: in
             int32 or int64 if no sum of them can overflow, else as Python's ints.
             None for float64.
     """
 
-    durations: NDArray[Any]
+    times: NDArray[Any]
+    which: Index
     latencies: NDArray[Any]
     scale: int | None
+
+    @classmethod
+    def each(
+        cls, durations: NDArray[Any], latencies: NDArray[Any], scale: int | None
+    ) -> Timing:
+        """Of instructions whose durations are known one by one."""
+        which = np.arange(len(durations), dtype=np.int32)
+        return cls(durations, which, latencies, scale)
 
     @classmethod
     def of(cls, program: Program, cost: Cost, cluster: Cluster, sizes: Sizes) -> Timing:
@@ -118,11 +129,15 @@ class Timing:
         def scaled(number: Any) -> Number:
             return float(number) if scale is None else int(number * scale)
 
-        return cls(
-            _spread(len(program), spent, scaled, dtype),
-            _spread(program.message_count, [under_way], scaled, dtype),
-            scale,
-        )
+        times, which = _spread(len(program), spent, scaled, dtype)
+        latencies, of = _spread(program.message_count, [under_way], scaled, dtype)
+        return cls(times, which, latencies[of], scale)
+
+    @cached_property
+    def durations(self) -> NDArray[Any]:
+        """Per instruction; for a SEND, how long it occupies its link."""
+        result: NDArray[Any] = self.times[self.which]
+        return result
 
     @property
     def events(self) -> int:
@@ -149,15 +164,23 @@ def _whole(numbers: list[Any]) -> int | None:
 
 def _spread(
     size: int, prices: list[Prices], scaled: Callable[[Any], Number], dtype: Any
-) -> NDArray[Any]:
-    result = np.zeros(size, dtype=dtype)
-    for some in prices:
-        used = np.array(some.counts, dtype=np.bool_)
-        table = np.zeros(len(some.numbers), dtype=dtype)
-        for place in np.flatnonzero(used).tolist():
-            table[place] = scaled(some.numbers[place])
-        result[some.where] = table[some.which]
-    return result
+) -> tuple[NDArray[Any], Index]:
+    """The different numbers that are used, 0 the first, and which each has."""
+    place: dict[Number, int] = {0: 0}
+    tables = [
+        [
+            place.setdefault(scaled(number), len(place)) if used else 0
+            for number, used in zip(some.numbers, some.counts)
+        ]
+        for some in prices
+    ]
+    short = np.min_scalar_type(-len(place))
+    which = np.zeros(size, dtype=short)
+    for some, table in zip(prices, tables):
+        which[some.where] = np.array(table, dtype=short)[some.which]
+    times = np.empty(len(place), dtype=dtype)
+    times[:] = list(place)
+    return times, which
 
 
 def computing(program: Program, cost: Cost, cluster: Cluster) -> Prices:

@@ -41,6 +41,8 @@ def sizes_of(cost: Cost, program: Program) -> Sizes:
             BufferKind.WEIGHT_STASH: np.tile(left, 2),
         }
 
+    over = cost.per_skip(schedule)
+
     def spread(table: Table) -> NDArray[Any]:
         """The same, whatever there is beside it."""
         return np.tile(_flat(table), 4)
@@ -50,7 +52,8 @@ def sizes_of(cost: Cost, program: Program) -> Sizes:
     activations = Weights(weigh(full, full))
     if not cost.knows_bytes:
         return Sizes(activations)
-    held = _held(cost, schedule)
+    held = _held(cost, schedule, over)
+    by_skip = column(over) if any(over) else None
     of_input, output = spread(held.input), spread(held.output)
     before = [[0, *row[:-1]] for row in held.output]
     by_kind = weigh(held.kept, held.rebuilt) | {
@@ -63,10 +66,10 @@ def sizes_of(cost: Cost, program: Program) -> Sizes:
     arriving = None
     if cost.stored_bytes is not None:
         arrived = by_kind | {BufferKind.STORED_INPUT: of_input}
-        arriving = Weights(arrived).column(program)
+        arriving = Weights(arrived, by_skip).column(program)
     return Sizes(
         activations,
-        Weights(by_kind).column(program),
+        Weights(by_kind, by_skip).column(program),
         _resident(cost, schedule),
         _workspace(cost, program),
         arriving,
@@ -93,20 +96,21 @@ def _workspace(cost: Cost, program: Program) -> NDArray[Any] | None:
     return result
 
 
-def _held(cost: Cost, schedule: Schedule) -> _Held:
-    """What a stage's buffers weigh, by (pipe, stage)."""
+def _held(cost: Cost, schedule: Schedule, over: list[Number]) -> _Held:
+    """What a stage's buffers weigh, by (pipe, stage), from what each skip brings."""
     output = _bytes(cost, "boundary_bytes", schedule, per_share=False)
     inputs: Table = [[0, *row[:-1]] for row in output]
     if cost.input_bytes is not None:
         inputs = _bytes(cost, "input_bytes", schedule, per_share=False)
-    stored, full = inputs, inputs
+    arrived = [_with_skips(row, schedule, over) for row in inputs]
+    stored, full = arrived, arrived
     if cost.stored_bytes is not None:
         stored = _bytes(cost, "stored_bytes", schedule, per_share=True)
-        _refuse_less(stored, inputs, "stored_bytes that include it", "an input")
+        _refuse_less(stored, arrived, "stored_bytes that include it", "an input")
     if cost.activation_bytes is not None:
         full = _bytes(cost, "activation_bytes", schedule, per_share=True)
-        _refuse_less(full, inputs, "activation_bytes that include it", "an input")
-    kept = _minus(full, inputs)
+        _refuse_less(full, arrived, "activation_bytes that include it", "an input")
+    kept = _minus(full, arrived)
     if cost.rebuilt_bytes is not None:
         rebuilt = _bytes(cost, "rebuilt_bytes", schedule, per_share=True)
     elif cost.activation_bytes is None:
@@ -114,7 +118,18 @@ def _held(cost: Cost, schedule: Schedule) -> _Held:
     else:
         _refuse_less(full, stored, "activation_bytes to rebuild", "a store")
         rebuilt = _minus(full, stored)
-    return _Held(inputs, output, kept, stored, rebuilt)
+    beside = _minus(stored, _minus(arrived, inputs))
+    return _Held(inputs, output, kept, beside, rebuilt)
+
+
+def _with_skips(
+    inputs: list[Number], schedule: Schedule, over: list[Number]
+) -> list[Number]:
+    """What arrives at each stage."""
+    arrived = list(inputs)
+    for (_, target), number in zip(schedule.skips, over):
+        arrived[target] = plain(arrived[target] + number)
+    return arrived
 
 
 def _bytes(cost: Cost, name: str, schedule: Schedule, *, per_share: bool) -> Table:
@@ -147,7 +162,7 @@ class _Held:
     Attributes:
         input, output: the boundary tensors.
         kept: what a forward keeps beside its input.
-        stored: all that it keeps where an R follows.
+        stored: all that it keeps where an R follows, without what skips bring.
         rebuilt: what that R adds.
     """
 

@@ -16,7 +16,8 @@ from hashlib import md5
 import numpy as np
 
 from pipeproof.sched import Action, BufferKind, Kind, Op, Program, Schedule
-from pipeproof.sched.program import Instruction, Lists, Stored, StreamKind
+from pipeproof.sched.ir import Skip
+from pipeproof.sched.program import Buffer, Instruction, Lists, Stored, StreamKind
 
 
 @dataclass
@@ -97,6 +98,7 @@ def assembled(
             Lists.of([part.reads for part in parts]),
             Lists.of([part.writes for part in parts]),
             Lists.of([part.frees for part in parts]),
+            program.buffer_skips,
         ),
         groups=Lists.of(
             [
@@ -185,15 +187,28 @@ def reference(schedule: Schedule) -> list[list[str]]:
         for q in range(schedule.slices):
             for s in range(schedule.stages):
                 x[s, q] = term("batch", m, q) if s == 0 else term("out", act[s - 1, q])
-                act[s, q] = term("act", s, m, q, x[s, q], act.get((s, q - 1)))
+                over = [term("skip", k, act[k[0], q]) for k in into(schedule, s)]
+                act[s, q] = term("act", s, m, q, x[s, q], act.get((s, q - 1)), over)
         dx: dict[tuple[int, int], str] = {}
+        over_dx: dict[tuple[Skip, int], str] = {}
         for q in reversed(range(schedule.slices)):
             for s in range(last, -1, -1):
-                g = (dx.get((s + 1, q)), dx.get((s, q + 1)))
+                g: tuple[object, ...] = (dx.get((s + 1, q)), dx.get((s, q + 1)))
+                g += ([over_dx[k, q] for k in out_of(schedule, s)],)
                 dx[s, q] = term("dx", s, act[s, q], *g)
+                for k in into(schedule, s):
+                    over_dx[k, q] = term("dskip", k, act[s, q], *g)
                 stash = term("stash", act[s, q], act[s, q], *g)
                 result[s].append(term("grad", s, stash, x[s, q]))
     return list(map(sorted, result))
+
+
+def into(schedule: Schedule, stage: int) -> list[Skip]:
+    return [skip for skip in schedule.skips if skip[1] == stage]
+
+
+def out_of(schedule: Schedule, stage: int) -> list[Skip]:
+    return [skip for skip in schedule.skips if skip[0] == stage]
 
 
 ROLES = {
@@ -219,6 +234,24 @@ def instructions_of(program: Program) -> list[Instruction]:
     return list(program)
 
 
+def slots_of(program: Program) -> list[int]:
+    """For each buffer the first one of its slot.
+
+    Raises:
+        ValueError: there is none, as buffers take over from each other in a ring.
+    """
+    before = program.buffers[:, 5].tolist()
+    result = []
+    for buffer in range(len(before)):
+        root, steps = buffer, 0
+        while before[root] >= 0:
+            root, steps = before[root], steps + 1
+            if steps > len(before):
+                raise ValueError(f"{program.buffer_at(buffer)} is in a ring of slots")
+        result.append(root)
+    return result
+
+
 class Play:
     """One run in one random order; `contents` is what is left.
 
@@ -229,13 +262,7 @@ class Play:
         self.program, self.dice = program, dice
         self.rendezvous = dice.random() < 0.5
         self.instructions = instructions_of(program)
-        table = program.buffers.tolist()
-        self.slot = list(range(len(table)))
-        for buffer in range(len(table)):
-            root = buffer
-            while table[root][5] >= 0:
-                root = table[root][5]
-            self.slot[buffer] = root
+        self.slot = slots_of(program)
         self.holder: dict[int, int] = {}
         self.contents: dict[int, Content] = {}
         self.carried: dict[tuple[object, ...], str] = {}
@@ -389,24 +416,28 @@ class Play:
         device, (kind, s, m, q) = it.stream.device, op
         place = {b.index: n for n, b in enumerate(it.reads)}
 
-        def find(buffers: Iterable[object], role: str) -> int | None:
+        def find(
+            buffers: Iterable[Buffer], role: str, skip: Skip | None = None
+        ) -> int | None:
             for b in buffers:
                 owner = (s, -1, 0) if role == "grad" else (s, m, q)
-                mine = (b.stage, b.micro_batch, b.slice) == owner  # type: ignore
-                if b.kind in ROLES[role] and (mine or len(it.ops) == 1):  # type: ignore
-                    return b.index  # type: ignore
+                mine = (b.stage, b.micro_batch, b.slice) == owner
+                if b.kind not in ROLES[role] or b.skip != skip:
+                    continue
+                if mine or len(it.ops) == 1:
+                    return b.index
             return None
 
-        def get(role: str) -> Content:
-            buffer = find(it.reads, role)
+        def get(role: str, skip: Skip | None = None) -> Content:
+            buffer = find(it.reads, role, skip)
             return (
                 term("missing", i, role)
                 if buffer is None
                 else (self.operands[i][place[buffer]])
             )
 
-        def put(role: str, content: Content) -> None:
-            buffer = find(it.writes, role)
+        def put(role: str, content: Content, skip: Skip | None = None) -> None:
+            buffer = find(it.writes, role, skip)
             if buffer is not None:
                 self.write(buffer, content)
 
@@ -420,25 +451,36 @@ class Play:
             brought = find(it.writes, "input") is not None
             x = term("batch", m, q) if brought else get("input")
             put("input", x)
-            act = term("act", s, m, q, x, self.carried.get(("kv", device, s, m, q - 1)))
+            kv = self.carried.get(("kv", device, s, m, q - 1))
+            over = [get("input", k) for k in into(self.program.schedule, s)]
+            act = term("act", s, m, q, x, kv, over)
             self.carried["kv", device, s, m, q] = act
             put("act", act)
             put("stash", act)
             put("out", term("out", act))
+            for k in out_of(self.program.schedule, s):
+                put("out", term("skip", k, act), k)
         elif kind == Kind.W:
             add(term("grad", s, get("stash"), get("input")))
         else:
             act = str(get("act"))
             g = get("g") if s < self.program.schedule.stages - 1 else None
             later = self.carried.get(("dkv", device, s, m, q + 1))
-            dx = term("dx", s, act, g, later)
+            more = [get("g", k) for k in out_of(self.program.schedule, s)]
+            dx = term("dx", s, act, g, later, more)
             self.carried["dkv", device, s, m, q] = dx
             put("dx", dx)
+            for k in into(self.program.schedule, s):
+                put("dx", term("dskip", k, act, g, later, more), k)
             if kind == Kind.B:
-                add(term("grad", s, term("stash", act, act, g, later), get("input")))
+                add(
+                    term(
+                        "grad", s, term("stash", act, act, g, later, more), get("input")
+                    )
+                )
             elif (buffer := find(it.writes, "stash")) is not None:
                 old = self.read(buffer)
-                put("stash", term("stash", old, act, g, later))
+                put("stash", term("stash", old, act, g, later, more))
 
 
 def computes_the_gradient(program: Program, dice: random.Random) -> bool:

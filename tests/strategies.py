@@ -23,7 +23,7 @@ from pipeproof.sched import (
     Schedule,
     overlap,
 )
-from pipeproof.sched.ir import STAGE_KINDS
+from pipeproof.sched.ir import STAGE_KINDS, Skip
 from pipeproof.sched.lower import POLICIES
 from pipeproof.sched.row import Case
 from pipeproof.sim import Cluster, Cost
@@ -212,7 +212,18 @@ def schedules(
     rows: list[list[Op]] = [[] for _ in range(placement.devices)]
     for op in linear_extension(there, placement.stages, q, dice):
         rows[placement.pipes[0][op.stage]].append(op)
-    return Schedule.of(rows, placement=placement, micro_batches=m, slices=q)
+    skips = draw(some_skips(placement.stages))
+    return Schedule.of(
+        rows, placement=placement, micro_batches=m, slices=q, skips=skips
+    )
+
+
+def some_skips(stages: int) -> st.SearchStrategy[list[Skip]]:
+    """Often none."""
+    every = [(a, b) for a in range(stages) for b in range(a + 2, stages)]
+    if not every:
+        return st.just([])
+    return st.just([]) | st.lists(st.sampled_from(every), max_size=3, unique=True)
 
 
 def linear_extension(
@@ -272,6 +283,7 @@ def whole_language(draw: st.DrawFn) -> Schedule:
         slices=q,
         pipe_of=pipe_of if len(pipes) > 1 else None,
         offload_to=draw(places_for_offloads(first.devices)),
+        skips=draw(some_skips(first.stages)),
     )
     for _ in range(draw(st.integers(0, 3))):
         joined = _join_some(rows_of(schedule), dice)
@@ -379,6 +391,7 @@ def writable(draw: st.DrawFn) -> Schedule:
         steps=steps,
         pipe_of=of_micro_batch if pipes > 1 else None,
         offload_to=[draw(st.none() | numbers) for _ in range(devices)],
+        skips=draw(st.lists(st.tuples(numbers, numbers), max_size=3, unique=True)),
     )
 
 

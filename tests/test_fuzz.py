@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from pipeproof.sched.interop.torch_csv import format_torch_csv, read_torch_csv
 from pipeproof.sched.interop.torch_program import torch_program
 from pipeproof.sim.cluster_file import load as load_cluster
 from pipeproof.sim.cluster_file import parse as parse_cluster
+from pipeproof.sim.cost_file import Measured, read_cost
 
 MiB = 1 << 20
 
@@ -43,6 +45,11 @@ target = 1
 bandwidth = 16e9
 """
 parse_cluster(CLUSTER)
+COST = """\
+{"format": "pipeproof cost 1", "measured": "1f1b", "step_outside": 0.0004,
+ "cost": {"forward": [0.003, 0.004], "recompute": 1, "activation_bytes": [8, 9]},
+ "links": [{"source": 0, "target": 1, "latency": 0.0001, "bandwidth": 1e9}]}
+"""
 
 
 def read_csv(text: str) -> Schedule | Program:
@@ -52,6 +59,16 @@ def read_csv(text: str) -> Schedule | Program:
         return torch_program(csv)
     return csv.schedule
 
+
+def read_cost_text(text: str) -> Measured:
+    """As the file that `simulate --cost` takes."""
+    with NamedTemporaryFile("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        return read_cost(file.name)
+
+
+read_cost_text(COST)
 
 Reader = Callable[[str], Any]
 FORMS: dict[str, tuple[Reader, list[str]]] = {
@@ -66,6 +83,7 @@ FORMS: dict[str, tuple[Reader, list[str]]] = {
         ],
     ),
     "toml": (parse_cluster, [CLUSTER]),
+    "cost": (read_cost_text, [COST]),
 }
 
 PIECES = st.sampled_from(
@@ -169,6 +187,7 @@ LARGE = {
         '"micro_batches": 2', '"micro_batches": 4194304'
     ),
     "csv": "0F4194303\n",
+    "cost": COST.replace('"target": 1', '"target": 4194304'),
     "toml": f"nodes = [{', '.join(['0'] * 2000)}]\n",
 }
 

@@ -18,7 +18,8 @@
 Ops and the placement are written as in the text form, whose parsers read them
 here too. With more than one pipe, `pipes` names the pipe of each micro-batch. Where
 OFFLOADs go to another device's memory, `offload_to` names that device for each
-device, or null for the host; it may be left out, for the host everywhere.
+device, or null for the host; it may be left out, for the host everywhere. Where
+stages hand tensors straight to later ones, `skips` lists these pairs, `[[0, 3]]`.
 `name`, `slices` and `steps` may be left out, as in the text form.
 
 Reading is strict: what is not said above is refused, with its place as a path
@@ -34,6 +35,7 @@ from typing import Any, NoReturn
 from pipeproof.sched.errors import ParameterError, ParseError
 from pipeproof.sched.ir import MAX_NUMBER, Ops, Schedule, check_name
 from pipeproof.sched.placement import Placement
+from pipeproof.sched.skips import Skip, listed
 from pipeproof.sched.text import (
     MAX_MICRO_BATCHES,
     MAX_TEXT_BYTES,
@@ -45,7 +47,7 @@ FORMAT = "pipeproof-schedule"
 VERSION = 1
 
 _REQUIRED = ("format", "version", "devices", "placement", "micro_batches", "rows")
-_OPTIONAL = ("name", "slices", "steps", "pipes", "offload_to")
+_OPTIONAL = ("name", "slices", "steps", "pipes", "offload_to", "skips")
 _LONGEST_NUMBER = 20
 
 
@@ -65,6 +67,8 @@ def format_json(schedule: Schedule) -> str:
         head["pipes"] = schedule.pipe_of.tolist()
     if schedule.offloads_to_devices:
         head["offload_to"] = schedule.offload_to
+    if schedule.skips:
+        head["skips"] = schedule.skips
     lines = [f"  {json.dumps(key)}: {json.dumps(head[key])}," for key in head]
     rows = [
         f"    {json.dumps(words_of(schedule.row(device)))}"
@@ -102,6 +106,7 @@ def parse_json(text: str) -> Schedule:
     placement = _placement(form["placement"], devices)
     pipe_of = _pipes(form.get("pipes"), placement, micro_batches * steps)
     offload_to = _offload_to(form.get("offload_to", [None] * devices), devices)
+    skips = _skips(form.get("skips", []))
     try:
         return Schedule.of(
             rows,
@@ -112,6 +117,7 @@ def parse_json(text: str) -> Schedule:
             steps=steps,
             pipe_of=pipe_of,
             offload_to=offload_to,
+            skips=skips,
         )
     except ParameterError as error:
         raise ParseError(f"$: {error}") from None
@@ -232,6 +238,18 @@ def _offload_to(value: Any, devices: int) -> list[int | None]:
                 f"$.offload_to[{index}]", "a device, or null for the host", target
             )
     return value
+
+
+def _skips(value: Any) -> tuple[Skip, ...]:
+    if type(value) is not list:
+        raise _wrong("$.skips", "a list of pairs of stages", value)
+    for index, pair in enumerate(value):
+        if type(pair) is not list:
+            raise _wrong(f"$.skips[{index}]", "a pair of stages, as [0, 3]", pair)
+    try:
+        return listed(value, "$.skips")
+    except ParameterError as error:
+        raise ParseError(str(error)) from None
 
 
 def _rows(value: Any, devices: int) -> list[list[Ops]]:

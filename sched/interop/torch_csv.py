@@ -58,6 +58,7 @@ from pipeproof.sched.ir import STAGE_KINDS, Kind, Op, Ops, Schedule, check_name
 from pipeproof.sched.lower import lower
 from pipeproof.sched.placement import Placement
 from pipeproof.sched.program import Action, MessageKind, Program
+from pipeproof.sched.skips import format_skips
 from pipeproof.sched.text import MAX_MICRO_BATCHES, MAX_TEXT_BYTES
 
 MAX_RANKS = 1 << 16
@@ -342,6 +343,11 @@ def _sayable(schedule: Schedule) -> None:
                 f"{schedule.summary}: torch's CSV has no {what}, found {size} of "
                 "them; the text form and JSON have"
             )
+    if schedule.skips:
+        raise UnsupportedError(
+            f"{schedule.summary}: torch's CSV has no skip connections, found "
+            f"{format_skips(schedule.skips)}; the text form and JSON have"
+        )
     kinds = {Kind(kind) for kind in np.unique(schedule.ops.kind).tolist()}
     if others := sorted(kinds - set(_COMPUTE.values())):
         names = ", ".join(kind.name for kind in others)

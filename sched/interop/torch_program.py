@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.interop.torch_comms import transfer
@@ -37,7 +38,8 @@ def torch_program(csv: TorchCsv) -> Program:
 
     Raises:
         ScheduleError: its ops break a rule of `check`.
-        ParseError: a transfer between stages that have none.
+        ParseError: a transfer between stages that have none, or of a micro-batch that
+            no op has.
         ParameterError: a file without communication, which `lower` adds.
     """
     if not csv.has_communication:
@@ -60,7 +62,7 @@ class _Step:
 
 def _rows(csv: TorchCsv, base: Program) -> Iterator[list[_Step]]:
     """Each rank's instructions in the file's order."""
-    home = csv.schedule.placement.pipes[0]
+    home, highest = csv.schedule.placement.pipes[0], csv.schedule.micro_batches - 1
     number = {
         (kind, source, micro_batch): index
         for index, (kind, source, _, _, micro_batch, *_) in enumerate(
@@ -82,6 +84,10 @@ def _rows(csv: TorchCsv, base: Program) -> Iterator[list[_Step]]:
                     row.append(_Step(index, tuple(waits)))
             elif cell.micro_batch >= 0:
                 way, source, micro_batch = transfer(cell, home)
+                if micro_batch > highest:
+                    raise cell.place.wrong(
+                        f"a transfer of micro-batch 0 … {highest}", cell.word
+                    )
                 kind = MessageKind.ACTIVATION if way == "F" else MessageKind.GRADIENT
                 sends = cell.action.startswith("SEND")
                 ends = base.send_of if sends else base.recv_of
@@ -139,6 +145,15 @@ def _link(base: Program, step: _Step) -> tuple[int, int]:
     return source, target
 
 
+def _in_order(base: Program, order: NDArray[np.int64]) -> tuple[Lists, Lists, Lists]:
+    """What each of these instructions reads, writes and frees."""
+    reads, writes, frees = (
+        Lists.of([touched[i] for i in order.tolist()])
+        for touched in (base.reads, base.writes, base.frees)
+    )
+    return reads, writes, frees
+
+
 def _assembled(base: Program, steps: Sequence[_Step]) -> Program:
     """These instructions in this order; a message's missing side is -1."""
     order = np.array([step.index for step in steps], dtype=np.int64)
@@ -159,9 +174,6 @@ def _assembled(base: Program, steps: Sequence[_Step]) -> Program:
         storage=Stored(
             messages,
             base.buffers,
-            *(
-                Lists.of([touched[i] for i in order.tolist()])
-                for touched in (base.reads, base.writes, base.frees)
-            ),
+            *_in_order(base, order),
         ),
     )

@@ -76,6 +76,7 @@ def _resized(schedule: Schedule, rows: list[Ops], pipe_of: Pipes) -> Schedule:
         slices=schedule.slices,
         pipe_of=pipe_of,
         offload_to=schedule.offload_to,
+        skips=schedule.skips,
     )
 
 

@@ -19,19 +19,32 @@ from unittest.mock import patch
 
 import psutil
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from models import Attention, Masked, Nested, keywords
+from real_work import Residual
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.nn import functional
 
-from pipeproof.exec import Pipeline, group, profile, split_at, transport
+from pipeproof.exec import (
+    ActivationMeter,
+    Pipeline,
+    group,
+    profile,
+    split_at,
+    split_evenly,
+    transport,
+)
 from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError, RankError
 from pipeproof.exec.group import Ranks
 from pipeproof.exec.launch import launch
 from pipeproof.exec.profile import Profile
+from pipeproof.exec.tensors import flat
 from pipeproof.sched import Schedule, Trace, catalog, recompute
 from pipeproof.sched.lower import Messages
+from pipeproof.sched.program import Message
 
 WIDTH = 4
 
@@ -288,6 +301,90 @@ def listening(ranks: Ranks, job: Job) -> list[str]:
     return [c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN]
 
 
+class Gives(nn.Module):
+    """Gives what it makes, and an int, to stages further on."""
+
+    gives_skips = ("fine", "scale")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Any:
+        fine = self.first(x).tanh()
+        return self.second(fine) * fine, {"fine": fine, "scale": 3}
+
+
+class Takes(nn.Module):
+    """Uses that twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, fine: Tensor, scale: int) -> Tensor:
+        return self.linear(x) + fine * fine.sigmoid() / scale
+
+
+def skipping(number: int) -> nn.Module:
+    """The first stage gives, the second takes, and so do those from the fourth on."""
+    layers: list[nn.Module] = [nn.Linear(WIDTH, WIDTH), nn.Dropout(0.3)]
+    if number == 0:
+        layers.insert(1, Gives())
+    elif number != 2:
+        layers.append(Takes())
+    return nn.Sequential(*layers)
+
+
+def sent(ranks: Ranks, job: Job) -> list[tuple[str, int]]:
+    """The messages that this rank sends, with the bytes of their tensors."""
+    found: list[tuple[str, int]] = []
+    send = transport.Across.send
+
+    def counted(self: Any, message: Message, value: Any) -> None:
+        tensors = [x for x in flat(value) if isinstance(x, Tensor)]
+        found.append((str(message), sum(tensor.nbytes for tensor in tensors)))
+        send(self, message, value)
+
+    with patch.object(transport.Across, "send", counted):
+        part(ranks, job)
+    return found
+
+
+ROWS = 16
+"""Of a micro-batch of images."""
+
+
+def residual_stages(number: int) -> list[nn.Sequential]:
+    """12 blocks with batch norm; they end with a ReLU, which keeps its output."""
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU())]
+    for inputs, outputs in ((16, 16), (16, 32), (32, 64)):
+        layers.append(Residual(inputs, outputs, outputs // inputs))
+        layers += [Residual(outputs, outputs, 1) for _ in range(3)]
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)
+    return split_evenly([*layers, nn.Sequential(*head)], number)
+
+
+def peak_of_a_convnet(ranks: Ranks, schedule: Schedule) -> int:
+    """The most bytes of activations and stage inputs that this rank keeps."""
+    stages = residual_stages(schedule.stages)
+    mine = [n for n in range(len(stages)) if ranks.rank in holders(schedule, n)]
+    given = [stage if n in mine else None for n, stage in enumerate(stages)]
+    pipeline = Pipeline(given, schedule, functional.cross_entropy, ranks=ranks)
+    x, labels = images(ROWS * schedule.micro_batches)
+    with ActivationMeter([stages[n] for n in mine]) as meter:
+        meter.ignore(x, labels)
+        pipeline.step(x, labels)
+    assert meter.live == 0
+    return meter.peak
+
+
+def images(rows: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(rows, 1, 8, 8), torch.arange(rows) % 10
+
+
 def small_stages(number: int) -> list[nn.Module]:
     torch.manual_seed(0)
     return [
@@ -462,6 +559,56 @@ def saved(ranks: Ranks, job: Saved) -> dict[str, Tensor]:
     stages = split_at(model, (1, 3))
     pipeline = Pipeline(stages, schedule, functional.mse_loss, ranks=ranks)
     return pipeline.state_dict(model)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that ranks write together, or read.
+
+    Attributes:
+        path: of it.
+        meeting: a file where these ranks meet.
+        sizes: layers in each stage.
+        seed: of the model's first weights.
+        reads: whether it is read, and not trained and written.
+    """
+
+    path: Path
+    meeting: Path
+    sizes: tuple[int, ...]
+    seed: int = 0
+    reads: bool = False
+
+    def model(self) -> nn.Sequential:
+        torch.manual_seed(self.seed)
+        layers: list[nn.Module] = [nn.Linear(WIDTH, WIDTH) for _ in range(4)]
+        return nn.Sequential(nn.BatchNorm1d(WIDTH), *layers, nn.BatchNorm1d(WIDTH))
+
+
+def checkpointed(ranks: Ranks, job: Checkpoint) -> dict[str, str]:
+    """Of this rank's part of the model, the values: as written, or as read."""
+    meeting = dist.FileStore(str(job.meeting), ranks.size)
+    dist.init_process_group(
+        "gloo", store=meeting, rank=ranks.rank, world_size=ranks.size
+    )
+    try:
+        model = job.model()
+        schedule = catalog.make("1f1b", devices=ranks.size, micro_batches=4)
+        stages = split_at(model, job.sizes)
+        pipeline = Pipeline(stages, schedule, functional.mse_loss, ranks=ranks)
+        state = pipeline.state_dict(model)
+        if job.reads:
+            dcp.load(state, checkpoint_id=job.path)  # into the model's own tensors
+        else:
+            own = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.SGD(own, lr=0.1)
+            pipeline.step(*torch.randn(2, 9, WIDTH))
+            optimizer.step()
+            dcp.save(state, checkpoint_id=job.path)
+        here = pipeline.state_dict(model)
+        return {key: digest(value) for key, value in here.items()}
+    finally:
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

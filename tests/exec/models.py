@@ -113,6 +113,39 @@ def models(
     return result
 
 
+class GivesOne(nn.Module):
+    """Gives something beside its output, and uses it itself."""
+
+    def __init__(self, name: str, width: int) -> None:
+        super().__init__()
+        self.gives_skips = (name,)
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.linear(x).tanh()
+        return x * y + y, {self.gives_skips[0]: y}
+
+
+class TakesOne(nn.Module):
+    """Uses it twice."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.takes_skips = {"skip": name}
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return x * skip + skip
+
+
+def with_skips(stages: list[nn.Sequential], schedule: Schedule) -> list[nn.Sequential]:
+    """The stages, with units that give and take where the schedule has skips."""
+    width, weight = width_of(stages), next(stages[0].parameters())
+    for name, (source, target) in enumerate(schedule.skips):
+        stages[source].append(GivesOne(f"skip {name}", width).to(weight.dtype))
+        stages[target].append(TakesOne(f"skip {name}"))
+    return stages
+
+
 def width_of(stages: Sequence[nn.Module]) -> int:
     return next(m.in_features for m in stages[0].modules() if isinstance(m, nn.Linear))
 
@@ -209,6 +242,21 @@ class Keeps(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return _Keep.apply(x, self.weight, self.entries)
+
+
+class Counts(nn.Module):
+    """Multiplies by how often it was called, but for its first calls."""
+
+    def __init__(self, after: int = 0) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+        self.after, self.ran = after, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.ran += 1
+        if self.ran > self.after:
+            self.calls += 1
+        return x * self.calls.clone()
 
 
 class FullBatch(nn.Module):

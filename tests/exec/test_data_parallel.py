@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from grids import Grid, Wrong, of_grid, of_references, plain, told, weigh
 from jobs import Do, digest, mixed
+from sharding import DEVICES, REPLICAS, STEPS, Training, trained, unsharded
 from torch import nn
 from torch.nn import functional
 
@@ -50,6 +51,34 @@ def test_replicas_equal_their_references_added_up(grid: Grid, do: Do) -> None:
         for stage, grads in result.grads.items():
             assert digest(*grads) == digest(*expected.grads[stage]), f"stage {stage}"
     assert results[0].losses == pytest.approx(expected.losses, rel=1e-12)
+
+
+def test_sharded_replicas_train_as_whole_ones(do: Do) -> None:
+    """FSDP2 ends each backward: its sums are there when the optimizer reads them."""
+    expected = unsharded(Training())
+
+    for rank, result in enumerate(do(trained, Training())):
+        stages = [s for s in range(4) if s % DEVICES == rank % DEVICES]
+        for step in range(STEPS):
+            assert result.grads[step] == {s: expected.grads[step][s] for s in stages}
+        assert result.weights == {s: expected.weights[s] for s in stages}
+        assert result.finished >= STEPS * len(stages), "after each stage's last B"
+        assert result.whole == 0, "no stage is left gathered"
+
+
+@pytest.mark.parametrize("forgotten", ["callback", "reduction"])
+def test_what_is_forgotten_of_sharding_shows(forgotten: str, do: Do) -> None:
+    """Torch's own pipelining left the callback out, and read gradients too early."""
+    right = unsharded(Training(forgotten)).grads[0]
+    found: dict[int, set[str]] = {}
+    for result in do(trained, Training(forgotten)):
+        for stage, grads in result.grads[0].items():
+            found.setdefault(stage, set()).add(grads)
+
+    wrong = {stage for stage in found if found[stage] != {right[stage]}}
+    # A stage whose input wants no gradient is reduced by the callback alone.
+    assert wrong == ({0} if forgotten == "callback" else {0, 1, 2, 3})
+    assert len(found) * REPLICAS == 8
 
 
 def test_a_failure_in_one_replica_ends_all(do: Do) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import real_work
 import torch
 from real_work import Task
+from torch.nn import functional
 
-from pipeproof.exec import split_evenly
+from pipeproof.exec import Pipeline, split_evenly
 
 STEPS = 2
 MAKERS = (real_work.classify, real_work.denoise)
@@ -29,17 +31,25 @@ def test_a_curve_is_that_of_the_plain_loop(
     assert found.equals(real_work.looped(task, schedule))
 
 
-def test_the_outer_skip_is_handed_on_through_every_stage() -> None:
-    stages = split_evenly(real_work.u_net_layers(), real_work.STAGES)
+def test_the_skips_go_past_the_stages_between() -> None:
+    """The outer one from the first stage to the last, the inner one to the third."""
+    layers = real_work.u_net_layers()
+    stages = split_evenly(layers, real_work.STAGES)
+    schedule = real_work.schedules()["1f1b"]
+    handed_on: list[Any] = []
+    for stage in stages[1:3]:
+        stage[-1].register_forward_hook(lambda *call: handed_on.append(call[-1]))
+    pipeline = Pipeline(stages, schedule, functional.mse_loss)
+    x = torch.randn(schedule.micro_batches, 1, 8, 8)
+    pipeline.step(x, x)
 
-    first = stages[0](torch.randn(2, 1, 8, 8))
-    assert [tuple(part.shape) for part in first] == [
-        (2, 32, 2, 2),
-        (2, 16, 8, 8),
-        (2, 32, 4, 4),
-    ]
-    second = stages[1](first)
-    third = stages[2](second)
-    assert second[1] is third[1] is first[1]
-    assert [tuple(part.shape) for part in third] == [(2, 32, 4, 4), (2, 16, 8, 8)]
-    assert stages[3](third).shape == (2, 1, 8, 8)
+    assert pipeline.schedule.skips == ((0, 2), (0, 3))
+    assert len(handed_on) == 2 * schedule.micro_batches
+    assert all(isinstance(value, torch.Tensor) for value in handed_on)
+    between = {
+        str(message)
+        for message in map(
+            pipeline.program.message_at, range(pipeline.program.message_count)
+        )
+    }
+    assert {"activation 0→3:0", "gradient 3→0:0", "activation 0→2:7"} <= between

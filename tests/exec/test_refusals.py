@@ -11,7 +11,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from models import Masked, mlp
+from models import Counts, Masked, mlp
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -30,7 +30,7 @@ from pipeproof.exec.homes import refuse_shared
 from pipeproof.exec.sharded import check_wrapped
 from pipeproof.exec.stage import Stage
 from pipeproof.exec.ties import _check
-from pipeproof.sched import PipeproofError, Schedule, catalog
+from pipeproof.sched import PipeproofError, Schedule, catalog, recompute
 
 mse = functional.mse_loss
 CHAPTER = (Path(pipeproof.exec.__file__).parent / "MODELS.md").read_text("utf-8")
@@ -156,6 +156,28 @@ class Holding(nn.Module):
         self.carrying = Carrying()
 
 
+class Giving(nn.Module):
+    """Says that it gives skips, and does not."""
+
+    def __init__(self, names: Any) -> None:
+        super().__init__()
+        self.gives_skips = names
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Taking(nn.Module):
+    def forward(self, x: Tensor, fine: Tensor) -> Tensor:
+        return x + fine
+
+
+def taking(said: Any) -> nn.Module:
+    unit = Taking()
+    unit.takes_skips = said
+    return unit
+
+
 class Uncopied(nn.Module):
     def __deepcopy__(self, memo: Any) -> None:
         raise RecursionError
@@ -209,6 +231,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "none": lambda: step(stages=[None, *mlp(1)]),
     "split_at": lambda: split_at(mlp(3), [1, 1]),
     "split_evenly": lambda: split_evenly(mlp(1), 2),
+    "buffer changed late": lambda: step(
+        stages=[Counts(after=1), *mlp(1)], plan=recompute(schedule(), "always")
+    ),
     "in place, offloaded": changing_what_is_offloaded,
     "no batch": lambda: pipeline().step(None, None),
     "no inputs": lambda: pipeline().predict(None),
@@ -276,6 +301,18 @@ REFUSED: dict[str, Callable[[], Any]] = {
         TWO_POSITIONS,
         stages=with_a_bad_carry(),
         plan=catalog.make("terapipe", devices=2, micro_batches=2, slices=2),
+    ),
+    "skip names": lambda: step(stages=[Giving("fine"), *mlp(1)]),
+    "skip within": lambda: step(stages=[nn.ModuleDict({"a": Giving(())}), *mlp(1)]),
+    "skip returned": lambda: step(stages=[Giving(("fine",)), Taking()]),
+    "skip takers": lambda: step(stages=[taking(["fine"]), *mlp(1)]),
+    "skip parameter": lambda: step(stages=[taking({"skip": "a"}), *mlp(1)]),
+    "skip unknown": lambda: step(stages=[taking({"fine": "a"}), *mlp(1)]),
+    "skip twice": lambda: step(stages=[Giving(("fine",)), Giving(("fine",))]),
+    "skip back": lambda: step(stages=[Taking(), Giving(("fine",))]),
+    "skip unused": lambda: step(stages=[Giving(("fine",)), *mlp(1)]),
+    "skips otherwise": lambda: step(
+        stages=mlp(3), plan=schedule(devices=3).with_skips([(0, 2)])
     ),
     "batch norm": lambda: defer_batch_norm(nn.SyncBatchNorm(3)),
     "inference mode": in_inference_mode,
@@ -381,10 +418,12 @@ def test_ties_that_ranks_refuse(case: str) -> None:
     assert same(BETWEEN_RANKS[case], str(error.value))
 
 
-def test_the_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", CHAPTER, flags=re.DOTALL)
+def test_the_examples_print_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
+    examples = re.findall(r"```python\n(.*?)```", CHAPTER, flags=re.DOTALL)
+    names = {"__name__": "example"}  # what one makes, the next may use
     torch.manual_seed(0)
 
-    exec(compile(example, "MODELS.md", "exec"), {"__name__": "example"})
-
-    assert f"It prints `{capsys.readouterr().out.strip()}`" in CHAPTER
+    assert len(examples) == 2
+    for example in examples:
+        exec(compile(example, "MODELS.md", "exec"), names)
+        assert f"It prints `{capsys.readouterr().out.strip()}`" in CHAPTER

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from jobs import Do, Saved, saved
+from jobs import Checkpoint, Do, Saved, checkpointed, digest, saved
 from models import against_reference, close, grads
 from torch import Tensor, nn
 from torch.nn import functional
@@ -177,6 +177,31 @@ def test_a_checkpoint_loads_into_another_partition(tmp_path: Path) -> None:
     other.load_state_dict(loaded)
     for key, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[key])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_two_ranks_save_four_ranks_and_one_process_load(
+    do: Do, tmp_path: Path
+) -> None:
+    """Running statistics too, bit by bit, into a model of other weights."""
+    path = tmp_path / "checkpoint"
+    written = Checkpoint(path, tmp_path / "two", (2, 4))
+    read = Checkpoint(path, tmp_path / "four", (1, 2, 1, 2), seed=1, reads=True)
+
+    parts = do(checkpointed, written, 2)
+    whole = parts[0] | parts[1]
+    again = do(checkpointed, read, 4)
+    model = read.model()
+    assert digest(model[1].weight.detach()) != whole["1.weight"]
+    state = model.state_dict()
+    dcp.load(state, checkpoint_id=path, no_dist=True)
+
+    assert whole.keys() == state.keys()
+    assert sum(map(len, again)) == len(whole)
+    assert {key: value for part in again for key, value in part.items()} == whole
+    loaded = {key: digest(value) for key, value in model.state_dict().items()}
+    assert loaded == whole
+    assert model[0].num_batches_tracked == 4
 
 
 def test_the_parts_of_ranks_are_the_model(do: Do) -> None:

@@ -71,6 +71,25 @@ def test_marks_a_group_as_a_whole_and_cuts_a_long_row() -> None:
     ]
 
 
+def test_shows_the_whole_of_a_group_at_the_edge() -> None:
+    row = [B(0, 0), *(F(0, m) for m in range(4)), overlap(F(0, 4), B(0, 1))]
+    row += [F(0, 5), *(B(0, m) for m in range(2, 6))]
+
+    lines = str(check(Schedule.of([row]))).splitlines()
+    assert lines[2:4] == [
+        "    device 0 | B0 F0 F1 F2 F3 (F4&B1) …",
+        "               ^^",
+    ]
+    row = [F(0, 0), F(0, 1), overlap(B(0, 0), F(0, 2)), *(F(0, m) for m in range(3, 7))]
+    row += [B(0, 7), F(0, 7), *(B(0, m) for m in range(1, 7))]
+
+    lines = str(check(Schedule.of([row]))).splitlines()
+    assert lines[2:4] == [
+        "    device 0 | … (B0&F2) F3 F4 F5 F6 B7 F7 B1 B2 B3 B4 …",
+        "                                     ^^",
+    ]
+
+
 def bad(
     *rows: Sequence[object],
     placement: Placement | None = None,
@@ -169,9 +188,25 @@ def test_far_too_few_ops_are_reported_before_anything_is_allocated() -> None:
     ]
 
 
+def test_too_few_is_less_than_a_quarter_but_for_small_ones() -> None:
+    """Up to 4 times the ops and 4,096 more, each missing one is named."""
+    (least,) = bad([F(0, 0)], micro_batches=4101)
+    named = bad([F(0, 0)], micro_batches=4100)
+    sliced = bad([F(0, 0)], micro_batches=2050, slices=2)
+
+    assert least.startswith("schedule: only 1 ops; expected a forward and a backward")
+    assert len(named) == len(sliced) == 2 * 4100 - 1
+    assert named[0].startswith("device 0: 0F1 is missing")
+
+
 @pytest.mark.parametrize(
     ("row", "finding"),
     [
+        (
+            [F(0, 0), REDUCE, B(0, 0)],
+            "step 1: REDUCE runs before B0 of its stage; expected REDUCE after all of "
+            "its stage, B0 too. Move REDUCE behind step 2.",
+        ),
         (
             [F(0, 0), W(0, 0), I(0, 0)],
             "step 1: W0 runs before its own I0; expected I0 first, at step 2 now. "
@@ -244,6 +279,17 @@ def test_replicas_are_reduced() -> None:
     ]
 
 
+def test_a_replica_that_no_micro_batch_passes_is_only_reduced() -> None:
+    """Its STEP, first in its row, comes behind nothing."""
+    idle = Placement(((0,), (1,)))
+
+    found = bad([STEP], [F(0, 0), B(0, 0)], placement=idle, pipe_of=[1])
+    assert [line.split("; ")[0] for line in found] == [
+        "device 0: 0REDUCE is missing",
+        "device 1: 0REDUCE is missing",
+    ]
+
+
 def test_devices_that_wait_for_each_other() -> None:
     rows = [F(0, 0), B(0, 0), F(0, 1), B(0, 1)], [F(1, 0), F(1, 1), B(1, 0), B(1, 1)]
     (finding,) = bad(*rows, micro_batches=2)
@@ -255,6 +301,17 @@ def test_devices_that_wait_for_each_other() -> None:
     )
 
 
+def test_a_cycle_is_named_beside_what_is_out_of_order() -> None:
+    rows = (
+        [F(0, 0), B(0, 0), F(0, 1), B(0, 1), F(0, 2), W(0, 2), I(0, 2)],
+        [F(1, 0), F(1, 1), B(1, 0), B(1, 1), F(1, 2), B(1, 2)],
+    )
+    order, cycle = bad(*rows, micro_batches=3)
+
+    assert order.startswith("device 0, step 5: W2 runs before its own I2")
+    assert cycle.startswith("device 1, step 2: 11 ops wait for each other: 1B0")
+
+
 def test_a_long_cycle_is_cut_short() -> None:
     home = (*range(40), 0)
     rows = [[F(s, 0), B(s, 0)] for s in range(40)]
@@ -263,6 +320,16 @@ def test_a_long_cycle_is_cut_short() -> None:
 
     assert finding.found.count("→") == 19
     assert "→ (23 more) →" in finding.found
+
+
+def test_a_cycle_of_twenty_names_is_spelled_out() -> None:
+    home = (*range(18), 0)
+    rows = [[F(s, 0), B(s, 0)] for s in range(18)]
+    rows[0] = [F(18, 0), F(0, 0), B(18, 0), B(0, 0)]
+    (finding,) = check(Schedule.of(rows, placement=Placement((home,)))).findings
+
+    assert finding.found.count("→") == 19
+    assert "more" not in finding.found
 
 
 def test_many_findings_are_counted() -> None:
@@ -330,3 +397,5 @@ def test_offloads_go_to_another_device() -> None:
         "the host. Name in offload_to the device whose memory takes them.",
     ]
     assert check(Schedule.of(rows, offload_to=[1, 0])).ok
+    (second,) = check(Schedule.of(rows, offload_to=[None, 1])).findings
+    assert second.device == 1

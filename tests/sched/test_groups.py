@@ -22,9 +22,17 @@ from pipeproof.sched import (
     lower,
     prove,
 )
+from pipeproof.sched.groups import needs, turns_of_others
+from pipeproof.sched.matching import misgrouped
 from pipeproof.sched.program import Lists
 from pipeproof.sched.row import Case, Row
-from pipeproof.sched.streams import STREAM_MODELS, Buffering, StreamModel, turn_of
+from pipeproof.sched.streams import (
+    STREAM_MODELS,
+    Buffering,
+    StreamModel,
+    in_turn,
+    turn_of,
+)
 
 bufferings = st.sampled_from(["rendezvous", "eager", 1, 2])
 policies = st.fixed_dictionaries(
@@ -258,6 +266,34 @@ def test_deadlocks_are_those_of_a_search_by_hand(
     assert verdict.ok == runs_through(program, streams, buffering)
 
 
+@settings(max_examples=60)
+@given(
+    schedule=schedules(slices=1),
+    times=st.integers(1, 3),
+    streams=st.sampled_from(STREAM_MODELS),
+    dice=st.randoms(use_true_random=False),
+)
+def test_whoever_waits_for_one_waits_for_all(
+    schedule: Schedule, times: int, streams: StreamModel, dice: random.Random
+) -> None:
+    program = with_groups(lower(schedule, messages="grouped"), times, dice)
+    if misgrouped(program):
+        return
+    mates = [{i, *program.posted_with(i)} for i in range(len(program))]
+    own = [set(program.waits_for[i]) for i in range(len(program))]
+    for row in in_turn(program, streams):
+        for before, after in pairwise(row.tolist()):
+            own[after] |= {before} - mates[after] if len(mates[after]) > 1 else {before}
+    found = [set(some) for some in needs(program, streams).to_lists()]
+    for before, after in zip(*turns_of_others(program, streams)):
+        found[after].add(int(before))
+
+    assert found == [
+        {other for mate in mates[i] for need in own[mate] for other in mates[need]}
+        for i in range(len(program))
+    ]
+
+
 def in_one_group(program: Program, *labels: str) -> Program:
     parts = parts_of(program)
     for part in parts:
@@ -283,6 +319,22 @@ def test_a_group_that_waits_for_itself_is_named() -> None:
         "1B0 (4, device 1, compute)"
     )
     assert not prove(program).ok
+
+
+def test_what_follows_a_group_in_its_stream_waits_for_all_of_it() -> None:
+    """The second activation comes behind a gradient that it is waited for with."""
+    program = lower(catalog.make("1f1b", devices=2, micro_batches=2))
+    labels = "send activation 0→1:0", "recv gradient 1→0:0"
+    assert check(in_one_group(program, *labels), streams="dir").ok
+    parts = parts_of(program)
+    of = {program.label(part.key): part for part in parts}
+    second = of["recv activation 0→1:1"].key
+    of["send gradient 1→0:0"].waits.append(second)
+    waiting = assembled(program, parts)
+
+    assert check(waiting, streams="dir").ok
+    (finding,) = check(in_one_group(waiting, *labels), streams="dir").findings
+    assert "send activation 0→1:1 (" in finding.found
 
 
 def test_one_group_saves_two_that_send_first() -> None:

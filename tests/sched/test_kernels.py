@@ -120,3 +120,31 @@ def test_works_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check(schedule).ok
     assert simulate(lower(schedule)).makespan == 3 * (5 + 3 - 1)
     kernels._compiled.cache_clear()
+
+
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 63, 300_001]), max_size=5),
+    kinds=st.lists(st.sampled_from(["i1", "i4", "f8"]), min_size=5, max_size=5),
+)
+def test_columns_side_by_side_do_not_touch(
+    lengths: list[int], kinds: list[str]
+) -> None:
+    """Whether they share a piece of memory or are too small for one."""
+    wanted = list(zip(lengths, kinds))
+    made = kernels.columns(*wanted)
+    for number, column in enumerate(made):
+        column[:] = number
+
+    assert [(len(column), column.dtype) for column in made] == [
+        (length, np.dtype(kind)) for length, kind in wanted
+    ]
+    assert all((column == number).all() for number, column in enumerate(made))
+    assert all(column.flags.aligned and column.flags.writeable for column in made)
+
+
+def test_columns_of_objects_hold_objects() -> None:
+    large, small = kernels.columns((10**6, np.int64), (2, object))
+    small[:] = [2**100, None]
+
+    assert small.tolist() == [2**100, None]
+    assert len(large) == 10**6

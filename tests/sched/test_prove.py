@@ -1,6 +1,7 @@
 # ruff: noqa: E501  (certificates and refutations are drawn as they are printed)
 """Proofs of programs, against a slow second opinion in random orders."""
 
+import dataclasses
 import json
 import random
 from typing import Any
@@ -25,6 +26,7 @@ from pipeproof.sched import (
     lower,
     prove,
 )
+from pipeproof.sched.program import Stream, StreamKind
 from pipeproof.sched.row import Case, Row
 
 dice = st.randoms(use_true_random=False)
@@ -117,6 +119,35 @@ def test_a_certificate_in_words() -> None:
     assert (again["ok"], again["program"]) == (True, certificate.program)
 
 
+@pytest.mark.parametrize(
+    ("order", "words"),
+    [
+        ([0, 1], "0 1"),
+        ([0, 1, 2], "0…2"),
+        ([3, 2, 1, 0], "3…0"),
+        ([0, 1, 2, 5, 3, 4, 6], "0…2 5 3 4 6"),
+        ([0, 2, 4, 6, 1, 3, 5, 7], "0 2 4 6 1 3 5 7"),
+        ([0, 2, 4, 6, 8, 1, 3, 5, 7], "0 2 4 6 8 1 3 … 7"),
+    ],
+)
+def test_the_order_of_adding_up_in_words(order: list[int], words: str) -> None:
+    """Neighbours that rise or fall by 1 are one word, and so are alike stages."""
+    m = len(order)
+    rows = [[F(s, range(m)), B(s, order)] for s in range(3)]
+
+    lines = str(prove(Schedule.of(rows))).splitlines()
+    assert lines[9] == f"  stages 0–2: Σ({words})"
+
+
+def test_a_sliced_certificate_says_where_keys_and_values_stay() -> None:
+    said = "keys and values of a micro-batch's slices, and their gradients, stay on"
+    for slices, there in ((1, False), (2, True)):
+        schedule = catalog.make("seq1f1b", devices=2, micro_batches=2, slices=slices)
+        certificate = prove(schedule)
+        assert isinstance(certificate, Certificate)
+        assert any(words.startswith(said) for words in certificate.assumptions) == there
+
+
 def test_the_digest_is_of_the_program() -> None:
     """Two programs of one schedule, on the same streams, are told apart."""
     schedule = catalog.make("1f1b", devices=2, micro_batches=3)
@@ -124,6 +155,10 @@ def test_the_digest_is_of_the_program() -> None:
     digests = [prove(program).to_dict()["program"] for program in programs]
 
     assert digests[0] == digests[2] != digests[1]
+    one = lower(schedule)
+    unused = Stream(StreamKind.TO_HOST, 0)
+    more = dataclasses.replace(one, streams=(*one.streams, unused))
+    assert prove(more).to_dict()["program"] != digests[0]
 
 
 def test_a_refutation_names_the_first_operand_that_differs() -> None:
@@ -207,6 +242,23 @@ def test_a_slot_that_is_not_waited_for_is_a_race() -> None:
     )
 
 
+def test_an_answer_orders_what_came_before_the_question() -> None:
+    """Device 2 answers what device 1 has sent behind 1B0: so that is done."""
+    program = lower(catalog.make("1f1b", devices=3, micro_batches=3))
+    parts = parts_of(program)
+    send = parts[label(program, "send gradient 1→0:0")]
+    send.waits = [label(program, "recv gradient 2→1:2")]
+    answered = assembled(program, parts)
+    send.waits = []
+
+    prove(answered).raise_if_bad()
+    (finding,) = prove(assembled(program, parts)).findings
+    assert finding.found == (
+        "nothing orders 1B0, which writes input_grad 1:0, behind "
+        "send gradient 1→0:0, which frees input_grad 1:0, in the same slot"
+    )
+
+
 def test_what_is_dropped_or_doubled_is_named() -> None:
     program = two_devices()
     parts = parts_of(program)
@@ -229,6 +281,18 @@ def test_what_a_slice_lacks_is_named_by_both_numbers() -> None:
     assert [f.found for f in prove(assembled(program, dropped)).findings] == [
         "the gradient of stage 0 lacks micro-batch 1.0"
     ]
+
+
+def test_of_many_that_are_lacking_some_are_named() -> None:
+    for m, named in (
+        (8, "0, 1, 2, 3, 4, 5, 6, 7"),
+        (9, "0, 1, 2, 3, 4, 5, 6, 7, … (9 in all)"),
+    ):
+        program = lower(catalog.make("gpipe", devices=2, micro_batches=m))
+        every = {f"0B{number}" for number in range(m)}
+        left = [p for p in parts_of(program) if program.label(p.key) not in every]
+        (finding,) = prove(assembled(program, left)).findings
+        assert finding.found == f"the gradient of stage 0 lacks micro-batch {named}"
 
 
 def test_a_micro_batch_that_counts_twice_is_named() -> None:
@@ -258,6 +322,38 @@ def test_a_reduction_before_the_last_backward_is_refuted() -> None:
     assert [finding.rule for finding in none] == ["gradient"] * 2
 
 
+def test_what_one_device_adds_after_its_reduction_is_refuted() -> None:
+    program = lower(catalog.make("chimera", devices=2, micro_batches=2))
+    parts = parts_of(program)
+    late = parts[label(program, "0B1")]
+    reduce = next(
+        part
+        for part in parts
+        if program.label(part.key) == "0REDUCE" and program.device[part.key] == 1
+    )
+    reduce.waits = []
+    late.waits.append(reduce.key)
+    parts.remove(late)
+
+    (finding,) = prove(assembled(program, [*parts, late])).findings
+    assert (finding.rule, finding.device) == ("gradient", 0)
+    assert finding.expected == "the sum over devices 0, 1, and nothing added after it"
+
+
+def test_that_a_tensor_has_arrived_does_not_end_its_send() -> None:
+    """Device 0 knows by the answer that it is there; the link may still read it."""
+    program = lower(catalog.make("1f1b", devices=2, micro_batches=1))
+    parts = parts_of(program)
+    send = parts[label(program, "send activation 0→1:0")]
+    parts[label(program, "0B0")].frees.append(send.frees.pop())
+
+    (finding,) = prove(assembled(program, parts)).findings
+    assert finding.found == (
+        "nothing orders 0B0, which frees output 0:0, behind send activation 0→1:0, "
+        "which reads output 0:0, in the same slot"
+    )
+
+
 def test_a_broken_schedule_is_refuted_and_other_things_refused() -> None:
     broken = Schedule.of([[B(0, 0), F(0, 0)]])
 
@@ -273,6 +369,10 @@ def test_slots_in_a_ring_are_refuted() -> None:
 
     ring = assembled(program, parts_of(program), {one: two, two: one})
     assert {finding.rule for finding in prove(ring).findings} == {"slot"}
+    (first,) = prove(assembled(program, parts_of(program), {0: 0})).findings
+    assert first.found == "activation 0:0 takes over from itself"
+    with pytest.raises(ValueError, match="input 1:0 is in a ring of slots"):
+        computes_the_gradient(ring, random.Random(0))
 
 
 def test_a_buffer_of_another_device_is_out_of_reach() -> None:
@@ -320,6 +420,11 @@ def test_a_slot_is_on_one_device() -> None:
 
     (finding,) = prove(assembled(program, parts_of(program), pair)).findings
     assert finding.found == "activation 1:0 takes over a slot of device 0"
+    looped = lower(catalog.make("interleaved", devices=2, micro_batches=2))
+    of = {str(looped.buffer_at(b)): b for b in range(len(looped.buffers))}
+    pair = {of["activation 2:0"]: of["activation 0:0"]}
+    found = prove(assembled(looped, parts_of(looped), pair)).findings
+    assert {finding.rule for finding in found} == {"operand", "gradient"}
 
 
 def test_an_op_runs_on_the_compute_stream() -> None:

@@ -262,7 +262,7 @@ def alone(
     latencies = timing.unscaled(timing.latencies).astype(object)
     if any(isinstance(number, float) for number in (*takes, *latencies)):
         takes, latencies = takes.astype(float), latencies.astype(float)
-    start, end = play(program, Timing(takes, latencies, 1), cluster)
+    start, end = play(program, Timing.each(takes, latencies, 1), cluster)
     return Trace(program, Timetable(start, end), "predicted", sizes)
 
 

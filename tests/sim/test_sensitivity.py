@@ -162,9 +162,9 @@ def test_late_by_its_slack_costs_nothing_and_by_more_does(
     assert timing.scale is not None
 
     def with_delay(delay: Any) -> Any:
-        durations = timing.durations.copy().astype(object)
+        durations = timing.durations.astype(object)
         durations[index] += delay * timing.scale
-        late = dataclasses.replace(timing, durations=durations)
+        late = Timing.each(durations, timing.latencies, timing.scale)
         _, end = play(program, late, cluster)
         return Fraction(max(end.tolist())) / timing.scale
 

@@ -165,5 +165,11 @@ def test_files_that_say_no_program_are_refused() -> None:
         program_of(plain)
     with pytest.raises(ScheduleError, match="B0 runs before its own F0"):
         program_of(RIGHT.replace("1F0,1RECV_F1,1F1,1B0", "1RECV_F1,1F1,1B0,1F0"))
+    with pytest.raises(
+        ParseError,
+        match="row 2, column 6: expected a transfer of micro-batch 0 … 1, found "
+        "'1SEND_B3'",
+    ):
+        program_of(RIGHT.replace("1SEND_B0", "1SEND_B3"))
     with pytest.raises(ParseError, match="there is no stage 2"):
         program_of(RIGHT.replace("1F0,", "1F0,1SEND_F0,"))

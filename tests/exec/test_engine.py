@@ -1,0 +1,61 @@
+"""Autograd's engine, called directly and by way of torch.autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from models import against_reference, grads, mlp, same
+from torch.nn import functional
+
+from pipeproof.exec import Pipeline, engine
+from pipeproof.sched import catalog
+
+mse = functional.mse_loss
+
+
+def without_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.autograd.graph, "_engine_run_backward", None)
+    engine.entry.cache_clear()
+    assert engine.entry() is None
+
+
+@pytest.fixture(autouse=True)
+def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    engine.entry.cache_clear()
+    yield
+    monkeypatch.undo()
+    engine.entry.cache_clear()
+
+
+def test_this_torch_has_an_entry() -> None:
+    assert engine.entry() is torch.autograd.graph._engine_run_backward
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1", "zb-v"])
+def test_without_an_entry_all_is_the_same(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = catalog.make(name, devices=2, micro_batches=4)
+    x, y = torch.randn(2, 9, 4, dtype=torch.float64)
+    stages, twin = mlp(plan.stages), mlp(plan.stages)
+    for theirs, ours in zip(twin, stages):
+        theirs.load_state_dict(ours.state_dict())
+    Pipeline(stages, plan, mse).step(x, y)
+
+    without_entry(monkeypatch)
+    against_reference(twin, plan, x, y)
+
+    assert same(grads(stages), grads(twin))
+
+
+def test_an_entry_that_does_something_else_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        torch.autograd.graph, "_engine_run_backward", lambda *_, **__: (torch.ones(2),)
+    )
+    engine.entry.cache_clear()
+
+    assert engine.entry() is None
