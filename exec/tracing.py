@@ -5,12 +5,13 @@ within them; all others are called whole, whatever their forwards do. Each call 
 module then is a unit, with the operations between it and the next::
 
     def forward(self, x, mask):          unit 0   h = embed(x)                → h
-        h = self.embed(x)                unit 1   y = block(h, mask)          → h, y
-        y = self.block(h, mask)          unit 2   z = head(y); z + h          → output
-        return self.head(y) + h
+        h = self.embed(x)                         h is a skip as well: unit 2 takes it
+        y = self.block(h, mask)          unit 1   y = block(h, mask)          → y
+        return self.head(y) + h          unit 2   z = head(y); z + h          → output
 
-A unit hands on, as one value, what it or an earlier one computed and a later one uses.
-So a skip connection passes through the stages between, as it is. Inputs of the model
+A unit hands on, as one value, what it computed and the next one uses. What later ones
+use it gives as skips (see `skips`), which go to their stages and to no others; its own
+input too, where that is the model's. Inputs of the model
 behind its first are keyword inputs, which every unit gets that uses them; an optional
 one is there if it is named, and else has its default, since `if mask is None` is
 decided when the forward is traced.
@@ -22,7 +23,8 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any
@@ -35,7 +37,11 @@ from pipeproof.sched.errors import ParameterError
 
 
 def trace(
-    model: nn.Module, at: Sequence[str] = (), *, keywords: Sequence[str] = ()
+    model: nn.Module,
+    at: Sequence[str] = (),
+    *,
+    keywords: Sequence[str] = (),
+    name: str = "",
 ) -> list[list[nn.Module]]:
     """Cut a model into stages of units, at modules given by name.
 
@@ -45,6 +51,8 @@ def trace(
         at: names, as in `named_modules`, of the modules that begin the second and
             later stages, in the order in which they are called.
         keywords: names of optional inputs that every step will give.
+        name: of the model, in the names of its skips; default its class. Two models
+            of one pipeline must have different ones.
 
     Returns:
         Stages for `Pipeline`, one more than names. `sum(trace(model), [])` are units
@@ -68,7 +76,8 @@ def trace(
     if not starts:
         raise ModelError(f"{type(model).__name__} calls no module: nothing can be cut")
     cuts = _cuts([nodes[i].target for i in starts], at)
-    units = _Units(model, graph).build([0, *starts[1:], len(nodes)])
+    called = name or type(model).__name__
+    units = _Units(model, graph, called).build([0, *starts[1:], len(nodes)])
     return [units[first:last] for first, last in pairwise([0, *cuts, len(units)])]
 
 
@@ -157,16 +166,47 @@ def _cuts(called: Sequence[str], at: Sequence[str]) -> list[int]:
     return cuts
 
 
+class _Unit(fx.GraphModule):
+    """A unit, which says of skips what it gives and takes. Its copies say it too."""
+
+    gives_skips: tuple[str, ...] = ()
+    takes_skips: Mapping[str, str] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Unit:
+        twin = super().__deepcopy__(memo)
+        assert isinstance(twin, _Unit)
+        twin.gives_skips, twin.takes_skips = self.gives_skips, self.takes_skips
+        return twin
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A unit to be made.
+
+    Attributes:
+        nodes: what it computes.
+        before, after: what the unit before hands on to it, and it to the next.
+        gives, takes: what goes to units further on, and comes from such.
+    """
+
+    nodes: list[fx.Node]
+    before: list[fx.Node]
+    after: list[fx.Node]
+    gives: list[fx.Node]
+    takes: list[fx.Node]
+
+
 class _Units:
     """Makes units of a graph.
 
     Args:
         model: that was traced.
         graph: of it.
+        name: in front of the names of skips.
     """
 
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, graph: fx.Graph, name: str) -> None:
+        self._model, self._name = model, name
         self._nodes = list(graph.nodes)
         entries = [node for node in self._nodes if node.op == "placeholder"]
         if not entries:
@@ -186,44 +226,47 @@ class _Units:
             for node in self._nodes[first:last]:
                 if node.op not in ("placeholder", "get_attr"):
                     unit_of[node] = unit
-        crossing: list[list[fx.Node]] = [[self._entry]]
-        for unit in range(len(starts) - 2):
-            crossing.append(
-                [
-                    node
-                    for node in self._nodes
-                    if unit_of.get(node, unit + 1) <= unit
-                    and any(unit_of[user] > unit for user in node.users)
-                ]
-            )
-        return [
-            self._unit(
+        # The model's own input is handed on by the first unit, which gets it.
+        given_by = {node: max(unit, 0) for node, unit in unit_of.items()}
+        used_in = {
+            node: {unit_of[user] for user in node.users} - {given_by[node]}
+            for node in unit_of
+        }
+        units: list[nn.Module] = []
+        for unit, (first, last) in enumerate(pairwise(starts)):
+            near = [
+                n for n in unit_of if given_by[n] == unit and unit + 1 in used_in[n]
+            ]
+            before = [
+                n for n in unit_of if given_by[n] == unit - 1 and unit in used_in[n]
+            ]
+            plan = _Plan(
+                [n for n in self._nodes[first:last] if n in given_by],
+                before if unit else [self._entry],
+                near,
                 [
                     n
-                    for n in self._nodes[first:last]
-                    if n in unit_of and n is not self._entry
+                    for n in unit_of
+                    if given_by[n] == unit and any(u > unit + 1 for u in used_in[n])
                 ],
-                before,
-                after,
+                [n for n in unit_of if given_by[n] < unit - 1 and unit in used_in[n]],
             )
-            for (first, last), before, after in zip(
-                pairwise(starts), crossing, [*crossing[1:], []]
-            )
-        ]
+            units.append(self._unit(plan, is_last=last == len(self._nodes)))
+        return units
 
-    def _unit(
-        self, nodes: list[fx.Node], before: list[fx.Node], after: list[fx.Node]
-    ) -> nn.Module:
+    def _unit(self, plan: _Plan, *, is_last: bool) -> nn.Module:
         """One that takes what was computed before, and gives what is used after."""
         graph = fx.Graph()
         value = graph.placeholder(self._own_name())
         copies: dict[fx.Node, fx.Node] = {}
         for node in self._keywords:
-            if any(user in nodes for user in node.users):
+            if any(user in plan.nodes for user in node.users):
                 copies[node] = graph.placeholder(str(node.target))
-        for place, node in enumerate(before):
+        for node in plan.takes:
+            copies[node] = graph.placeholder(node.name)
+        for place, node in enumerate(plan.before):
             copies[node] = value
-            if len(before) > 1:
+            if len(plan.before) > 1:
                 copies[node] = graph.call_function(operator.getitem, (value, place))
 
         def copied(node: fx.Node) -> fx.Node:
@@ -232,19 +275,30 @@ class _Units:
                 copies[node] = graph.node_copy(node)
             return copies[node]
 
-        for node in nodes:
-            if node.op != "output":
+        for node in plan.nodes:
+            if node.op not in ("output", "placeholder"):
                 copies[node] = graph.node_copy(node, copied)
-            else:
+            elif node.op == "output":
                 graph.output(fx.map_arg(node.args[0], copied))
-        if after:
-            given: Any = tuple(map(copied, after))
-            graph.output(given if len(given) > 1 else given[0])
-        return fx.GraphModule(self._model, graph)
+        if not is_last:
+            parts = list(map(copied, plan.after))
+            output: Any = (
+                tuple(parts) if len(parts) > 1 else parts[0] if parts else None
+            )
+            given = {self._skip(node): copied(node) for node in plan.gives}
+            graph.output((output, given) if given else output)
+        unit = _Unit(self._model, graph)
+        unit.gives_skips = tuple(map(self._skip, plan.gives))
+        unit.takes_skips = {node.name: self._skip(node) for node in plan.takes}
+        return unit
+
+    def _skip(self, node: fx.Node) -> str:
+        return f"{self._name}.{node.name}"
 
     def _own_name(self) -> str:
         """For what is handed on, unlike any keyword's."""
         name, taken = "value", {str(node.target) for node in self._keywords}
+        taken |= {node.name for node in self._nodes}
         while name in taken:
             name = f"_{name}"
         return name

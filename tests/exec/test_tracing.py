@@ -132,6 +132,58 @@ def test_traced_stages_equal_the_reference() -> None:
     against_reference(stages, schedule, *torch.randn(2, 9, WIDTH), mse)
 
 
+class Fork(Net):
+    """The second module needs nothing of the first, and gets None from it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = x.shape[0]
+        left = self.enter(x)
+        right = self.blocks[0](self.scale)
+        return self.tail(left * right) + x / count
+
+
+@pytest.mark.parametrize("cut", ["blocks.0", "tail.0", "tail.1"])
+@pytest.mark.parametrize("name", ["gpipe", "zb-h1"])
+def test_what_is_used_later_goes_there(cut: str, name: str) -> None:
+    torch.manual_seed(0)
+    model = Fork().double()
+    model.blocks[0].dropout.p = 0.0
+    schedule = catalog.make(name, devices=2, micro_batches=3)
+    stages = [nn.ModuleList(units) for units in trace(model, [cut])]
+
+    against_reference(stages, schedule, *batch(), mse)
+
+
+def test_traced_skips_go_past_the_stages_between() -> None:
+    """What `enter` made, and the batch's rows, are used in the last stage again."""
+    schedule = catalog.make("zb-h1", devices=4, micro_batches=3)
+    model = net()
+    model.scale.requires_grad_(False)  # tied: summed stage by stage
+    units = [unit for stage in trace(model) for unit in stage]
+    stages = [nn.ModuleList(part) for part in split_at(units, [2, 1, 1, 2])]
+    pipeline = Pipeline(copy.deepcopy(stages), schedule, loss_of)
+
+    assert pipeline.schedule.skips == ((0, 3),)
+    # Between them go their own outputs, and nothing else.
+    assert all(not unit.gives_skips for stage in stages[1:3] for unit in stage)
+    against_reference(stages, schedule, *batch(), loss_of)
+
+
+def test_two_models_of_one_class_need_names() -> None:
+    schedule = catalog.make("gpipe", devices=2, micro_batches=3)
+
+    def both(*names: str) -> list[list[nn.Module]]:
+        torch.manual_seed(0)
+        models = Fork().double(), Fork().double()
+        return [trace(model, name=name)[0] for model, name in zip(models, names)]
+
+    with pytest.raises(ModelError, match=r"give the skip 'Fork\.x': give each a name"):
+        Pipeline(both("", ""), schedule, mse)
+    against_reference(
+        [nn.ModuleList(units) for units in both("one", "two")], schedule, *batch(), mse
+    )
+
+
 def test_units_have_the_keys_of_the_model_and_share_its_tensors() -> None:
     model = net()
     found: dict[str, Tensor] = {}
