@@ -21,7 +21,7 @@ from pipeproof.exec.batch import LossScale
 from pipeproof.exec.errors import ModelError, RankError
 from pipeproof.exec.grid import Grid
 from pipeproof.exec.sharded import is_sharded
-from pipeproof.exec.skips import Offer, Routes
+from pipeproof.exec.skips import Offer, Routes, gives_of, said_to_take
 from pipeproof.exec.stage import StageModule, modules_of, offers_of, units_of
 from pipeproof.sched import Schedule
 
@@ -134,9 +134,13 @@ def _parameters(module: StageModule) -> list[nn.Parameter]:
 
 
 def _shapes(module: StageModule) -> str:
-    """Its units and its parameters, in words."""
+    """Its units, its skips and its parameters, in words."""
     shapes = [f"{list(p.shape)} {p.dtype}" for p in _parameters(module)]
-    return f"{len(units_of(module))} units; {', '.join(shapes) or 'no parameters'}"
+    words = [f"{len(units_of(module))} units"]
+    for unit in units_of(module):
+        words += [f"gives {name!r}" for name in gives_of(unit)]
+        words += [f"takes {name!r}" for name in said_to_take(unit).values()]
+    return "; ".join([*words, ", ".join(shapes) or "no parameters"])
 
 
 def _checksum(module: StageModule | None) -> str:

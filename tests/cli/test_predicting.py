@@ -105,6 +105,18 @@ def test_every_option_reaches_the_simulator() -> None:
     assert run["peak_bytes"] == trace.peak_bytes
 
 
+def test_skips_of_a_file_have_bytes(tmp_path: Path) -> None:
+    schedule = catalog.make("1f1b", devices=3, micro_batches=2).with_skips([(0, 2)])
+    file = tmp_path / "skipping.txt"
+    file.write_text(schedule.format(), "utf-8")
+
+    run = of(f"simulate {file} --weight-grad 0 --skip-bytes 4 --link-bandwidth 1")
+
+    cost = Cost(weight_grad=0, skip_bytes=4)
+    trace = simulate(schedule, cost, Cluster(link_bandwidth=1))
+    assert (run["makespan"], run["peak_bytes"]) == (16, trace.peak_bytes)
+
+
 def test_people_read_each_metric_by_its_name() -> None:
     shown = call("simulate 1f1b -p 4 -m 8 --link-latency 1").stdout
 

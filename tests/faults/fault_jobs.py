@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from models import GivesOne, TakesOne
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.nn import functional
@@ -122,6 +123,10 @@ def wronged(ranks: Ranks, wrong: Wrong) -> Said:
         x = x.abs()
     if here and kind == "dtype":
         stages[0].double()
+    if kind == "skips":
+        name = "fine" if here else "coarse"
+        last = nn.Sequential(TakesOne(name), nn.Linear(WIDTH, WIDTH))
+        stages = [nn.Sequential(GivesOne(name, WIDTH)), last]
     pipeline: Pipeline | None = None
 
     def step() -> str:

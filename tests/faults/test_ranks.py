@@ -46,6 +46,11 @@ def two() -> Iterator[Do]:
             "ranks differ; give all the same",
         ),
         (
+            Wrong("skips", 1),
+            "ranks 0: 1 units; gives 'coarse'",
+            "ranks 1: 1 units; gives 'fine'",
+        ),
+        (
             Wrong("double", 0),
             "rank 1 failed in the step: StepError: the step broke off at 1F0",
             "StepError: the step broke off at 1F0",
