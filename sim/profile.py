@@ -85,9 +85,10 @@ def links_of(
 ) -> Links:
     """Of each link, the median time from handing a message over to having it.
 
-    Of messages whose receive was posted in time. Where the link's rate is known, what
-    its messages' bytes take of that is left to its bandwidth, and the rest is latency;
-    elsewhere all of it is, for the messages of a link have one size.
+    Of messages whose receive was posted in time; of a link without any, from when the
+    receive was posted. Where the link's rate is known, what its messages' bytes take of
+    that is left to its bandwidth, and the rest is latency; elsewhere all of it is, for
+    the messages of a link have one size.
 
     Args:
         traces: as for `cost_of`.
@@ -96,21 +97,22 @@ def links_of(
     """
     rates = rates or {}
     found: dict[tuple[int, int], list[NDArray[Any]]] = {}
+    late: dict[tuple[int, int], list[NDArray[Any]]] = {}
     for trace in traces:
         send, recv = trace.program.send_of, trace.program.recv_of
-        took = trace.end[recv] - trace.start[send]
+        took = trace.end[recv] - np.maximum(trace.start[send], trace.start[recv])
         if rates:
             took -= _in_transit(trace, rates, output_bytes)
         in_time = trace.start[recv] <= trace.start[send]
         ends = trace.program.messages[:, 6:8]
         for source, target in np.unique(ends, axis=0).tolist():
-            mine = in_time & (ends == (source, target)).all(axis=1)
-            found.setdefault((source, target), []).append(took[mine])
-    medians: dict[tuple[int, int], Number] = {
-        link: max(0.0, float(np.median(times)))
-        for link, several in found.items()
-        if len(times := np.concatenate(several))
-    }
+            mine = (ends == (source, target)).all(axis=1)
+            found.setdefault((source, target), []).append(took[mine & in_time])
+            late.setdefault((source, target), []).append(took[mine & ~in_time])
+    medians: dict[tuple[int, int], Number] = {}
+    for link, several in found.items():
+        times = np.concatenate(several if any(map(len, several)) else late[link])
+        medians[link] = max(0.0, float(np.median(times)))
     return {
         link: Link(latency=latency, bandwidth=rates.get(link))
         for link, latency in medians.items()

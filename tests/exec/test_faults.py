@@ -167,7 +167,7 @@ def test_ranks_that_stand_still(do: Do) -> None:
     for message in do(standing_still, Fault("still", 2)):
         assert "no rank has moved for 1 s:\n" in message
         assert "  rank 2: 0 a long op\n" in message
-        assert "waiting for what the other ranks are to run" in message
+        assert "waiting for the other ranks' skips" in message
 
 
 def test_a_rank_that_is_interrupted_while_it_waits(do: Do) -> None:

@@ -70,6 +70,19 @@ def test_links_are_measured_each_by_itself() -> None:
     assert links_of([trace]) == links
 
 
+def test_a_link_whose_receives_all_came_late_is_not_lost() -> None:
+    """On a busy machine none was posted in time, and the link was left out."""
+    schedule = catalog.make("gpipe", devices=2, micro_batches=2)
+    trace = simulate(schedule, Cost(1.0), Cluster(link_latency=2.0))
+    messages = trace.program.messages
+    recv = messages[messages[:, 6] == 0, 9]
+    start = trace.start.copy()
+    start[recv] = trace.end[recv] - 0.5
+    late = replace(trace, timetable=Timetable(start, trace.end))
+
+    assert links_of([late]) == {(0, 1): Link(0.5), (1, 0): Link(2.0)}
+
+
 def test_a_link_s_rate_is_told_from_its_latency() -> None:
     links = {(0, 1): Link(0.25, 8.0), (1, 0): Link(0.5, 16.0)}
     trace = simulate(
