@@ -183,9 +183,9 @@ def fate_of(module: str, number: int | None, limit_s: float) -> Found:
 def main() -> None:
     """Sample, run, write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sample", type=int, default=30, help="of each judge")
-    parser.add_argument("--of-others", type=int, default=8, help="of each other module")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--sample", type=int, default=36, help="of each judge")
+    parser.add_argument("--of-others", type=int, default=2, help="of each other module")
+    parser.add_argument("--seed", type=int, default=20261128)
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--limit", type=float, default=180.0, help="seconds for each")
     parser.add_argument("--only", action="append", help="these modules")

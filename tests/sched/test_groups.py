@@ -353,6 +353,28 @@ def test_a_group_is_not_behind_what_none_of_it_waits_for() -> None:
     )
 
 
+def test_a_cycle_through_several_groups_is_named() -> None:
+    program = lower(catalog.make("1f1b", devices=2, micro_batches=1))
+    parts = parts_of(program)
+    speak = [part for part in parts if part.message >= 0]
+    for number, part in enumerate(speak):
+        part.group = number
+    parts[0].waits = [speak[-1].key]
+
+    (finding,) = check(assembled(program, parts), streams="dir").findings
+    assert finding.found == (
+        "a cycle of waits, and 8 instructions that never end: "
+        "0F0 (0, device 0, compute) waits for "
+        "recv gradient 1→0:0 (6, device 0, receive from 1) waits for "
+        "send gradient 1→0:0 (5, device 1, send to 0) waits for "
+        "1B0 (4, device 1, compute) waits for "
+        "1F0 (3, device 1, compute) waits for "
+        "recv activation 0→1:0 (2, device 1, receive from 0) waits for "
+        "send activation 0→1:0 (1, device 0, send to 1) waits for "
+        "0F0 (0, device 0, compute)"
+    )
+
+
 def test_one_group_saves_two_that_send_first() -> None:
     """In one stream, two sends that meet hang under rendezvous; grouped they do not."""
     schedule = catalog.make("1f1b", devices=2, micro_batches=2)
