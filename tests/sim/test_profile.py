@@ -72,15 +72,22 @@ def test_links_are_measured_each_by_itself() -> None:
 
 def test_a_link_s_rate_is_told_from_its_latency() -> None:
     links = {(0, 1): Link(0.25, 8.0), (1, 0): Link(0.5, 16.0)}
-    trace = simulate(
-        catalog.make("1f1b", devices=2, micro_batches=4),
-        Cost(1.0, boundary_bytes=[2, 0]),
-        Cluster(links=links),
-    )
+    cost = Cost(1.0, boundary_bytes=[2, 0])
+    schedule = catalog.make("1f1b", devices=2, micro_batches=4)
+    trace = simulate(schedule, cost, Cluster(links=links))
 
-    found = links_of([trace], {(0, 1): 8.0, (1, 0): 16.0}, [2, 0])
+    assert links_of([trace], {(0, 1): 8.0, (1, 0): 16.0}, cost) == links
 
-    assert found == links
+
+def test_a_link_whose_receives_all_come_late_is_there_too() -> None:
+    schedule = catalog.make("1f1b", devices=2, micro_batches=4)
+    trace = simulate(schedule, Cost(1.0), Cluster(link_latency=0.5))
+    start, program = trace.start.copy(), trace.program
+    start[program.recv_of] = start[program.send_of] + 0.125
+
+    found = links_of([replace(trace, timetable=Timetable(start, trace.end))])
+
+    assert found == {(0, 1): Link(0.375), (1, 0): Link(0.375)}
 
 
 def test_of_other_devices() -> None:
