@@ -151,8 +151,7 @@ def fresh(pipeline: Pipeline, example: Example, rounds: int) -> tuple[list[float
 def measured_from(taken: Profile, text: str) -> Measured:
     """A profile as a cost, in seconds."""
     cost = replace(cost_of(taken.traces), **bytes_of(taken.stages))
-    output = [stage.output for stage in taken.stages]
-    links = links_of(taken.traces, taken.link_rates, output)
+    links = links_of(taken.traces, taken.link_rates, cost)
     return Measured(cost, links, taken.outside_s, text)
 
 

@@ -81,38 +81,38 @@ def occupied(trace: Trace) -> Trace:
 def links_of(
     traces: Sequence[Trace],
     rates: Mapping[tuple[int, int], float] | None = None,
-    output_bytes: Sequence[float] = (),
+    cost: Cost | None = None,
 ) -> Links:
     """Of each link, the median time from handing a message over to having it.
 
-    Of messages whose receive was posted in time; of a link without any, from when the
-    receive was posted. Where the link's rate is known, what its messages' bytes take of
+    Of messages whose receive was posted in time; in a step where there are none, from
+    when it was posted. Where the link's rate is known, what its messages' bytes take of
     that is left to its bandwidth, and the rest is latency; elsewhere all of it is, for
     the messages of a link have one size.
 
     Args:
         traces: as for `cost_of`.
         rates: of links, bytes per unit of the traces' time.
-        output_bytes: of each stage, for a whole micro-batch, if there are rates.
+        cost: that knows bytes, if there are rates.
     """
     rates = rates or {}
     found: dict[tuple[int, int], list[NDArray[Any]]] = {}
-    late: dict[tuple[int, int], list[NDArray[Any]]] = {}
     for trace in traces:
         send, recv = trace.program.send_of, trace.program.recv_of
         took = trace.end[recv] - np.maximum(trace.start[send], trace.start[recv])
-        if rates:
-            took -= _in_transit(trace, rates, output_bytes)
+        if rates and cost is not None:
+            took -= _in_transit(trace, rates, cost)
         in_time = trace.start[recv] <= trace.start[send]
         ends = trace.program.messages[:, 6:8]
         for source, target in np.unique(ends, axis=0).tolist():
             mine = (ends == (source, target)).all(axis=1)
-            found.setdefault((source, target), []).append(took[mine & in_time])
-            late.setdefault((source, target), []).append(took[mine & ~in_time])
-    medians: dict[tuple[int, int], Number] = {}
-    for link, several in found.items():
-        times = np.concatenate(several if any(map(len, several)) else late[link])
-        medians[link] = max(0.0, float(np.median(times)))
+            if (mine & in_time).any():
+                mine &= in_time
+            found.setdefault((source, target), []).append(took[mine])
+    medians = {
+        link: max(0.0, float(np.median(np.concatenate(several))))
+        for link, several in found.items()
+    }
     return {
         link: Link(latency=latency, bandwidth=rates.get(link))
         for link, latency in medians.items()
@@ -120,16 +120,12 @@ def links_of(
 
 
 def _in_transit(
-    trace: Trace, rates: Mapping[tuple[int, int], float], output_bytes: Sequence[float]
+    trace: Trace, rates: Mapping[tuple[int, int], float], cost: Cost
 ) -> NDArray[Any]:
     """Of each message, the time that its bytes take at its link's rate."""
-    program = trace.program
-    parts = program.schedule.slices
-    return np.array(
-        [
-            output_bytes[min(m.source_stage, m.target_stage)]
-            / parts
-            / rates.get((m.source, m.target), np.inf)
-            for m in map(program.message_at, range(len(program.send_of)))
-        ]
-    )
+    program, size = trace.program, cost.sizes(trace.program).bytes
+    assert size is not None
+    reads, read = program.reads, np.zeros(len(program))
+    np.add.at(read, reads.owner, size[reads.values].astype(float))
+    ends = map(tuple, program.messages[:, 6:8].tolist())
+    return read[program.send_of] / [rates.get(link, np.inf) for link in ends]

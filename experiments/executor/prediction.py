@@ -109,9 +109,10 @@ def measured(ranks: Ranks, group: str, rounds: int) -> list[Row]:
                     times[number].append(took)
     peaks = [peak_of(one, stages, x) for one in fresh]
     said = ranks.exchange([plain, traced, peaks, median(outside)], "the others'")
+    cost = replace(cost_of(traces), **bytes_)
     found = Measured(
-        replace(cost_of(traces), **bytes_),
-        links_of(traces, first.link_rates, bytes_["boundary_bytes"]),
+        cost,
+        links_of(traces, first.link_rates, cost),
         max(of_rank[3] for of_rank in said),
     )
     rows = []
