@@ -235,6 +235,25 @@ def wholes(rounds: int, sizes: list[tuple[int, int]]) -> list[str]:
     return lines
 
 
+SCHEDULES = (
+    ("1f1b", 8, 128),
+    ("1f1b", 64, 1024),
+    ("1f1b", 128, 4096),
+    ("interleaved", 128, 1024),
+    ("zb-h1", 64, 1024),
+    ("zb-v", 64, 1024),
+    ("seq1f1b", 64, 512),
+    ("hanayo", 64, 512),
+    # Two pipes, overlap groups or copies, which take the general way of `check`.
+    ("dualpipe-v", 64, 512),
+    ("dualpipe", 64, 1024),
+    ("chimera", 64, 1024),
+    ("bpipe", 64, 1024),
+    ("pipeoffload", 64, 512),
+)
+"""Names, devices and micro-batches."""
+
+
 def again(rounds: int) -> list[str]:
     """From a schedule to metrics, in a process that has done it before."""
     lines = [
@@ -245,13 +264,7 @@ def again(rounds: int) -> list[str]:
         "| schedule | P, M | compute ops | s | ops a second |",
         "|-|-|-|-|-|",
     ]
-    for name, p, m in (
-        ("1f1b", 8, 128),
-        ("1f1b", 64, 1024),
-        ("1f1b", 128, 4096),
-        ("interleaved", 128, 1024),
-        ("zb-v", 64, 1024),
-    ):
+    for name, p, m in SCHEDULES:
         found = medians(sized(AGAIN, name, p, m), rounds)
         rate = f"{found['ops'] / found['seconds']:,.0f}"
         ops = f"{found['ops']:,.0f}"
