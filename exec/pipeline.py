@@ -36,6 +36,7 @@ from pipeproof.exec.group import Along, Ranks
 from pipeproof.exec.homes import check_count, place, refuse_shared, torch_devices
 from pipeproof.exec.input_grads import pass_on
 from pipeproof.exec.ranked import Ranked
+from pipeproof.exec.recomputed import Recomputed, recompute_only
 from pipeproof.exec.rng import step_seed
 from pipeproof.exec.runtime import Runtime
 from pipeproof.exec.sharded import check_wrapped
@@ -121,6 +122,10 @@ class Pipeline:
             looks at every one of them, for which each op waits for its device: for
             finding out, not for every day. What REDUCE adds up is not looked at, nor,
             with a scaler, gradients; `evaluate` and `predict` look at nothing.
+        recomputed: what of a stage an R of the schedule runs again, where that is not
+            all of it, while the rest keeps its activations: a function of a module,
+            as `lambda module: isinstance(module, Block)`; or for each stage the
+            places of its layers, as `fit_selective` chooses them.
 
     Attributes:
         schedule: what is run, with the skips of the stages.
@@ -133,7 +138,8 @@ class Pipeline:
             one that shares a parameter across devices, or across stages where
             several devices hold one; with slices, a unit that mixes positions and
             takes no carry.
-        ParameterError: another number of devices, or an unknown loss scale.
+        ParameterError: another number of devices, an unknown loss scale, or
+            recomputed layers that are not there or that no R runs again.
         UnsupportedError: ops that are not lowered to a program yet.
         RankError: the ranks were given different things, or another one failed.
 
@@ -153,8 +159,9 @@ class Pipeline:
         ranks: Ranks | Along | bool = False,
         data_parallel: Along | int = 1,
         check_finite: bool = False,
+        recomputed: Recomputed | None = None,
     ) -> None:
-        self._check_finite = check_finite
+        self._check_finite, self._recomputed = check_finite, recomputed
         self._trace: Trace | None = None
         self._losses: list[Tensor] = []
         self._ranked: Ranked | None = None
@@ -182,6 +189,8 @@ class Pipeline:
             if grid is None:
                 check_wrapped(list(stages), schedule, None)
                 homes = place(list(stages), schedule, self._devices, routes)
+                if recomputed is not None:
+                    recompute_only(homes, list(stages), schedule, recomputed)
                 self._runtime = Runtime(
                     self.program,
                     homes,
@@ -208,6 +217,10 @@ class Pipeline:
             if self.schedule.slices > 1:
                 check_sliced(stage.units)
         refuse_shared(self.schedule, ranked.homes, len(grid.rows))
+        if self._recomputed is not None:
+            recompute_only(
+                ranked.homes, stages, self.schedule, self._recomputed, ranked.sharded
+            )
         links = ranked.links
         self._runtime = Runtime(
             self.program,
