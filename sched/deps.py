@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.ir import BACKWARD_KINDS, BESIDE_KINDS, STAGE_KINDS, Kind, Schedule
+from pipeproof.sched.kernels import columns as new_columns
 from pipeproof.sched.kernels import csr as csr
 from pipeproof.sched.kernels import levels, run
 
@@ -241,12 +242,26 @@ def neighbours(
 ) -> tuple[Index, Index]:
     """For each node the nearest that counts before and behind it on its device."""
     size = len(device)
-    place = np.arange(size, dtype=np.int32)
-    before, behind = np.full(size, -1, np.int32), np.full(size, size, np.int32)
-    before[1:] = np.maximum.accumulate(np.where(counts, place, -1))[:-1]
-    behind[:-1] = np.minimum.accumulate(np.where(counts, place, size)[::-1])[-2::-1]
-    for near, outside in ((before, -1), (behind, size)):
-        there = near != outside
-        there[there] = device[near[there]] == device[there]
-        near[~there] = -1
+    near = new_columns(*[(size, np.int32)] * 2)
+    columns = [device, counts, *near]
+    before, behind = run(_neighbours, columns, results=[2, 3], size=size)
     return before, behind
+
+
+def _neighbours(device: Any, counts: Any, before: Any, behind: Any) -> None:
+    """Devices ascend."""
+    size = len(device)
+    last = -1
+    for node in range(size):
+        if last >= 0 and device[last] != device[node]:
+            last = -1
+        before[node] = last
+        if counts[node]:
+            last = node
+    last = -1
+    for node in range(size - 1, -1, -1):
+        if last >= 0 and device[last] != device[node]:
+            last = -1
+        behind[node] = last
+        if counts[node]:
+            last = node
