@@ -42,13 +42,20 @@ def peaks_with_copies(
         for where in (HERE, AWAY)
         for touch in (Touch.WRITE, Touch.TAKE)
     ]
-    ops = [moving, program.first_op, program.op_count, program.stream]
-    columns = [*ops, rows_of(schedule), *by_op, np.zeros(len(device_of), np.int64)]
-    (sizes,) = run(_count, columns, results=[9], size=len(moving))
+    columns: list[NDArray[Any]] = [
+        moving,
+        program.first_op,
+        program.op_count,
+        program.stream,
+        rows_of(schedule),
+        *by_op,
+    ]
+    sizes = np.zeros(len(device_of), dtype=np.int64)
+    (sizes,) = run(_count, [*columns, sizes], results=[9], size=len(moving))
     at = np.cumsum([0, *sizes.tolist()])
     total = int(at[-1])
     events = new_columns((total, start.dtype), (total, np.int64), (total, np.int64))
-    columns[9:] = [at[:-1].copy(), start, end, *events]
+    columns += [at[:-1].copy(), start, end, *events]
     time, moment, change = run(_queue, columns, results=[12, 13, 14], size=total)
     queues: list[list[int]] = [[] for _ in range(schedule.devices)]
     for queue, device in enumerate(device_of):
