@@ -338,8 +338,8 @@ def main() -> None:
             f"{len(found)}."
             for name, found in summaries.items()
         ),
-        f"CPU of the tiny MLP: from {min(tiny):.0f} to {max(tiny):.0f} µs an action; at "
-        f"most 75 in {sum(c <= 75 for c in tiny)} of {len(tiny)}.",
+        f"CPU of the tiny MLP: from {min(tiny):.0f} to {max(tiny):.0f} µs an action; "
+        f"at most 75 in {sum(c <= 75 for c in tiny)} of {len(tiny)}.",
     ]
     for model, rows in tables.items():
         text += [
