@@ -189,6 +189,7 @@ class Conditions:
     weight_grad: Any
     backward: Any
     recompute: Any
+    step: Any
     overlap: Any
     weight_grad_memory: Number | None
     weight_bytes: Any
@@ -294,6 +295,7 @@ _CONDITIONS = [
     _amount("--weight-grad", "Time of W; default 1."),
     _amount("--backward", "Time of B; default I + W."),
     _amount("--recompute", "Time of R; default F."),
+    _amount("--step", "Time of STEP; default 0."),
     _amount("--overlap", "Joint time of F&B; default F + B."),
     _number(
         "--weight-grad-memory",

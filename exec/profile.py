@@ -366,7 +366,7 @@ def _of_rows(schedule: Schedule, change: Rows) -> Schedule:
 
 def _whole(row: Sequence[Op]) -> list[Op]:
     """Only forwards and backwards, each of these where the gradient goes on."""
-    dropped = (*BESIDE_KINDS, Kind.R, Kind.W)
+    dropped = (*BESIDE_KINDS, Kind.R, Kind.W, Kind.STEP)
     return [
         op._replace(kind=Kind.B) if op.kind == Kind.I else op
         for op in row
