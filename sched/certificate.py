@@ -13,7 +13,7 @@ from pipeproof.sched.ir import Kind, Schedule
 ASSUMPTIONS = (
     "rows of a batch are independent: a stage's output for a row depends on no other",
     "the loss is a sum, or a weighted mean, over micro-batches",
-    "micro-batches share no state but the weights, which do not change in a step",
+    "micro-batches share no state but the weights, which only a STEP changes",
     "a stage is a deterministic function of weights, input, and random numbers keyed "
     "by micro-batch and slice",
 )
