@@ -30,7 +30,7 @@ from pipeproof.exec.homes import refuse_shared
 from pipeproof.exec.sharded import check_wrapped
 from pipeproof.exec.stage import Stage
 from pipeproof.exec.ties import _check
-from pipeproof.sched import PipeproofError, Schedule, catalog, recompute
+from pipeproof.sched import PipeproofError, Schedule, catalog, recompute, with_steps
 
 mse = functional.mse_loss
 CHAPTER = (Path(pipeproof.exec.__file__).parent / "MODELS.md").read_text("utf-8")
@@ -75,6 +75,24 @@ def step(
     stages = stages or [Masked(), Masked()]
     pipeline = Pipeline(stages, plan, loss, loss_scale=scale)
     pipeline.step(inputs, targets, keywords=keywords or {})
+
+
+def sgd(stages: list[nn.Module]) -> list[Any]:
+    return [torch.optim.SGD(stage.parameters()) for stage in stages]
+
+
+def one_for_all(stages: list[nn.Module]) -> list[Any]:
+    return [torch.optim.SGD([p for s in stages for p in s.parameters()])] * 2
+
+
+def stepping(
+    optimizers: Callable[[list[nn.Module]], Any],
+    plan: Schedule | None = None,
+    stages: list[nn.Module] | None = None,
+) -> Pipeline:
+    stages = stages or mlp(2)
+    plan = plan or with_steps(schedule())
+    return Pipeline(stages, plan, mse, optimizers=optimizers(stages))
 
 
 def in_inference_mode() -> None:
@@ -324,6 +342,22 @@ REFUSED: dict[str, Callable[[], Any]] = {
     ),
     "trace calls": lambda: trace(Net(), ["c"]),
     "wrapped": lambda: step(stages=[wrapped(), *mlp(1)]),
+    "targets missing": lambda: step(X, None),
+    "targets unused": lambda: step(loss=lambda output: output.sum()),
+    "weights of targets": lambda: step(
+        X, None, loss=lambda output: output.sum(), scale=len
+    ),
+    "optimizers missing": lambda: stepping(lambda stages: None),
+    "STEPs missing": lambda: stepping(sgd, schedule()),
+    "optimizers": lambda: stepping(lambda stages: sgd(stages)[:1]),
+    "optimizer": lambda: stepping(lambda stages: ["sgd", None]),
+    "optimizer lacks": lambda: stepping(lambda stages: [None, sgd(stages)[1]]),
+    "optimizer of others": lambda: stepping(one_for_all),
+    "tied, stepped": lambda: stepping(sgd, stages=tied()[::3]),
+    "norm, stepped": lambda: stepping(sgd).clip_grad_norm_(1.0),
+    "scaler, stepped": lambda: stepping(sgd).step(
+        X, X, scaler=torch.amp.GradScaler("cpu")
+    ),
 }
 
 
@@ -392,6 +426,7 @@ WHERE_RANKS_ARE = {
     "no stage": ("exec/test_faults.py", "was given None for it"),
     "part missing": ("faults/test_ranks.py", "and one of its stages needs them"),
     "other rows": ("faults/test_ranks.py", "and the inputs 6"),
+    "accumulate": ("exec/test_updating.py", "was called with accumulate=True"),
     "keyword missing": ("exec/test_values.py", "which a unit of its stages"),
     "other shapes": ("faults/test_ranks.py", "in the step before, for a batch of"),
 }
@@ -423,7 +458,7 @@ def test_the_examples_print_what_they_say(capsys: pytest.CaptureFixture[str]) ->
     names = {"__name__": "example"}  # what one makes, the next may use
     torch.manual_seed(0)
 
-    assert len(examples) == 2
+    assert len(examples) == 3
     for example in examples:
         exec(compile(example, "MODELS.md", "exec"), names)
         assert f"It prints `{capsys.readouterr().out.strip()}`" in CHAPTER
