@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from pipeproof.exec import tensors
-from pipeproof.exec.batch import LossFn, Value
+from pipeproof.exec.batch import Value
 from pipeproof.exec.engine import backward as run_backward
 from pipeproof.exec.errors import LossError, ModelError
 from pipeproof.exec.replicas import Run
@@ -72,7 +72,9 @@ class Binder:
         stashes: what forwards stored that is offloaded.
     """
 
-    def __init__(self, program: Program, homes: Homes, loss_fn: LossFn) -> None:
+    def __init__(
+        self, program: Program, homes: Homes, loss_fn: Callable[[Any, Any], Any]
+    ) -> None:
         self.program = program
         self.homes = homes
         self.values: list[Any] = [None] * len(program.buffers)
@@ -152,7 +154,7 @@ class Binder:
                 values[buffer] = tensors.handed_on(left[target])
             if last:
                 self.step.outputs[op.micro_batch][op.slice] = output
-            if not last or self.step.targets:
+            if not last or self.step.with_loss:
                 output = finish(output)
             if out >= 0:
                 values[out] = tensors.handed_on(output)

@@ -11,6 +11,7 @@ from pipeproof.exec.errors import ModelError
 from pipeproof.exec.replicas import Replica
 from pipeproof.exec.skips import NO_ROUTES, Routes
 from pipeproof.exec.stage import Stage, StageModule, check_sliced
+from pipeproof.exec.updating import refuse_tied
 from pipeproof.sched import ParameterError, Schedule
 
 
@@ -75,6 +76,12 @@ def place(
     return homes
 
 
+def originals(homes: Mapping[tuple[int, int], Stage]) -> list[Stage]:
+    """The stages as the user has them, in order."""
+    found = {stage.number: stage.original for stage in homes.values()}
+    return [found[number] for number in sorted(found)]
+
+
 def refuse_shared(
     schedule: Schedule, homes: Mapping[tuple[int, int], Stage], replicas: int = 1
 ) -> None:
@@ -87,6 +94,7 @@ def refuse_shared(
                 continue
             both = f"stages {first.number} and {stage.number} share a parameter of "
             both += f"shape {tuple(parameter.shape)}"
+            refuse_tied(schedule, both)
             if first.device != stage.device:
                 raise ModelError(
                     f"{both} across {first.device} and {stage.device}: put both on one "

@@ -23,6 +23,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from pipeproof.exec import tensors
 from pipeproof.exec.batch import LossFn
 from pipeproof.exec.graph import Graph, node_of
+from pipeproof.exec.losses import Loss
 from pipeproof.exec.measure import saved_by
 from pipeproof.exec.skips import gives_of, parted
 from pipeproof.exec.split import Root, Splitter
@@ -51,8 +52,7 @@ def profile_layers(
     Args:
         layers: in order, on the device that is to be measured.
         inputs: of the first, on that device; one micro-batch.
-        loss_fn: (output of the last, targets) → scalar; it counts as part of the last
-            layer's stage.
+        loss_fn: as for `Pipeline`; it counts as part of the last layer's stage.
         targets: of the micro-batch, for the loss.
         repeats: runs of each layer, of which the fastest counts, after one that does
             not count.
@@ -89,11 +89,11 @@ class _Loss(nn.Module):
 
     def __init__(self, loss_fn: LossFn, targets: Any) -> None:
         super().__init__()
-        self._loss_fn, self._targets = loss_fn, targets
+        self._loss, self._targets = Loss.of(loss_fn), targets
 
     def forward(self, output: Any) -> Any:
         """→ scalar."""
-        return self._loss_fn(output, self._targets)
+        return self._loss.call(output, self._targets)
 
 
 class _Profiler:

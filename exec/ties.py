@@ -28,6 +28,7 @@ from pipeproof.exec.reducing import Reducer
 from pipeproof.exec.replicas import Sums
 from pipeproof.exec.sharded import is_sharded
 from pipeproof.exec.stage import StageModule, units_of
+from pipeproof.exec.updating import refuse_tied
 from pipeproof.sched import Schedule
 
 Place = tuple[int, int]
@@ -170,6 +171,7 @@ def _check(
     group: Sequence[Place], schedule: Schedule, stages: Sequence[StageModule | None]
 ) -> None:
     words = " and ".join(str(stage) for stage, _ in group)
+    refuse_tied(schedule, f"stages {words} share a parameter")
     if any(len(holders(schedule, stage)) > 1 for stage, _ in group):
         raise ModelError(
             f"stages {words} share a parameter, and several devices hold replicas of a "

@@ -8,18 +8,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeproof.sched.findings import Finding, Report
-from pipeproof.sched.ir import Schedule
+from pipeproof.sched.ir import Kind, Schedule
 
 ASSUMPTIONS = (
     "rows of a batch are independent: a stage's output for a row depends on no other",
     "the loss is a sum, or a weighted mean, over micro-batches",
-    "micro-batches share no state but the weights, which do not change in a step",
+    "micro-batches share no state but the weights, which only a STEP changes",
     "a stage is a deterministic function of weights, input, and random numbers keyed "
     "by micro-batch and slice",
 )
 OF_SLICES = (
     "keys and values of a micro-batch's slices, and their gradients, stay on the "
     "device from its first slice to its last backward",
+)
+
+OF_STEPS = (
+    "what a STEP makes of a stage's weights depends on these, on their gradient and on "
+    "what its optimizer keeps of them, and on no other stage",
 )
 
 SHOWN = 8
@@ -96,9 +101,10 @@ class Certificate:
         return json.dumps(self.to_dict())
 
     def __str__(self) -> str:
+        stepped = self.schedule.has(Kind.STEP)
         lines = [
             f"{self.schedule.summary}: proved: the gradient is that of unpipelined "
-            "training",
+            f"training{', and each STEP updates by it' if stepped else ''}",
             f"  schedule {self.schedule.digest[:16]}, program {self.program[:16]}",
             "  without deadlock under any buffering (streams 'dir'), without races",
             "assuming",

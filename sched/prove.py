@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pipeproof.sched.certificate import (
     ASSUMPTIONS,
     OF_SLICES,
+    OF_STEPS,
     SHOWN,
     Certificate,
     Chain,
@@ -37,6 +38,7 @@ from pipeproof.sched.lower import lower
 from pipeproof.sched.matching import meetings, misgrouped, mismatches
 from pipeproof.sched.program import Action, BufferKind, Program
 from pipeproof.sched.races import races
+from pipeproof.sched.updates import updates
 from pipeproof.sched.walk import Walk
 
 
@@ -78,6 +80,7 @@ def prove(program: Program | Schedule) -> Certificate | Refutation:
     walk = Walk(program, slots(program).tolist(), partners)
     walk.run(order.tolist())
     trees, findings = _gradients(program, walk)
+    findings += tuple(updates(program, walk))
     if findings:
         first = walk.difference
         found = () if first is None else (told(program, walk, first),)
@@ -85,10 +88,15 @@ def prove(program: Program | Schedule) -> Certificate | Refutation:
     return Certificate(
         schedule,
         _digest(program),
-        ASSUMPTIONS + (OF_SLICES if schedule.slices > 1 else ()),
+        _assumptions(schedule),
         trees,
         tuple(walk.peaks),
     )
+
+
+def _assumptions(schedule: Schedule) -> tuple[str, ...]:
+    of_slices = OF_SLICES if schedule.slices > 1 else ()
+    return ASSUMPTIONS + of_slices + (OF_STEPS if schedule.has(Kind.STEP) else ())
 
 
 def _order(

@@ -19,7 +19,7 @@ from pipeproof.sched import Kind, Program, Schedule, Trace
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, is_number, plain
 from pipeproof.sched.kernels import columns as new_columns
-from pipeproof.sched.kernels import run
+from pipeproof.sched.kernels import numbered, run
 from pipeproof.sched.weights import Sizes
 from pipeproof.sim.per_stage import Table, divide
 
@@ -40,6 +40,7 @@ class Cost:
         weight_grad: time of W.
         backward: time of B; default input_grad + weight_grad.
         recompute: time of R; default forward.
+        step: time of STEP; default 0.
         overlap: joint time of a group F&B (or F&I&W), by F's stage; default
             the sum of its ops, as for every other group.
         weight_grad_memory: the part of the activations, beside the stage's input,
@@ -75,6 +76,7 @@ class Cost:
     weight_grad: PerStage = 1
     backward: PerStage | None = None
     recompute: PerStage | None = None
+    step: PerStage = 0
     overlap: PerStage | None = None
     weight_grad_memory: PerStage = 1
     weight_bytes: PerStage | None = None
@@ -180,11 +182,13 @@ class Cost:
         for nth in range(1, int(count.max())):
             there = count[groups] > nth
             more = place[np.where(there, first[groups] + nth, 0)]
-            _, alike = np.unique(alike, return_inverse=True)
+            _, alike = numbered(alike)
             alike = alike * (len(numbers) + 1) + np.where(there, more, len(numbers))
-        _, example, alike = np.unique(alike, return_index=True, return_inverse=True)
+        different, alike = numbered(alike)
         which[groups] = len(numbers) + alike
-        for group in groups[example].tolist():
+        example = np.empty(len(different), dtype=np.int64)
+        example[alike[::-1]] = groups[::-1]  # the first
+        for group in example.tolist():
             members = range(int(first[group]), int(first[group] + count[group]))
             parts = [numbers[place[i]] for i in members]
             numbers.append(self._joint(schedule, members, parts))
@@ -215,9 +219,11 @@ class Cost:
         else:
             backward = of("backward", self.backward)
         again = forward if self.recompute is None else of("recompute", self.recompute)
+        step = self.per_stage("step", self.step, schedule, per_share=True)
         free: Table = [[0] * schedule.stages for _ in forward]
         times = dict.fromkeys(Kind, free)
         times |= {Kind.F: forward, Kind.B: backward, Kind.R: again}
+        times[Kind.STEP] = step  # once a step, of all slices together
         return times | {Kind.I: input_grad, Kind.W: weight_grad}
 
     def per_stage(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
-from itertools import cycle
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
@@ -32,7 +32,7 @@ from pipeproof.exec.recomputed import recompute_only
 from pipeproof.exec.sharded import check_wrapped
 from pipeproof.exec.stage import Stage
 from pipeproof.exec.ties import _check
-from pipeproof.sched import PipeproofError, Schedule, catalog, recompute
+from pipeproof.sched import PipeproofError, Schedule, catalog, recompute, with_steps
 
 mse = functional.mse_loss
 CHAPTER = (Path(pipeproof.exec.__file__).parent / "MODELS.md").read_text("utf-8")
@@ -77,6 +77,24 @@ def step(
     stages = stages or [Masked(), Masked()]
     pipeline = Pipeline(stages, plan, loss, loss_scale=scale)
     pipeline.step(inputs, targets, keywords=keywords or {})
+
+
+def sgd(stages: list[nn.Module]) -> list[Any]:
+    return [torch.optim.SGD(stage.parameters()) for stage in stages]
+
+
+def one_for_all(stages: list[nn.Module]) -> list[Any]:
+    return [torch.optim.SGD([p for s in stages for p in s.parameters()])] * 2
+
+
+def stepping(
+    optimizers: Callable[[list[nn.Module]], Any],
+    plan: Schedule | None = None,
+    stages: list[nn.Module] | None = None,
+) -> Pipeline:
+    stages = stages or mlp(2)
+    plan = plan or with_steps(schedule())
+    return Pipeline(stages, plan, mse, optimizers=optimizers(stages))
 
 
 def in_inference_mode() -> None:
@@ -226,15 +244,6 @@ def with_sharded(refused: Callable[[list[nn.Module]], None]) -> None:
         refused(stages)
 
 
-def cubed(x: Tensor) -> Tensor:
-    return x * x * x
-
-
-def in_turn(*functions: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    turns = cycle(functions)
-    return lambda x: next(turns)(x)
-
-
 def recomputed_in_part(function: Callable[[Tensor], Tensor]) -> None:
     stages = [nn.Sequential(nn.Linear(4, 4), Does(function)).double(), *mlp(1)]
     plan = recompute(schedule(), "always")
@@ -242,6 +251,12 @@ def recomputed_in_part(function: Callable[[Tensor], Tensor]) -> None:
 
 
 TWO_POSITIONS = X[:, None].expand(6, 2, 4)
+
+
+def saving_otherwise() -> Any:
+    turn = count()
+    return recomputed_in_part(lambda x: x.tanh() if next(turn) % 2 else x * x)
+
 
 REFUSED: dict[str, Callable[[], Any]] = {
     "no module": lambda: step(stages=[abs, *mlp(1)]),
@@ -253,7 +268,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     ),
     "in place, later": changing_what_is_offloaded,
     "in place, in part": lambda: recomputed_in_part(lambda x: x.add_(1)),
-    "saves otherwise": lambda: recomputed_in_part(in_turn(Tensor.tanh, cubed)),
+    "saves otherwise": saving_otherwise,
     "sharded, in part": lambda: recompute_only(
         {(0, 0): Mock()}, mlp(2), recompute(schedule(), "always"), [{0}, {0}], [0]
     ),
@@ -346,6 +361,22 @@ REFUSED: dict[str, Callable[[], Any]] = {
     ),
     "trace calls": lambda: trace(Net(), ["c"]),
     "wrapped": lambda: step(stages=[wrapped(), *mlp(1)]),
+    "targets missing": lambda: step(X, None),
+    "targets unused": lambda: step(loss=lambda output: output.sum()),
+    "weights of targets": lambda: step(
+        X, None, loss=lambda output: output.sum(), scale=len
+    ),
+    "optimizers missing": lambda: stepping(lambda stages: None),
+    "STEPs missing": lambda: stepping(sgd, schedule()),
+    "optimizers": lambda: stepping(lambda stages: sgd(stages)[:1]),
+    "optimizer": lambda: stepping(lambda stages: ["sgd", None]),
+    "optimizer lacks": lambda: stepping(lambda stages: [None, sgd(stages)[1]]),
+    "optimizer of others": lambda: stepping(one_for_all),
+    "tied, stepped": lambda: stepping(sgd, stages=tied()[::3]),
+    "norm, stepped": lambda: stepping(sgd).clip_grad_norm_(1.0),
+    "scaler, stepped": lambda: stepping(sgd).step(
+        X, X, scaler=torch.amp.GradScaler("cpu")
+    ),
 }
 
 
@@ -414,6 +445,7 @@ WHERE_RANKS_ARE = {
     "no stage": ("exec/test_faults.py", "was given None for it"),
     "part missing": ("faults/test_ranks.py", "and one of its stages needs them"),
     "other rows": ("faults/test_ranks.py", "and the inputs 6"),
+    "accumulate": ("exec/test_updating.py", "was called with accumulate=True"),
     "keyword missing": ("exec/test_values.py", "which a unit of its stages"),
     "other shapes": ("faults/test_ranks.py", "in the step before, for a batch of"),
 }
@@ -445,7 +477,7 @@ def test_the_examples_print_what_they_say(capsys: pytest.CaptureFixture[str]) ->
     names = {"__name__": "example"}  # what one makes, the next may use
     torch.manual_seed(0)
 
-    assert len(examples) == 3
+    assert len(examples) == 4
     for example in examples:
         exec(compile(example, "MODELS.md", "exec"), names)
         assert f"It prints `{capsys.readouterr().out.strip()}`" in CHAPTER

@@ -103,7 +103,7 @@ def test_a_certificate_in_words() -> None:
         "assuming",
         "  rows of a batch are independent: a stage's output for a row depends on no other",
         "  the loss is a sum, or a weighted mean, over micro-batches",
-        "  micro-batches share no state but the weights, which do not change in a step",
+        "  micro-batches share no state but the weights, which only a STEP changes",
         "  a stage is a deterministic function of weights, input, and random numbers keyed by micro-batch and slice",
         "adding up micro-batches, per parameter and in this order",
         "  stage 0: Σ(0 2) of device 0 + Σ(1 3) of device 1",
