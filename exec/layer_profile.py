@@ -190,9 +190,8 @@ class _Profiler:
             kept=((inner, inside), *kept),
             left=((inner, min(left_inside, inside)), *remaining.items()),
             beside=tuple(
-                (numbers[at], size)
+                tuple((numbers[at], size) for at, size in _sizes(what).items())
                 for what in given.values()
-                for at, size in _sizes(what).items()
             ),
         )
         # Other memory may come to lie where that of this layer was.

@@ -21,14 +21,19 @@ from pipeproof.sched.partition import loads
 
 RESULT = Path(__file__).parent / "results" / "partitioning.md"
 
-CASES = [
-    ("1f1b", 8, 100),
-    ("1f1b", 64, 1000),
-    ("zb-v", 8, 96),
-    ("interleaved", 4, 48),
-    ("hanayo", 8, 48),
-    ("chimera", 8, 96),
+CASES: list[tuple[str, int, int, dict[str, int]]] = [
+    ("1f1b", 8, 100, {}),
+    ("1f1b", 64, 1000, {}),
+    ("zb-v", 8, 96, {}),
+    ("zb-v", 16, 192, {}),
+    ("interleaved", 4, 48, {}),
+    ("interleaved", 8, 96, {}),
+    ("interleaved", 16, 192, {}),
+    ("interleaved", 8, 96, {"chunks": 3}),
+    ("hanayo", 8, 48, {}),
+    ("chimera", 8, 96, {}),
 ]
+"""Schedule, devices, layers, and what else it is made with."""
 
 
 def drawn(count: int) -> list[Layer]:
@@ -84,9 +89,11 @@ def main() -> None:
         "| less memory (s) |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, devices, count in CASES:
+    for name, devices, count, more in CASES:
         micro_batches = devices if name == "hanayo" else 2 * devices
-        schedule = catalog.make(name, devices=devices, micro_batches=micro_batches)
+        schedule = catalog.make(
+            name, devices=devices, micro_batches=micro_batches, **more
+        )
         layers = drawn(count)
         took, best = timed(layers, schedule)
         assert best.exact

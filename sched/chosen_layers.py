@@ -234,7 +234,7 @@ def _step(
         stored |= {at for at, _ in memory.kept}
         region = frozenset()
     else:
-        needed = memory.beside if seen.before else (*memory.input, *memory.beside)
+        needed = memory.skips if seen.before else (*memory.input, *memory.skips)
         added = _new(needed, stored)
         stored |= {at for at, _ in needed}
         region = (region if seen.before else frozenset()) | {at for at, _ in needed}
@@ -253,14 +253,14 @@ def _used_later(memories: Sequence[Memory]) -> list[frozenset[int]]:
     result, later = [], frozenset[int]()
     for memory in reversed(memories):
         result.append(later)
-        later |= {at for at, _ in (*memory.input, *memory.beside, *memory.kept)}
+        later |= {at for at, _ in (*memory.input, *memory.skips, *memory.kept)}
     return result[::-1]
 
 
 def _most(of: Again, layer: Layer) -> Floats:
     (memory,) = with_memory([layer])
     kept = sum(size for _, size in memory.kept)
-    entry = sum(size for _, size in (*memory.input, *memory.beside))
+    entry = sum(size for _, size in (*memory.input, *memory.skips))
     result: Floats = of.stored * (kept + entry) + of.rebuilt * kept
     return result
 

@@ -28,13 +28,18 @@ class Memory:
         input: what it is called with.
         kept: what its backward reads.
         left: what W reads of that, once I has run.
-        beside: what skip connections bring it.
+        beside: what skip connections bring it, for each that the layer takes.
     """
 
     input: Pieces
     kept: Pieces
     left: Pieces
-    beside: Pieces = ()
+    beside: tuple[Pieces, ...] = ()
+
+    @property
+    def skips(self) -> Pieces:
+        """All that skip connections bring it."""
+        return tuple(piece for of in self.beside for piece in of)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +119,7 @@ def with_memory(layers: Sequence[Layer]) -> list[Memory]:
                     "include it (or keeps_input=False)"
                 )
             kept = ((kept[0][0], layer.activations - layer.input), *entry)
-        beside = tuple((next(fresh), size) for _, size in layer.takes)
+        beside = tuple(((next(fresh), size),) for _, size in layer.takes)
         result.append(Memory(entry, kept, kept, beside))
     return result
 
@@ -129,9 +134,9 @@ def brought(layers: Sequence[Layer], start: int) -> dict[int, float]:
     memories = with_memory(layers)
     came = dict(memories[0].input)
     for layer, memory in zip(layers, memories):
-        for (source, _), piece in zip(layer.takes, memory.beside):
+        for (source, _), pieces in zip(layer.takes, memory.beside):
             if source < start:
-                came |= (piece,)
+                came |= pieces
     return came
 
 
@@ -161,8 +166,8 @@ def kept(layers: Sequence[Layer], again: Collection[int], start: int = 0) -> Kep
             if not before:
                 stored |= memory.input
                 region = dict(memory.input)
-            stored |= memory.beside
-            region |= memory.beside
+            stored |= memory.skips
+            region |= memory.skips
             rebuilt += sum(size for at, size in memory.kept if at not in region)
             region |= memory.kept
         before = yes

@@ -12,7 +12,7 @@ import pytest
 from pipeproof.sched import Kind, ParameterError, Schedule, catalog, recompute
 from pipeproof.sched.in_flight import in_flight
 from pipeproof.sched.layers import Layer
-from pipeproof.sched.partition import partition
+from pipeproof.sched.partition import loads, partition
 
 ROWS = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "hanayo", "chimera", "gems")
 
@@ -164,8 +164,7 @@ def test_too_many_ways_give_an_answer_that_says_so(
     layers = [layer(draw.random(), draw.random()) for _ in range(20)]
     schedule = catalog.make("zb-v", devices=4, micro_batches=8)
     best = partition(layers, schedule)
-    # The package's own name for it is the function.
-    module = sys.modules["pipeproof.sched.partition"]
+    module = sys.modules["pipeproof.sched.cut_search"]
     monkeypatch.setattr(module, "MOST_STATES", 3)
 
     some = partition(layers, schedule)
@@ -209,3 +208,48 @@ def test_fewer_layers_than_stages_are_refused() -> None:
         partition([layer()], schedule)
     with pytest.raises(ParameterError, match="layer 1: forward must be a finite"):
         partition([layer(), layer(forward=-1)], schedule)
+
+
+def test_what_a_skip_brings_is_held_where_it_is_taken() -> None:
+    """Layer 3 takes 5 bytes from layer 0, which count if that is in another stage."""
+    layers = [layer(activations=10) for _ in range(3)]
+    layers.append(Layer(1, 2, activations=10, takes=((0, 5),)))
+    schedule = catalog.make("1f1b", devices=3, micro_batches=4)
+
+    def bytes_of(*sizes: int) -> list[float]:
+        return loads(layers, schedule, sizes)[1]
+
+    assert bytes_of(1, 1, 2) == [30, 20, 25]
+    assert bytes_of(1, 2, 1) == [30, 40, 15]
+    one = catalog.make("1f1b", devices=1, micro_batches=4)
+    assert loads(layers, one, [4])[1] == [40]
+    with pytest.raises(ParameterError, match="no partition of 4 layers fits"):
+        partition(layers, schedule, memory=24)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-v", "interleaved"])
+def test_skips_are_counted_in_the_search(name: str) -> None:
+    draw = random.Random(name)
+    schedule = catalog.make(name, devices=2, micro_batches=4)
+    for _ in range(20):
+        count = schedule.stages + 2
+        layers = [
+            Layer(
+                draw.randint(1, 9),
+                draw.randint(1, 9),
+                activations=draw.randint(2, 9),
+                takes=tuple((n, draw.randint(1, 9)) for n in range(at) if n % 2),
+            )
+            for at in range(count)
+        ]
+        found = {
+            tuple(map(len, stages)): loads(layers, schedule, list(map(len, stages)))
+            for stages in cut_in_all_ways(count, schedule.stages)
+        }
+        memory = draw.choice([max(taken) for _, taken in found.values()])
+        best = min(max(b) for b, taken in found.values() if max(taken) <= memory)
+
+        result = partition(layers, schedule, memory=memory)
+
+        assert result.bottleneck == best
+        assert max(result.bytes) <= memory
