@@ -52,10 +52,10 @@ def partition(
     A device is busy with all its stages: with its share of the forwards,
     recomputations and backwards that the schedule gives it. Its memory is that of
     its stages' weights and of as many activations and stored inputs of each as the
-    schedule keeps at once, with what skip connections bring from other stages; what
-    these take of the stage that gives them is in its layers' activations. Tensors on their way between stages, and what an op needs
-    only while it runs, are not counted. What a split backward keeps for W counts as
-    the whole activation.
+    schedule keeps at once, with what skip connections bring from other stages; what is
+    kept of them by the stage that gives them is among its activations. Tensors on their
+    way between stages, and what an op needs only while it runs, are not counted. What a
+    split backward keeps for W counts as the whole activation.
 
     Args:
         layers: in order, at least as many as stages.

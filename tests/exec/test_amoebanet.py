@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import amoebanet
+import amoebanet_model
 import pytest
 import torch
-from amoebanet import TABLE, Row, counted
+from amoebanet_count import TABLE, Row, count, counted
 from torch.nn import functional
 
 from pipeproof.exec import ActivationMeter, Pipeline, split_evenly
@@ -13,13 +13,13 @@ from pipeproof.sched import ParameterError, catalog, recompute
 
 
 def small() -> torch.nn.Sequential:
-    return amoebanet.amoebanet(3, 16, amoebanet.Reading(classes=4))
+    return amoebanet_model.amoebanet(3, 16, amoebanet_model.Reading(classes=4))
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
 def test_parameters_are_the_published_ones(row: Row) -> None:
     with torch.device("meta"):
-        model = amoebanet.amoebanet(row.cells, row.filters)
+        model = amoebanet_model.amoebanet(row.cells, row.filters)
 
     found = sum(parameter.numel() for parameter in model.parameters())
     assert found == pytest.approx(row.parameters, rel=0.03)
@@ -29,7 +29,7 @@ def test_shapes_of_every_layer() -> None:
     with torch.device("meta"):
         value = torch.empty(2, 3, 224, 224)
         shapes = []
-        for layer in amoebanet.amoebanet(3, 16):
+        for layer in amoebanet_model.amoebanet(3, 16):
             value = layer(value)
             shapes.append(tuple((value if torch.is_tensor(value) else value[0]).shape))
 
@@ -48,9 +48,9 @@ def test_shapes_of_every_layer() -> None:
 
 def test_cells_that_are_alike_are_counted_once() -> None:
     with torch.device("meta"):
-        model = amoebanet.amoebanet(12, 16)
+        model = amoebanet_model.amoebanet(12, 16)
 
-    assert amoebanet.count(12, 16) == counted(model)
+    assert count(12, 16) == counted(model)
 
 
 @pytest.mark.parametrize("policy", ["never", "always"])
@@ -86,11 +86,11 @@ def test_refuses_stacks_of_unequal_length() -> None:
     with pytest.raises(
         ParameterError, match=r"cells must be a multiple of 3, .* got 4"
     ):
-        amoebanet.amoebanet(4, 16)
+        amoebanet_model.amoebanet(4, 16)
 
 
 def test_refuses_filters_that_cannot_be_quartered_twice() -> None:
     with pytest.raises(
         ParameterError, match=r"filters must be a multiple of 16, .* 24"
     ):
-        amoebanet.amoebanet(3, 24)
+        amoebanet_model.amoebanet(3, 24)
