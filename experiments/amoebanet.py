@@ -11,10 +11,13 @@ itself.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
 from amoebanet_count import (
     ACCOUNTINGS,
     BYTES_A_PARAMETER,
