@@ -175,7 +175,8 @@ def verify(*, wanted: Wanted, as_json: bool, **rest: Any) -> None:
     micro-batches. In float64 they must also equal those of one step over the
     whole batch, within 1e-12 of their size, unless the model has dropout or batch
     statistics, whose results depend on how the batch is cut. Exits with 1 if they
-    do not. STEPs, which would use the gradients up, are left out. See `run` for MODULE:FUNCTION.
+    do not. STEPs, which would use the gradients up, are left out. See `run` for
+    MODULE:FUNCTION.
 
     \b
     Example:

@@ -157,8 +157,8 @@ class TakesNothing(Net):
 
 
 class TakesAll(Net):
-    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
-        return self.b(self.a(x))
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.b(self.a(inputs[0]))
 
 
 class Carrying(nn.Module):
