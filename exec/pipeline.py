@@ -44,6 +44,7 @@ from pipeproof.exec.homes import (
 from pipeproof.exec.input_grads import pass_on
 from pipeproof.exec.losses import Loss
 from pipeproof.exec.ranked import Ranked
+from pipeproof.exec.recomputed import Recomputed, recompute_only
 from pipeproof.exec.rng import step_seed
 from pipeproof.exec.runtime import Runtime
 from pipeproof.exec.sharded import check_wrapped
@@ -140,6 +141,10 @@ class Pipeline:
             its own parameters; None for a stage that learns nothing, and for other
             ranks'. As soon as a stage's gradient is whole, its optimizer's `step` is
             called, then its `zero_grad`.
+        recomputed: what of a stage an R of the schedule runs again, where that is not
+            all of it, while the rest keeps its activations: a function of a module,
+            as `lambda module: isinstance(module, Block)`; or for each stage the
+            places of its layers, as `fit_selective` chooses them.
 
     Attributes:
         optimizers: as given.
@@ -153,7 +158,8 @@ class Pipeline:
             one that shares a parameter across devices, or across stages where
             several devices hold one; with slices, a unit that mixes positions and
             takes no carry.
-        ParameterError: another number of devices, or an unknown loss scale.
+        ParameterError: another number of devices, an unknown loss scale, or
+            recomputed layers that are not there or that no R runs again.
         UnsupportedError: ops that are not lowered to a program yet.
         RankError: the ranks were given different things, or another one failed.
 
@@ -174,10 +180,11 @@ class Pipeline:
         data_parallel: Along | int = 1,
         check_finite: bool = False,
         optimizers: Optimizers | None = None,
+        recomputed: Recomputed | None = None,
     ) -> None:
         self.optimizers = optimizers
         self._loss = Loss.of(loss_fn)
-        self._check_finite = check_finite
+        self._check_finite, self._recomputed = check_finite, recomputed
         self._trace: Trace | None = None
         self._losses: list[Tensor] = []
         self._ranked: Ranked | None = None
@@ -206,6 +213,8 @@ class Pipeline:
             if grid is None:
                 check_wrapped(list(stages), schedule, None)
                 homes = place(list(stages), schedule, self._devices, routes)
+                if recomputed is not None:
+                    recompute_only(homes, list(stages), schedule, recomputed)
                 self._runtime = Runtime(
                     self.program,
                     homes,
@@ -239,6 +248,10 @@ class Pipeline:
             if self.schedule.slices > 1:
                 check_sliced(stage.units)
         refuse_shared(self.schedule, ranked.homes, len(grid.rows))
+        if self._recomputed is not None:
+            recompute_only(
+                ranked.homes, stages, self.schedule, self._recomputed, ranked.sharded
+            )
         links = ranked.links
         self._runtime = Runtime(
             self.program,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
@@ -27,6 +28,7 @@ from pipeproof.exec import (
     trace,
 )
 from pipeproof.exec.homes import refuse_shared
+from pipeproof.exec.recomputed import recompute_only
 from pipeproof.exec.sharded import check_wrapped
 from pipeproof.exec.stage import Stage
 from pipeproof.exec.ties import _check
@@ -242,7 +244,19 @@ def with_sharded(refused: Callable[[list[nn.Module]], None]) -> None:
         refused(stages)
 
 
+def recomputed_in_part(function: Callable[[Tensor], Tensor]) -> None:
+    stages = [nn.Sequential(nn.Linear(4, 4), Does(function)).double(), *mlp(1)]
+    plan = recompute(schedule(), "always")
+    Pipeline(stages, plan, mse, recomputed=[{1}, ()]).step(X, X)
+
+
 TWO_POSITIONS = X[:, None].expand(6, 2, 4)
+
+
+def saving_otherwise() -> Any:
+    turn = count()
+    return recomputed_in_part(lambda x: x.tanh() if next(turn) % 2 else x * x)
+
 
 REFUSED: dict[str, Callable[[], Any]] = {
     "no module": lambda: step(stages=[abs, *mlp(1)]),
@@ -252,7 +266,12 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "buffer changed late": lambda: step(
         stages=[Counts(after=1), *mlp(1)], plan=recompute(schedule(), "always")
     ),
-    "in place, offloaded": changing_what_is_offloaded,
+    "in place, later": changing_what_is_offloaded,
+    "in place, in part": lambda: recomputed_in_part(lambda x: x.add_(1)),
+    "saves otherwise": saving_otherwise,
+    "sharded, in part": lambda: recompute_only(
+        {(0, 0): Mock()}, mlp(2), recompute(schedule(), "always"), [{0}, {0}], [0]
+    ),
     "no batch": lambda: pipeline().step(None, None),
     "no inputs": lambda: pipeline().predict(None),
     "no targets": lambda: pipeline().evaluate(X, None),
