@@ -370,6 +370,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "STEPs missing": lambda: stepping(sgd, schedule()),
     "optimizers": lambda: stepping(lambda stages: sgd(stages)[:1]),
     "optimizer": lambda: stepping(lambda stages: ["sgd", None]),
+    "optimizer with closure": lambda: stepping(
+        lambda stages: [torch.optim.LBFGS(stage.parameters()) for stage in stages]
+    ),
     "optimizer lacks": lambda: stepping(lambda stages: [None, sgd(stages)[1]]),
     "optimizer of others": lambda: stepping(one_for_all),
     "tied, stepped": lambda: stepping(sgd, stages=tied()[::3]),
