@@ -26,8 +26,9 @@ A parameter's gradient is formed in I as well, and W only adds it to `.grad`,
   or its first forward puts a hook on a tensor: these would run in I and in W.
 
 I is the undivided backward, and nothing is left to W, where autograd refuses to
-be asked for some gradients only (reentrant checkpointing), and where a parameter
-whose gradient I would form has a hook, which adding to `.grad` would call again.
+be asked for some gradients only (reentrant checkpointing) or to keep the graph
+(torch.compile), and where a parameter whose gradient I would form has a hook, which
+adding to `.grad` would call again.
 
 Where no input wants a gradient, the spine leads to the node that is furthest from
 the outputs.

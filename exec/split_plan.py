@@ -157,8 +157,17 @@ def walked(roots: list[Node], inputs: list[Tensor], *, at_once: bool) -> Plan:
         calls=tuple(calls),
         early=tuple(leaves[leaf] for leaf in early),
         spare=tuple((place[node], attribute) for node, attribute in spare),
-        whole=any(isinstance(node, _REENTRANT) for node in graph.order),
+        whole=any(map(_runs_once, graph.order)),
     )
+
+
+def _runs_once(node: Node) -> bool:
+    """Whether it cannot be part of a graph that is kept for a second call.
+
+    Reentrant checkpointing refuses to; a compiled graph lends its buffers to its own
+    backward.
+    """
+    return isinstance(node, _REENTRANT) or node.name() == "CompiledFunctionBackward"
 
 
 def _in_python(node: object) -> bool:

@@ -101,7 +101,7 @@ def between() -> str:
             found = [activations(size, placed(size, schedule, a)) for a in ACCOUNTINGS]
             inside[m] += min(found) < row.activations < max(found)
     best = max(inside, key=inside.__getitem__)
-    others = ", ".join(f"at M={m} {n}" for m, n in inside.items() if m != best)
+    others = ", ".join(f"in {n} at M={m}" for m, n in inside.items() if m != best)
     return (
         f"At M={best} the published number lies between the two accountings in "
         f"{inside[best]} of {len(TABLE)} rows;\n{others}. None of them is reproduced: "

@@ -118,3 +118,26 @@ def test_compiled_stages(name: str) -> None:
     Pipeline(compiled, schedule, mse).step(x, y)
 
     assert close(grads(compiled), grads(stages))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, in tracing
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1"])
+def test_a_compiled_part_of_a_stage(name: str) -> None:
+    """In halves, torch refused: a compiled graph lends its buffers to one backward."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(4, 4), nn.GELU()).double()
+    compiled = torch.compile(inner, backend="aot_eager")
+    first, last = (nn.Linear(4, 4, dtype=torch.float64) for _ in range(2))
+    x = torch.randn(8, 4, dtype=torch.float64)
+    found = []
+    for middle, recomputed in ((inner, None), (compiled, None), (compiled, [{1}])):
+        plan = catalog.make(name, devices=1, micro_batches=4)
+        stages = [nn.Sequential(first, middle, last)]
+        if recomputed is not None:
+            plan = recompute(plan, "always")
+        Pipeline(stages, plan, mse, recomputed=recomputed).step(x, x)
+        found.append([p.grad for p in stages[0].parameters()])
+        stages[0].zero_grad()
+
+    assert all(close(ours, found[0]) for ours in found[1:])
