@@ -71,13 +71,11 @@ def place(
             homes[number, holder] = there[device]
         if schedule.slices > 1:
             check_sliced(original.units)
-    refuse_shared(schedule, homes)
+    refuse_shared(homes)
     return homes
 
 
-def refuse_shared(
-    schedule: Schedule, homes: Mapping[tuple[int, int], Stage], replicas: int = 1
-) -> None:
+def refuse_shared(homes: Mapping[tuple[int, int], Stage], replicas: int = 1) -> None:
     """Refuse a parameter of two stages that could not have one gradient."""
     owner: dict[int, Stage] = {}
     for stage in homes.values():
@@ -92,11 +90,9 @@ def refuse_shared(
                     f"{both} across {first.device} and {stage.device}: put both on one "
                     "device, or untie them"
                 )
-            if replicas > 1 or any(
-                len(holders(schedule, s.number)) > 1 for s in (first, stage)
-            ):
+            if replicas > 1:
                 raise ModelError(
-                    f"{both}, and several devices hold replicas of a stage: its "
-                    "gradient would be reduced twice; untie them, or use a schedule of "
-                    "one pipe, without data_parallel"
+                    f"{both} on one rank, and data_parallel peers reduce each stage's "
+                    "gradient: its gradient would be reduced twice; untie them, or put "
+                    "the stages on different ranks"
                 )

@@ -43,6 +43,7 @@ from pipeproof.exec.skips import Routes
 from pipeproof.exec.stage import StageModule, check_sliced
 from pipeproof.exec.step import Step
 from pipeproof.exec.tensors import placed
+from pipeproof.exec.ties import Shares, shares_of
 from pipeproof.sched import (
     BufferKind,
     ParameterError,
@@ -123,7 +124,7 @@ class Pipeline:
             with a scaler, gradients; `evaluate` and `predict` look at nothing.
 
     Attributes:
-        schedule: what is run, with the skips of the stages.
+        schedule: what is run, with the skips and ties of the stages.
         program: of it.
         routes: of the skips, by name.
 
@@ -170,7 +171,8 @@ class Pipeline:
             self._shared = len(devices) == 1 and grid is None
             check_count(len(stages), schedule)
             self.routes = routes = routes_of(list(stages), grid)
-            self.schedule = schedule = routes.onto(schedule)
+            shares = shares_of(list(stages), grid)
+            self.schedule = schedule = shares.onto(routes.onto(schedule))
             # On one device nothing is under way: a boundary tensor is handed over
             # when its consumer is next, and lies nowhere meanwhile but in one place.
             self.program: Program = lower(
@@ -187,10 +189,11 @@ class Pipeline:
                     homes,
                     loss_fn,
                     self._devices,
+                    shares=shares,
                     check_finite=check_finite,
                 )
             else:
-                self._join(grid, list(stages), loss_fn, routes)
+                self._join(grid, list(stages), loss_fn, routes, shares)
 
     def _join(
         self,
@@ -198,16 +201,23 @@ class Pipeline:
         stages: list[StageModule | None],
         loss_fn: LossFn,
         routes: Routes,
+        shares: Shares,
     ) -> None:
         """Run one device's part here; the others are other ranks'."""
         ranked = Ranked(
-            grid, self.program, stages, self._devices, self._loss_scale, routes
+            grid,
+            self.program,
+            stages,
+            self._devices,
+            self._loss_scale,
+            routes,
+            shares,
         )
         self._ranked = ranked
         for stage in ranked.homes.values():
             if self.schedule.slices > 1:
                 check_sliced(stage.units)
-        refuse_shared(self.schedule, ranked.homes, len(grid.rows))
+        refuse_shared(ranked.homes, len(grid.rows))
         links = ranked.links
         self._runtime = Runtime(
             self.program,
@@ -218,6 +228,8 @@ class Pipeline:
             transport=links.messages,
             reduction=links.reducer,
             sharded=ranked.sharded,
+            shares=shares,
+            ties=ranked.ties.reducer,
             lend=None if links.borrower is None else links.borrower.loan,
             check_finite=self._check_finite,
         )

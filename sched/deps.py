@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeproof.sched import skips, ties
 from pipeproof.sched.ir import BACKWARD_KINDS, BESIDE_KINDS, STAGE_KINDS, Kind, Schedule
 from pipeproof.sched.kernels import csr as csr
 from pipeproof.sched.kernels import levels, run
-from pipeproof.sched.skips import wrong
 
 Index = NDArray[np.signedinteger[Any]]
 """Numbers of ops, nodes, instructions or buffers; int32 where many are kept."""
@@ -252,7 +252,8 @@ def clean_levels(schedule: Schedule) -> Index | None:
     ops, stages = schedule.ops, schedule.stages
     shape = schedule.all_micro_batches, schedule.slices, stages
     unusual = len(schedule.placement.pipes) > 1 or schedule.offloads_to_devices
-    unusual |= bool(schedule.skips and wrong(schedule))
+    unusual |= bool(schedule.skips and skips.wrong(schedule))
+    unusual |= bool(schedule.ties and ties.wrong(schedule))
     if unusual or not len(ops) or ops.joined.any() or ops.kind.max() > _R:
         return None
     numbers = ops.micro_batch, ops.slice, ops.stage

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pipeproof.sched.certificate import (
     ASSUMPTIONS,
     OF_SLICES,
+    OF_TIES,
     SHOWN,
     Certificate,
     Chain,
@@ -34,9 +35,10 @@ from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.kernels import levels
 from pipeproof.sched.legal import illegal, slots
 from pipeproof.sched.lower import lower
-from pipeproof.sched.matching import meetings, misgrouped, mismatches
+from pipeproof.sched.matching import meetings, misgrouped, mismatches, ties_of
 from pipeproof.sched.program import Action, BufferKind, Program
 from pipeproof.sched.races import races
+from pipeproof.sched.tied import buffers_of, tied
 from pipeproof.sched.walk import Walk
 
 
@@ -75,9 +77,11 @@ def prove(program: Program | Schedule) -> Certificate | Refutation:
     if found := races(program, waiting, level, order):
         return Refutation(schedule, found)
     partners = {i: tuple(g.tolist()) for g in meetings(program) for i in g.tolist()}
-    walk = Walk(program, slots(program).tolist(), partners)
+    walk = Walk(program, slots(program).tolist(), partners, ties_of(program))
     walk.run(order.tolist())
     trees, findings = _gradients(program, walk)
+    sums, wrong = tied(program, walk)
+    findings += wrong
     if findings:
         first = walk.difference
         found = () if first is None else (told(program, walk, first),)
@@ -85,9 +89,14 @@ def prove(program: Program | Schedule) -> Certificate | Refutation:
     return Certificate(
         schedule,
         _digest(program),
-        ASSUMPTIONS + (OF_SLICES if schedule.slices > 1 else ()),
+        (
+            ASSUMPTIONS
+            + (OF_SLICES if schedule.slices > 1 else ())
+            + (OF_TIES if schedule.ties else ())
+        ),
         trees,
         tuple(walk.peaks),
+        sums,
     )
 
 
@@ -107,9 +116,7 @@ def _gradients(
 ) -> tuple[tuple[tuple[Chain, ...], ...], tuple[Finding, ...]]:
     """Each stage's reduction tree, and what is wrong with its gradient."""
     schedule = program.schedule
-    numbers = np.flatnonzero(program.buffers[:, 0] == BufferKind.GRADIENT)
-    rows = zip(program.buffers[numbers, 1:3].tolist(), numbers.tolist())
-    accumulators = {(stage, device): number for (device, stage), number in rows}
+    accumulators = buffers_of(program, BufferKind.GRADIENT)
     ops = schedule.ops
     reduced = set(ops.stage[ops.kind == Kind.REDUCE].tolist())
     trees, findings = [], []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from typing import Any
 
-from programs import reference, term
+from programs import of_loss, reference, term
 
 from pipeproof.sched import Kind, Op, Schedule
 
@@ -107,6 +107,7 @@ class Interpreter:
             earlier = kept.get(("kv", device, s, m, q - 1))
             act = term("act", s, m, q, x, earlier, NO_SKIPS)
             kept["x", *of], kept["kv", *of] = x, act
+            kept["loss", *of] = of_loss(m, q, act)
             if kind == Kind.R or (s, m, q) not in self.again:
                 kept["act", *of] = act
             if kind == Kind.F and s + 1 < self.schedule.stages:
@@ -128,8 +129,8 @@ class Interpreter:
             return True
         act = kept.pop(("act", *of), None)
         last = s == self.schedule.stages - 1
-        g = None if last else self.take(device, "g", s, m, q)
-        if act is None or (g is None and not last):
+        g = kept.get(("loss", *of)) if last else self.take(device, "g", s, m, q)
+        if act is None or g is None:
             return False
         later = kept.get(("dkv", device, s, m, q + 1))
         dx = term("dx", s, act, g, later, NO_SKIPS)

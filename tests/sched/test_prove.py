@@ -103,6 +103,7 @@ def test_a_certificate_in_words() -> None:
         "assuming",
         "  rows of a batch are independent: a stage's output for a row depends on no other",
         "  the loss is a sum, or a weighted mean, over micro-batches",
+        "  the last stage's forward takes the loss of its own output and targets times its own weight w/Σw (rows, 1, or what its targets say), a backward starts from that, and nothing else is scaled",
         "  micro-batches share no state but the weights, which do not change in a step",
         "  a stage is a deterministic function of weights, input, and random numbers keyed by micro-batch and slice",
         "adding up micro-batches, per parameter and in this order",
@@ -136,7 +137,7 @@ def test_the_order_of_adding_up_in_words(order: list[int], words: str) -> None:
     rows = [[F(s, range(m)), B(s, order)] for s in range(3)]
 
     lines = str(prove(Schedule.of(rows))).splitlines()
-    assert lines[9] == f"  stages 0–2: Σ({words})"
+    assert lines[10] == f"  stages 0–2: Σ({words})"
 
 
 def test_a_sliced_certificate_says_where_keys_and_values_stay() -> None:
@@ -175,7 +176,7 @@ def test_a_refutation_names_the_first_operand_that_differs() -> None:
     assert isinstance(refutation, Refutation)
     assert str(refutation).splitlines() == [
         "1f1b(devices=2, micro_batches=3) breaks 3 rules:",
-        "  device 1, step 0: 1F0 reads input 1:0, which holds the input of stage 1 for micro-batch 1, from 0F1 (2, device 0, compute) → send activation 0→1:0 (3, device 0, send to 1) → recv activation 0→1:0 (1, device 1, receive from 0)",
+        "  device 1, step 0: 1F0 reads input 1:0, which holds the input of stage 1 for micro-batch 1, from 0F1 (2, device 0, compute) → send activation 0→1:0 (3, device 0, send to 1) → recv activation 0→1:0 (1, device 1, receive from 0); its loss would count with targets and weight of micro-batch 0",
         "    device 1 | F0 B0 F1 B1 F2 B2",
         "               ^^",
         "    expected: the input of stage 1 for micro-batch 0",
