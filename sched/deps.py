@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched import skips, ties
 from pipeproof.sched.ir import BACKWARD_KINDS, BESIDE_KINDS, STAGE_KINDS, Kind, Schedule
+from pipeproof.sched.kernels import columns as new_columns
 from pipeproof.sched.kernels import csr as csr
 from pipeproof.sched.kernels import levels, run
 
@@ -237,165 +237,31 @@ def order(schedule: Schedule, table: OpTable) -> Order:
     return Order(level, first_op, sources, targets)
 
 
-PLAIN = (Kind.F, Kind.B, Kind.I, Kind.W, Kind.R)
-"""Kinds that `clean_levels` knows."""
-
-_F, _B, _I, _W, _R = map(int, PLAIN)
-
-
-def clean_levels(schedule: Schedule) -> Index | None:
-    """The levels of a schedule without findings; None if there may be some.
-
-    Of schedules with one pipe, lone ops and no copies and reductions: those of
-    others come from `order`. It tells no reasons, and so takes one look at each op.
-    """
-    ops, stages = schedule.ops, schedule.stages
-    shape = schedule.all_micro_batches, schedule.slices, stages
-    unusual = len(schedule.placement.pipes) > 1 or schedule.offloads_to_devices
-    unusual |= bool(schedule.skips and skips.wrong(schedule))
-    unusual |= bool(schedule.ties and ties.wrong(schedule))
-    if unusual or not len(ops) or ops.joined.any() or ops.kind.max() > _R:
-        return None
-    numbers = ops.micro_batch, ops.slice, ops.stage
-    if any(column.max() >= size for column, size in zip(numbers, shape)):
-        return None
-    if len(ops) < 2 * int(np.prod(shape, dtype=object)):
-        return None
-    table = schedule.table
-    if Kind.F not in table.by_kind:
-        return None
-    empty = np.zeros(0, dtype=np.int32)
-    tables = [table.by_kind[k].ravel() if k in table.by_kind else empty for k in PLAIN]
-    columns = [
-        ops.kind,
-        ops.stage,
-        ops.slice,
-        table.place,
-        schedule.row_starts,
-        np.array(schedule.placement.pipes[0]),
-        np.array(shape),
-        *tables,
-        np.full(schedule.devices, -1, dtype=np.int32),
-        np.array(schedule.row_starts[:-1]),
-        np.empty(schedule.devices, dtype=np.int32),
-        np.full(len(ops), -1, dtype=np.int32),
-        np.zeros(1, dtype=np.int64),
-    ]
-    level, done = run(_advance, columns, results=[15, 16], size=len(ops))
-    return level if done[0] == len(ops) else None
-
-
-def _advance(
-    kind: Any,
-    stage: Any,
-    part: Any,
-    place: Any,
-    row_starts: Any,
-    home: Any,
-    shape: Any,
-    forward: Any,
-    whole: Any,
-    half: Any,
-    weight: Any,
-    again: Any,
-    behind: Any,
-    at: Any,
-    ready: Any,
-    level: Any,
-    done: Any,
-) -> None:
-    """Each device runs its row until an op needs one that has not run.
-
-    It then waits at that one, whose level so long is -2 - device, in a chain with
-    the others that do. Whoever runs the op makes them ready again.
-    """
-    slices, stages = shape[1], shape[2]
-    # F, and either B or I and W, of each stage, micro-batch and slice.
-    for cell in range(len(forward)):
-        one = len(whole) > 0 and whole[cell] >= 0
-        two = len(half) > 0 and half[cell] >= 0
-        three = len(weight) > 0 and weight[cell] >= 0
-        if forward[cell] < 0 or one == two or two != three:
-            return
-    count = len(at)
-    for device in range(count):
-        ready[device] = device
-    ran = 0
-    while count > 0:
-        count -= 1
-        device = ready[count]
-        while at[device] < row_starts[device + 1]:
-            op = at[device]
-            cell, what = place[op], kind[op]
-            reached = -1
-            if op > row_starts[device]:
-                reached = level[op - 1]
-            missing = -1
-            own = op
-            for nth in range(4):
-                need = -1
-                if what == _F:
-                    if nth == 0:
-                        own = forward[cell]
-                    elif nth == 1 and stage[op] > 0:
-                        need = forward[cell - 1]
-                    elif nth == 2 and part[op] > 0:
-                        need = forward[cell - stages]
-                elif what in (_B, _I):
-                    if nth == 0:
-                        own = whole[cell] if what == _B else half[cell]
-                        need = forward[cell]
-                        if len(again) > 0 and again[cell] >= 0:
-                            need = again[cell]
-                    else:
-                        other = -1
-                        if nth == 1 and stage[op] < stages - 1:
-                            other = cell + 1
-                        elif nth == 2 and part[op] < slices - 1:
-                            other = cell + stages
-                        if other >= 0:
-                            need = whole[other] if len(whole) > 0 else -1
-                            if need < 0:
-                                need = half[other]
-                elif nth == 0 and what == _W:
-                    own = weight[cell]
-                    need = half[cell]
-                elif nth == 0:
-                    own = again[cell]
-                    need = forward[cell]
-                if need >= 0:
-                    if level[need] < 0:
-                        missing = need
-                        break
-                    reached = max(reached, level[need])
-            if own != op or home[stage[op]] != device:
-                return
-            if missing >= 0:
-                behind[device] = -2 - level[missing]
-                level[missing] = -2 - device
-                break
-            waiting = -2 - level[op]
-            while waiting >= 0:
-                ready[count] = waiting
-                count += 1
-                waiting = behind[waiting]
-            level[op] = reached + 1
-            ran += 1
-            at[device] = op + 1
-    done[0] = ran
-
-
 def neighbours(
     device: NDArray[np.int32], counts: NDArray[np.bool_]
 ) -> tuple[Index, Index]:
     """For each node the nearest that counts before and behind it on its device."""
     size = len(device)
-    place = np.arange(size, dtype=np.int32)
-    before, behind = np.full(size, -1, np.int32), np.full(size, size, np.int32)
-    before[1:] = np.maximum.accumulate(np.where(counts, place, -1))[:-1]
-    behind[:-1] = np.minimum.accumulate(np.where(counts, place, size)[::-1])[-2::-1]
-    for near, outside in ((before, -1), (behind, size)):
-        there = near != outside
-        there[there] = device[near[there]] == device[there]
-        near[~there] = -1
+    near = new_columns(*[(size, np.int32)] * 2)
+    columns = [device, counts, *near]
+    before, behind = run(_neighbours, columns, results=[2, 3], size=size)
     return before, behind
+
+
+def _neighbours(device: Any, counts: Any, before: Any, behind: Any) -> None:
+    """Devices ascend."""
+    size = len(device)
+    last = -1
+    for node in range(size):
+        if last >= 0 and device[last] != device[node]:
+            last = -1
+        before[node] = last
+        if counts[node]:
+            last = node
+    last = -1
+    for node in range(size - 1, -1, -1):
+        if last >= 0 and device[last] != device[node]:
+            last = -1
+        behind[node] = last
+        if counts[node]:
+            last = node

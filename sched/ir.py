@@ -217,7 +217,7 @@ class Schedule:
     @cached_property
     def clean_levels(self) -> Ints | None:
         """The same where a quick look says that `check` finds nothing; else None."""
-        from pipeproof.sched.deps import clean_levels
+        from pipeproof.sched.clean import clean_levels
 
         return clean_levels(self)
 

@@ -135,6 +135,24 @@ def distinct(values: NDArray[Any]) -> NDArray[Any]:
     return ordered[first]
 
 
+FEW = 1 << 16
+"""So many different numbers are found in a table of all."""
+
+
+def numbered(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The different ones of some integers of at least 0, ascending, and which each is.
+
+    As `np.unique` with its inverse. Large ones take a sort, small ones a table.
+    """
+    most = int(values.max(initial=0))
+    if most >= max(FEW, len(values)):
+        different = distinct(values)
+        return different, np.searchsorted(different, values)
+    there = np.zeros(most + 1, dtype=np.bool_)
+    there[values] = True
+    return np.flatnonzero(there), (np.cumsum(there) - 1)[values]
+
+
 def csr(
     rows: int, row: NDArray[Any], value: NDArray[Any]
 ) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -122,8 +122,9 @@ class Streams:
             over.append(link.ravel())
         of_kind = np.tile(np.arange(devices, dtype=np.int32), (len(Kind), 1))
         for kind, (_, where) in BESIDE.items():
-            mine = distinct(schedule.device_of_op[schedule.ops.kind == kind]).tolist()
-            for device in mine:
+            there = np.zeros(devices, dtype=np.bool_)
+            there[schedule.device_of_op[schedule.ops.kind == kind]] = True
+            for device in np.flatnonzero(there).tolist():
                 of_kind[kind, device] = len(streams)
                 streams.append(_beside(schedule, device, where))
         return cls(tuple(streams), of_kind.ravel(), *links, *over)

@@ -1,8 +1,9 @@
-"""The most that is alive at once on each device, in one pass and without sorting.
+"""The most that is alive at once on each device, without sorting.
 
-Right for a device whose births and deaths come in the program's order in order of time
-too, as those of ops do, and for numbers whose sums do not depend on their order.
-`pipeproof.sched.memory` puts the events of the others in order.
+Births and deaths of what ops keep come in the program's order in order of time too, so
+one pass is enough. Copies run beside the ops, and where there are any, the streams'
+events are merged, each in order for itself. Right for numbers whose sums do not depend
+on their order; `pipeproof.sched.memory` sorts the events of all else.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched.buffers import AGAIN, HOWS, SPLIT, Block, how_of
+from pipeproof.sched.changes import HERE, cells_of, changes, rows_of
 from pipeproof.sched.exact import Number, plain, whole
-from pipeproof.sched.ir import Kind, Schedule
+from pipeproof.sched.ir import Kind
 from pipeproof.sched.kernels import run
+from pipeproof.sched.merging import peaks_with_copies
 from pipeproof.sched.program import BufferKind, Program
-from pipeproof.sched.touches import Touch, touching
+from pipeproof.sched.touches import Touch
 from pipeproof.sched.weights import Weights
 
 LARGEST = 2**62
@@ -36,28 +38,30 @@ def peaks_by_op(
 
     Returns:
         None for a device whose events are not in order; and None for all where other
-        buffers count, activations move, or the numbers or the program do not allow it.
+        buffers count, or the numbers or the program do not allow it.
     """
     schedule, ops = program.schedule, program.schedule.ops
     counted = weights.by_kind.keys() <= {BufferKind.ACTIVATION, BufferKind.WEIGHT_STASH}
-    if not counted or not program.storage.by_op or schedule.has(Kind.OFFLOAD):
+    if not counted or not program.storage.by_op:
         return None
     kept, stashed = (
-        weights.by_kind.get(kind, np.zeros(4 * _cells(schedule), dtype=np.int64))
+        weights.by_kind.get(kind, np.zeros(4 * cells_of(schedule), dtype=np.int64))
         for kind in (BufferKind.ACTIVATION, BufferKind.WEIGHT_STASH)
     )
     numbers, parts = whole(np.concatenate([kept, stashed]))
     if numbers.dtype != np.int64 or int(numbers.max()) * len(ops) >= LARGEST:
         return None
+    if schedule.has(Kind.OFFLOAD):
+        return _peaks(peaks_with_copies(program, numbers, start, end), parts)
     columns: list[NDArray[Any]] = [
         program.computes,
         program.first_op,
         program.op_count,
         program.stream,
         np.array([stream.device for stream in program.streams], dtype=np.int32),
-        _rows(schedule),
-        _changes(Touch.WRITE, numbers),
-        _changes(Touch.TAKE, numbers),
+        rows_of(schedule),
+        changes(Touch.WRITE, numbers, HERE),
+        changes(Touch.TAKE, numbers, HERE),
         start,
         end,
         np.zeros(schedule.devices, dtype=np.int64),
@@ -66,42 +70,6 @@ def peaks_by_op(
     ]
     run(_live, columns, results=[12], size=len(program.computes))
     return _peaks(columns[12], parts)
-
-
-def _cells(schedule: Schedule) -> int:
-    """Stages of all pipes."""
-    return len(schedule.placement.pipes) * schedule.stages
-
-
-def _rows(schedule: Schedule) -> NDArray[np.int32]:
-    """For each op where `_changes` has it."""
-    table = schedule.table
-    columns: list[NDArray[Any]] = [
-        schedule.ops.kind,
-        table.place,
-        table.cell,
-        how_of(table),
-        np.array([_cells(schedule)]),
-        np.empty(len(schedule), dtype=np.int32),
-    ]
-    return run(_number, columns, results=[5], size=len(schedule))[0]
-
-
-def _number(kind: Any, place: Any, cell: Any, how: Any, cells: Any, row: Any) -> None:
-    for op in range(len(kind)):
-        row[op] = (kind[op] * HOWS + how[place[op]]) * cells[0] + cell[op]
-
-
-def _changes(touch: Touch, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """What comes or goes with an op, at (kind × HOWS + how) × cells + its stage's."""
-    how = np.arange(len(Kind) * HOWS) % HOWS
-    column = (how & AGAIN > 0) + 2 * (how & SPLIT > 0)
-    kept, stashed = numbers.reshape(2, 4, -1)
-    changes: NDArray[np.int64] = (
-        touching(touch, Block.KEPT)[:, None] * kept[column]
-        + touching(touch, Block.STASH)[:, None] * stashed[column]
-    )
-    return changes.ravel()
 
 
 def _peaks(found: NDArray[np.int64], parts: int) -> list[Number | None]:

@@ -19,7 +19,7 @@ from pipeproof.sched import Kind, Program, Schedule, Trace
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, is_number, plain
 from pipeproof.sched.kernels import columns as new_columns
-from pipeproof.sched.kernels import run
+from pipeproof.sched.kernels import numbered, run
 from pipeproof.sched.weights import Sizes
 from pipeproof.sim.per_stage import Table, divide
 
@@ -184,11 +184,13 @@ class Cost:
         for nth in range(1, int(count.max())):
             there = count[groups] > nth
             more = place[np.where(there, first[groups] + nth, 0)]
-            _, alike = np.unique(alike, return_inverse=True)
+            _, alike = numbered(alike)
             alike = alike * (len(numbers) + 1) + np.where(there, more, len(numbers))
-        _, example, alike = np.unique(alike, return_index=True, return_inverse=True)
+        different, alike = numbered(alike)
         which[groups] = len(numbers) + alike
-        for group in groups[example].tolist():
+        example = np.empty(len(different), dtype=np.int64)
+        example[alike[::-1]] = groups[::-1]  # the first
+        for group in example.tolist():
             members = range(int(first[group]), int(first[group] + count[group]))
             parts = [numbers[place[i]] for i in members]
             numbers.append(self._joint(schedule, members, parts))

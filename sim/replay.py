@@ -32,7 +32,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched import Action, Program, kernels
-from pipeproof.sched.deps import csr
 from pipeproof.sched.errors import UnsupportedError
 from pipeproof.sched.groups import Edges
 from pipeproof.sched.program import Lists
@@ -165,10 +164,9 @@ def all_waits(program: Program, turn: NDArray[Any], cluster: Cluster) -> Lists:
         after = np.concatenate([after, further[1]])
     if not len(before):
         return waits
-    rows = np.concatenate([waits.owner, after])
-    values = np.concatenate([waits.values, before])
-    offsets, grouped = csr(len(program), rows, values)
-    return Lists(offsets, grouped.astype(np.int32))
+    more = np.cumsum(np.bincount(after + 1, minlength=len(program) + 1))
+    values = np.insert(waits.values, waits.offsets[after + 1], before)
+    return Lists(waits.offsets + more, values)
 
 
 def _posted(

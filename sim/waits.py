@@ -15,46 +15,41 @@ from pipeproof.sched import Action, Program
 from pipeproof.sched.groups import Edges, for_all, needs, turns_of_others
 from pipeproof.sched.matching import meetings
 from pipeproof.sched.program import Lists
-from pipeproof.sched.streams import in_turn, turn_of
+from pipeproof.sched.streams import turn_of
 from pipeproof.sim.cluster import Cluster
-
-
-def streams_in_turn(program: Program, cluster: Cluster) -> list[NDArray[np.int64]]:
-    """The instructions of each stream, one after the other.
-
-    Streams that a shared processor or the cluster's stream model make one are one
-    list, in the program's order. There every instruction stands behind all that it
-    waits for: merging streams delays a program that `lower` wrote, and never
-    deadlocks it, but where sender and receiver are one stream (`sync` on a shared
-    processor) under rendezvous, or both exchange messages in groups.
-    """
-    return in_turn(program, cluster.streams, shared_processor=cluster.shared_processor)
 
 
 def turns(program: Program, cluster: Cluster) -> NDArray[np.int32]:
     """For each instruction a number: equal for those that take turns.
 
-    That of the first stream that is one with its own; of those posted in a group,
-    which take none, one for each behind these.
+    That of the first stream that is one with its own, on a shared processor or by the
+    cluster's stream model; of those posted in a group, which take none, one for each
+    behind these. Turns are in the program's order, in which every instruction stands
+    behind all that it waits for: merging streams delays a program that `lower` wrote,
+    and never deadlocks it, but where sender and receiver are one stream (`sync` on a
+    shared processor) under rendezvous, or both exchange messages in groups.
     """
-    first: dict[Hashable, int] = {}
-    numbers = [
-        first.setdefault(_turn(program, number, cluster), number)
-        for number in range(len(program.streams))
-    ]
-    if numbers == list(range(len(numbers))) and not len(program.groups):
-        return program.stream
-    result = np.array(numbers, dtype=np.int32)[program.stream]
+    result = _turns(program, cluster)
     posted = program.groups.values
-    result[posted] = len(numbers) + np.arange(len(posted))
+    if len(posted):
+        result = result.copy()
+        result[posted] = len(program.streams) + np.arange(len(posted))
     return result
 
 
-def _turn(program: Program, number: int, cluster: Cluster) -> Hashable:
-    """Equal for streams that are one."""
-    return turn_of(
-        program, number, cluster.streams, shared_processor=cluster.shared_processor
-    )
+def _turns(program: Program, cluster: Cluster) -> NDArray[np.int32]:
+    """The same, but for groups."""
+    first: dict[Hashable, int] = {}
+    model, shared = cluster.streams, cluster.shared_processor
+    numbers = [
+        first.setdefault(
+            turn_of(program, number, model, shared_processor=shared), number
+        )
+        for number in range(len(program.streams))
+    ]
+    if numbers == list(range(len(numbers))):
+        return program.stream
+    return np.array(numbers, dtype=np.int32)[program.stream]
 
 
 def others_in_turn(program: Program, cluster: Cluster) -> Edges:
@@ -103,10 +98,15 @@ def _meetings(program: Program, cluster: Cluster) -> list[Edges]:
     if not (meet := np.isin(program.action, (Action.REDUCE, Action.TIE))).any():
         return []
     needs = {index: program.waits_for[index] for index in np.flatnonzero(meet).tolist()}
-    for members in streams_in_turn(program, cluster):
-        at = 1 + np.flatnonzero(meet[members[1:]])
-        for one, following in zip(members[at - 1].tolist(), members[at].tolist()):
-            needs[following].append(one)
+    turn = _turns(program, cluster)
+    sums = np.zeros(len(program.streams), dtype=np.bool_)
+    sums[turn[meet]] = True
+    members = np.flatnonzero(sums[turn])
+    members = members[np.argsort(turn[members], kind="stable")]
+    follows = meet[members[1:]] & (turn[members[1:]] == turn[members[:-1]])
+    at = 1 + np.flatnonzero(follows)
+    for one, following in zip(members[at - 1].tolist(), members[at].tolist()):
+        needs[following].append(one)
     result: list[Edges] = []
     for group in map(np.ndarray.tolist, meetings(program)):
         pairs = [
