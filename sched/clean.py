@@ -75,7 +75,7 @@ def clean_levels(schedule: Schedule) -> NDArray[np.int32] | None:
 
 
 def _impossible(schedule: Schedule) -> bool:
-    """Whether skips or targets of copies are wrong."""
+    """Whether skips, ties or targets of copies are wrong."""
     for device, target in enumerate(schedule.offload_to):
         if target is not None and (target >= schedule.devices or target == device):
             return True

@@ -11,6 +11,7 @@ from pipeproof.sched.certificate import Share
 from pipeproof.sched.findings import Finding
 from pipeproof.sched.ir import Schedule, Tie
 from pipeproof.sched.program import BufferKind, Program
+from pipeproof.sched.terms import NOTHING
 from pipeproof.sched.ties import homes_of, named
 from pipeproof.sched.walk import Walk
 
@@ -60,7 +61,7 @@ def _stages(walk: Walk, part: object, stage_of: dict[int, int]) -> tuple[int, ..
     """The stages whose gradients a device added up, in order.
 
     One that was not done yet is -1 - stage; what is no stage's gradient has the
-    number of none.
+    number of none, and what nothing was added to yet is none.
     """
     assert isinstance(part, int)
     match walk.terms.keys[part]:
@@ -68,7 +69,7 @@ def _stages(walk: Walk, part: object, stage_of: dict[int, int]) -> tuple[int, ..
             return tuple(
                 stage_of.get(term, _early(walk, term))
                 for term in terms
-                if isinstance(term, int)
+                if isinstance(term, int) and term != NOTHING
             )
         case _:
             return (NO_STAGE,)
