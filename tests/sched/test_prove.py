@@ -28,6 +28,7 @@ from pipeproof.sched import (
 )
 from pipeproof.sched.program import Stream, StreamKind
 from pipeproof.sched.row import Case, Row
+from pipeproof.sched.terms import Reference, Terms
 
 dice = st.randoms(use_true_random=False)
 policies = st.sampled_from(POLICIES)
@@ -83,6 +84,43 @@ def test_a_mutant_that_is_proved_computes_the_gradient_in_any_order(
     if prove(edited).ok:
         for _ in range(3):
             assert computes_the_gradient(edited, dice), edit
+
+
+@given(schedule=schedules() | whole_language())
+def test_each_gradient_has_the_weight_of_its_own_loss_once(schedule: Schedule) -> None:
+    """A backward starts from a loss that is weighed, and nothing is weighed again."""
+    terms = Terms()
+    reference = Reference.of(terms, schedule)
+    backward = {"dx", "dskip", "stash", "grad", "with", "and"}
+    found: list[set[tuple[int, int]]] = []
+    for term, key in enumerate(terms.keys):  # each stands behind its operands
+        found.append(set())
+        if key[0] == "dloss":
+            name, m, q, loss = terms.keys[key[1]]
+            assert (name, terms.keys[loss][:3]) == ("weighed", ("loss", m, q))
+            found[-1] = {(m, q)}
+        elif key[0] in backward:
+            # Numbers of stages are those of early terms too, which weigh nothing.
+            found[-1] = set().union(*(found[n] for n in key[1:] if n < term))
+    for place, gradient in enumerate(reference.gradients):
+        m, q = divmod(place // schedule.stages, schedule.slices)
+        later = range(q, schedule.slices)  # whose keys and values are of this one
+        assert found[gradient] == {(m, part) for part in later}
+
+
+def test_a_loss_with_another_weight_is_refuted_in_words() -> None:
+    """What a forward of the last stage is called says whose targets and weight."""
+    program = two_devices()
+    parts = parts_of(program)
+    forward = parts[label(program, "1F1")]
+    forward.first_op = list(program.schedule.ops).index(F(1, 2))
+    refuted = str(prove(assembled(program, parts)))
+
+    assert (
+        "1F2 reads input 1:1, which holds the input of stage 1 for micro-b" in refuted
+    )
+    assert "its loss would count with targets and weight of micro-batch 2" in refuted
+    assert "the gradient of stage 1 lacks micro-batch 1" in refuted
 
 
 def label(program: Program, text: str) -> int:
