@@ -17,7 +17,7 @@ input x and the keys and values of earlier slices, for one micro-batch and slice
     dskip(k, act, g)   that of what skip connection k brought
     and(g, …)          gradients of an output and of what went over skips
     stash(old, act, g) what is left for the weights' gradient, once g is known
-    grad(s, stash, x)  the gradient of the weights
+    grad(s, stash, x, …)  the gradient of the weights; last comes what skips brought
     add(sum, grad)     an accumulator after one more of them
     sum(chain, …)      accumulators of all replicas, reduced
     part(chain, …)     of what stages share, those of one device's stages, added up
@@ -165,10 +165,12 @@ class Reference:
             if part + 1 < self.slices:
                 g = terms.make("with", g, self._passed_on(terms, place + self.stages))
             self.stashes[place] = terms.make("stash", act, act, g)
+            coming = self.coming(stage)
+            brought = [self.skip_inputs[k][row] for k in coming]
             self.gradients[place] = terms.make(
-                "grad", stage, self.stashes[place], self.inputs[place]
+                "grad", stage, self.stashes[place], self.inputs[place], *brought
             )
-            for k in self.coming(stage):
+            for k in coming:
                 self.skip_grads[k][row] = terms.make("dskip", k, act, g)
             g = terms.make("dx", stage, act, g)
 

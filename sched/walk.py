@@ -203,9 +203,9 @@ class Walk:
             for k in self._leaving[stage]:
                 write(OUTPUTS, make("skip", k, act), k)
         elif kind == Kind.W:
-            stash = read(STASHES, reference.stashes[place])
-            brought()
-            add(make("grad", stage, stash, read(INPUTS, reference.inputs[place])))
+            stash, over = read(STASHES, reference.stashes[place]), brought()
+            x = read(INPUTS, reference.inputs[place])
+            add(make("grad", stage, stash, x, *over))
         else:
             act = read(ACTIVATIONS, reference.activations[place])
             if stage < self._last_stage:
@@ -225,9 +225,8 @@ class Walk:
             for k in coming:
                 write(INPUT_GRADS, make("dskip", k, act, g), k)
             if kind == Kind.B:
-                brought()
-                x = read(INPUTS, reference.inputs[place])
-                add(make("grad", stage, make("stash", act, act, g), x))
+                came, x = brought(), read(INPUTS, reference.inputs[place])
+                add(make("grad", stage, make("stash", act, act, g), x, *came))
             else:
                 buffer = self._find(writes, STASHES, who)
                 if buffer >= 0:

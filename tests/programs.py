@@ -208,7 +208,8 @@ def reference(schedule: Schedule) -> list[list[str]]:
                 for k in into(schedule, s):
                     over_dx[k, q] = term("dskip", k, act[s, q], *g)
                 stash = term("stash", act[s, q], act[s, q], *g)
-                result[s].append(term("grad", s, stash, x[s, q]))
+                came = [term("skip", k, act[k[0], q]) for k in into(schedule, s)]
+                result[s].append(term("grad", s, stash, x[s, q], came))
     return list(map(sorted, result))
 
 
@@ -488,7 +489,8 @@ class Play:
             for k in out_of(self.program.schedule, s):
                 put("out", term("skip", k, act), k)
         elif kind == Kind.W:
-            add(term("grad", s, get("stash"), get("input")))
+            came = [get("input", k) for k in into(self.program.schedule, s)]
+            add(term("grad", s, get("stash"), get("input"), came))
         else:
             act = str(get("act"))
             last = s == self.program.schedule.stages - 1
@@ -501,11 +503,9 @@ class Play:
             for k in into(self.program.schedule, s):
                 put("dx", term("dskip", k, act, g, later, more), k)
             if kind == Kind.B:
-                add(
-                    term(
-                        "grad", s, term("stash", act, act, g, later, more), get("input")
-                    )
-                )
+                stash = term("stash", act, act, g, later, more)
+                came = [get("input", k) for k in into(self.program.schedule, s)]
+                add(term("grad", s, stash, get("input"), came))
             elif (buffer := find(it.writes, "stash")) is not None:
                 old = self.read(buffer)
                 put("stash", term("stash", old, act, g, later, more))

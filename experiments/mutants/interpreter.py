@@ -118,7 +118,7 @@ class Interpreter:
             stash, x = kept.pop(("stash", *of), None), kept.pop(("x", *of), None)
             if stash is None or x is None:
                 return False
-            self.sums[s, device].append(term("grad", s, stash, x))
+            self.sums[s, device].append(term("grad", s, stash, x, NO_SKIPS))
             return True
         if kind in (Kind.OFFLOAD, Kind.RELOAD):
             way = ("act", "away") if kind == Kind.OFFLOAD else ("away", "act")
@@ -144,7 +144,7 @@ class Interpreter:
         x = kept.pop(("x", *of), None)
         if x is None:
             return False
-        self.sums[s, device].append(term("grad", s, stash, x))
+        self.sums[s, device].append(term("grad", s, stash, x, NO_SKIPS))
         return True
 
     def reduce(self, device: int, stage: int) -> bool:
