@@ -172,12 +172,14 @@ class Wanted:
         source: a name in the catalogue, a path, or `-`.
         devices, micro_batches: of a name.
         features: likewise, but `remat`.
+        steps: whether to add STEPs.
     """
 
     source: str
     devices: int | None
     micro_batches: int | None
     features: Features
+    steps: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +191,7 @@ class Conditions:
     weight_grad: Any
     backward: Any
     recompute: Any
+    step: Any
     overlap: Any
     weight_grad_memory: Number | None
     weight_bytes: Any
@@ -228,6 +231,11 @@ _SIZES = [
         "-m", "--micro-batches", type=int, metavar="M", help="Micro-batches a step."
     ),
 ]
+_STEPS = click.option(
+    "--with-steps",
+    is_flag=True,
+    help="Give each stage a STEP of its optimizer behind its gradient: with_steps().",
+)
 _FEATURES = [
     click.option("-v", "--chunks", type=int, metavar="V", help="Chunks per device."),
     click.option("--slices", type=int, metavar="Q", help="Slices of a micro-batch."),
@@ -295,6 +303,7 @@ _CONDITIONS = [
     _amount("--weight-grad", "Time of W; default 1."),
     _amount("--backward", "Time of B; default I + W."),
     _amount("--recompute", "Time of R; default F."),
+    _amount("--step", "Time of STEP; default 0."),
     _amount("--overlap", "Joint time of F&B; default F + B."),
     _number(
         "--weight-grad-memory",
@@ -353,7 +362,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON o
 def takes_schedule(function: Function) -> Function:
     """Give a command NAME|FILE and its sizes, collected as `wanted`."""
 
-    @_with([click.argument("source", metavar="NAME|FILE"), *_SIZES])
+    @_with([click.argument("source", metavar="NAME|FILE"), *_SIZES, _STEPS])
     @takes_features
     @wraps(function)
     def collected(
@@ -361,10 +370,12 @@ def takes_schedule(function: Function) -> Function:
         source: str,
         devices: int | None,
         micro_batches: int | None,
+        with_steps: bool,
         features: Features,
         **rest: Any,
     ) -> None:
-        function(wanted=Wanted(source, devices, micro_batches, features), **rest)
+        wanted = Wanted(source, devices, micro_batches, features, with_steps)
+        function(wanted=wanted, **rest)
 
     return collected
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
@@ -11,6 +12,8 @@ from typing import Any
 import click
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
 
 from pipeproof.cli.model import ROWS, load_example
 from pipeproof.cli.options import Wanted
@@ -23,6 +26,7 @@ from pipeproof.exec import Example, Pipeline, Ranks, keep_memory, launch
 from pipeproof.exec.batch import split
 from pipeproof.sched import (
     Certificate,
+    Kind,
     ParameterError,
     Refutation,
     Schedule,
@@ -158,20 +162,22 @@ def _train(training: Training, ranks: Ranks | None = None) -> Trained:
         messages=training.messages,
         ranks=ranks or False,
         data_parallel=training.data_parallel,
+        optimizers=optimizers_of(example.stages, training.schedule, training.lr),
     )
     proof = in_passing(pipeline.program)
     if isinstance(proof, Refutation):
         raise ScheduleError(str(proof))
     parameters = [p for stage in example.stages for p in stage.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=training.lr)
+    optimizer = torch.optim.SGD(parameters, lr=training.lr)  # unless STEPs have theirs
     torch.manual_seed(training.seed)
     quiet = training.quiet or (ranks is not None and ranks.rank > 0)
     losses, seconds = [], []
     for step in range(steps):
         started = perf_counter()
         loss = pipeline.step(example.inputs, example.targets, record=step == steps - 1)
-        optimizer.step()
-        optimizer.zero_grad()
+        if pipeline.optimizers is None:
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(loss.item())
         _settle(devices)
         seconds.append(perf_counter() - started)
@@ -179,6 +185,16 @@ def _train(training: Training, ranks: Ranks | None = None) -> Trained:
             took = f"{seconds[-1] * 1e3:,.1f} ms"
             click.echo(f"step {step + 1}/{steps}: loss {losses[-1]:.6f}, {took}")
     return Trained(losses, seconds, pipeline.trace, proof)
+
+
+def optimizers_of(
+    stages: Sequence[nn.Module], schedule: Schedule, lr: float
+) -> list[Optimizer | None] | None:
+    """SGD for each stage that learns, where the schedule has STEPs."""
+    if not schedule.has(Kind.STEP):
+        return None
+    learning = [[p for p in stage.parameters() if p.requires_grad] for stage in stages]
+    return [torch.optim.SGD(found, lr=lr) if found else None for found in learning]
 
 
 def _example(training: Training, ranks: Ranks | None) -> Example:

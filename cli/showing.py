@@ -76,7 +76,8 @@ def _or_its_figure(wanted: Wanted, conditions: Conditions) -> tuple[Wanted, Cond
     if all(getattr(conditions, name) is None for name in (*names, "backward")):
         times = {name: getattr(figure, name) for name in names}
         conditions = replace(conditions, **times)
-    return Wanted(wanted.source, figure.p, figure.m, features), conditions
+    shown = Wanted(wanted.source, figure.p, figure.m, features, wanted.steps)
+    return shown, conditions
 
 
 def _is_terminal() -> bool:

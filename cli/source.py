@@ -6,7 +6,14 @@ import os
 import sys
 
 from pipeproof.cli.options import FLAGS, Features, Wanted
-from pipeproof.sched import CATALOG, Program, Schedule, catalog, recompute
+from pipeproof.sched import (
+    CATALOG,
+    Program,
+    Schedule,
+    catalog,
+    recompute,
+    with_steps,
+)
 from pipeproof.sched.errors import ParameterError, ParseError
 from pipeproof.sched.interop.json_form import parse_json
 from pipeproof.sched.interop.torch_csv import TorchCsv, read_torch_csv
@@ -36,7 +43,7 @@ def load(wanted: Wanted) -> Schedule:
     _own_sizes(wanted)
     read = _read(wanted.source, agreeing=True)
     schedule = read.schedule if isinstance(read, TorchCsv) else read
-    return _rematerialised(schedule, wanted.features)
+    return _transformed(schedule, wanted)
 
 
 def load_to_prove(wanted: Wanted) -> Schedule | Program:
@@ -50,12 +57,13 @@ def load_to_prove(wanted: Wanted) -> Schedule | Program:
         _own_sizes(wanted)
         read = _read(wanted.source, agreeing=False)
         if not isinstance(read, TorchCsv):
-            return _rematerialised(read, wanted.features)
+            return _transformed(read, wanted)
         if not read.has_communication or not read.schedule.report.ok:
-            return _rematerialised(read.schedule, wanted.features)
-        if wanted.features.remat is not None:
+            return _transformed(read.schedule, wanted)
+        if wanted.features.remat is not None or wanted.steps:
+            flag = "--with-steps" if wanted.steps else "--remat"
             raise ParameterError(
-                "--remat changes what is computed, and the file has its communication "
+                f"{flag} changes what is computed, and the file has its communication "
                 "already: give the CSV without"
             )
         return torch_program(read)
@@ -99,7 +107,10 @@ def _generate(wanted: Wanted) -> Schedule:
             f"{wanted.source} needs {' and '.join(missing)}: for example "
             f"{wanted.source} -p 4 -m 8"
         )
-    return make(wanted.source, wanted.devices, wanted.micro_batches, wanted.features)
+    schedule = make(
+        wanted.source, wanted.devices, wanted.micro_batches, wanted.features
+    )
+    return with_steps(schedule) if wanted.steps else schedule
 
 
 def _exists(source: str) -> bool:
@@ -116,6 +127,11 @@ def _own_sizes(wanted: Wanted) -> None:
             f"a file has its own sizes: leave out {', '.join(surplus)}, or name a "
             f"schedule of the catalogue"
         )
+
+
+def _transformed(schedule: Schedule, wanted: Wanted) -> Schedule:
+    schedule = _rematerialised(schedule, wanted.features)
+    return with_steps(schedule) if wanted.steps else schedule
 
 
 def _rematerialised(schedule: Schedule, features: Features) -> Schedule:

@@ -15,7 +15,7 @@ from pipeproof.cli.model import load_example
 from pipeproof.cli.options import Wanted
 from pipeproof.cli.output import emit_json, emit_table
 from pipeproof.cli.predict import sizes
-from pipeproof.cli.running import devices_of
+from pipeproof.cli.running import devices_of, optimizers_of
 from pipeproof.cli.source import load
 from pipeproof.exec import Example, Pipeline, reference
 
@@ -66,8 +66,15 @@ def compare(
     devices = devices_of(device)
 
     def pipelined(stages: list[nn.Module], inputs: Any, targets: Any) -> Tensor:
-        pipeline = Pipeline(stages, schedule, example.loss_fn, devices=devices)
-        return pipeline.step(inputs, targets)
+        pipeline = Pipeline(
+            stages,
+            schedule,
+            example.loss_fn,
+            devices=devices,
+            optimizers=optimizers_of(stages, schedule, lr=0.0),
+        )
+        # Any STEP is left out: it would use the gradients that are compared.
+        return pipeline.step(inputs, targets, accumulate=True)
 
     def looped(stages: list[nn.Module], inputs: Any, targets: Any) -> Tensor:
         return reference(stages, schedule, example.loss_fn, inputs, targets)

@@ -77,6 +77,7 @@ def agree(
     mine: Sequence[int],
     kind: str,
     loss_scale: LossScale,
+    optimizers: Mapping[int, str],
 ) -> list[int]:
     """Compare what the ranks run.
 
@@ -87,6 +88,7 @@ def agree(
         mine: likewise.
         kind: of device, such as cpu.
         loss_scale: as for `Pipeline`.
+        optimizers: of this rank's stages, in words.
 
     Returns:
         The number of each stage's first unit in the whole model.
@@ -112,19 +114,25 @@ def agree(
         for number in mine
         if len(grid.holders(schedule, number)) > 1 and not is_sharded(stages[number])
     }
+    copies = {
+        str(number): text
+        for number, text in optimizers.items()
+        if len(grid.holders(schedule, number)) > 1
+    }
     said = grid.ranks.exchange(
-        [same, shapes, values], "what the other ranks are to run"
+        [same, shapes, values, copies], "what the other ranks are to run"
     )
     found = _differences(
         [
             {**same, **{f"stage {n}": text for n, text in shapes.items()}}
             | {f"values of stage {n}": text for n, text in values.items()}
-            for same, shapes, values in said
+            | {f"optimizer of stage {n}": text for n, text in steps.items()}
+            for same, shapes, values, steps in said
         ]
     )
     if found:
         raise RankError("ranks differ; give all the same:\n" + "\n".join(found))
-    known = {int(n): text for _, shapes, _ in said for n, text in shapes.items()}
+    known = {int(n): text for _, shapes, _, _ in said for n, text in shapes.items()}
     units = [int(known[n].partition(" ")[0]) for n in range(schedule.stages)]
     return [sum(units[:number]) for number in range(schedule.stages)]
 

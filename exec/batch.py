@@ -18,7 +18,8 @@ from pipeproof.sched.errors import ParameterError
 Value = Any
 """What crosses a boundary between stages: see `pipeproof.exec.tensors`."""
 
-LossFn = Callable[[Any, Any], Tensor]
+LossFn = Callable[[Any, Any], Tensor] | Callable[[Any], Tensor]
+"""Of the last stage's output and targets, or of the output alone."""
 LossScale = Literal["rows", "sum"] | Callable[[Any], float | Tensor]
 
 NO_KEYWORDS: Mapping[str, Any] = {}
@@ -47,6 +48,7 @@ class Batch:
     targets: Value | None
     keywords: Mapping[str, Any] = field(default_factory=dict)
     scaler: GradScaler | None = None
+    accumulate: bool = False
 
 
 def split(
@@ -284,6 +286,11 @@ def check_pairs(inputs: Value, targets: Value, slices: int) -> tuple[int, int]:
     return size
 
 
+def no_targets(micro_batches: int, slices: int) -> list[list[Value]]:
+    """Of each micro-batch's slices, where there are none."""
+    return [[None] * slices for _ in range(micro_batches)]
+
+
 Weights = list[list[float]]
 """Of each micro-batch's slices."""
 
@@ -302,11 +309,17 @@ def weights(
         positions: of the batch; 1 where they are not cut.
 
     Raises:
-        LossError: a weight that is not a finite number of at least 0.
+        LossError: a weight that is not a finite number of at least 0, or none known
+            for want of targets.
     """
     if loss_scale == "sum":
         return None
     if callable(loss_scale):
+        if targets[0][0] is None:
+            raise LossError(
+                "loss_scale is a callable of targets, and there are none: give "
+                "'rows', 'sum', or targets"
+            )
         found = [[float(loss_scale(part)) for part in of] for of in targets]
     else:
         across = _lengths(positions, len(targets[0]))

@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from pipeproof.exec import tensors
-from pipeproof.exec.batch import LossFn, Value
+from pipeproof.exec.batch import Value
 from pipeproof.exec.engine import backward as run_backward
 from pipeproof.exec.errors import LossError, ModelError
 from pipeproof.exec.replicas import Run
 from pipeproof.exec.rng import generators, key, seed
+from pipeproof.exec.selective import Recording
 from pipeproof.exec.skips import Values
 from pipeproof.exec.split import Root
 from pipeproof.exec.stage import Stage
@@ -71,7 +72,9 @@ class Binder:
         stashes: what forwards stored that is offloaded.
     """
 
-    def __init__(self, program: Program, homes: Homes, loss_fn: LossFn) -> None:
+    def __init__(
+        self, program: Program, homes: Homes, loss_fn: Callable[[Any, Any], Any]
+    ) -> None:
         self.program = program
         self.homes = homes
         self.values: list[Any] = [None] * len(program.buffers)
@@ -83,6 +86,7 @@ class Binder:
         self._split = program.schedule.has(Kind.I)
         self._carried: dict[Of, tuple[Any, ...]] = {}
         self._carried_grads: dict[Of, list[Tensor | None]] = {}
+        self._recordings: dict[Of, Recording] = {}
         self._offloaded = OpTable.of(program.schedule).has(Kind.OFFLOAD)
         inputs = np.flatnonzero(np.isin(program.buffers[:, 0], INPUTS))
         owners = program.buffers[inputs, 2:5].tolist()
@@ -105,6 +109,7 @@ class Binder:
         self.stashes.clear()
         self._carried.clear()
         self._carried_grads.clear()
+        self._recordings.clear()
         del self.step
 
     def bind(self, op: Op, instruction: Instruction) -> Run:
@@ -149,7 +154,7 @@ class Binder:
                 values[buffer] = tensors.handed_on(left[target])
             if last:
                 self.step.outputs[op.micro_batch][op.slice] = output
-            if not last or self.step.targets:
+            if not last or self.step.with_loss:
                 output = finish(output)
             if out >= 0:
                 values[out] = tensors.handed_on(output)
@@ -188,13 +193,26 @@ class Binder:
         def keep() -> None:
             if brought >= 0:
                 bring_in()
+            values[stash] = graph()
+
+        def graph() -> tuple[Any, Any, Any]:
+            """Where its backward starts."""
             output, carry, left = compute()
             carried = carry and self._carry_on(op, carry)
-            values[stash] = tensors.root(output), carried, left and tensors.root(left)
             if out >= 0:
                 values[out] = tensors.handed_on(output)
             for target, buffer in over:
                 values[buffer] = tensors.handed_on(left[target])
+            return tensors.root(output), carried, left and tensors.root(left)
+
+        def keep_some() -> None:
+            """For an R that runs only some units again."""
+            if brought >= 0:
+                bring_in()
+            assert stage.selection is not None
+            recording = stage.selection.recording(_of(op))
+            self._recordings[_of(op)] = recording
+            recording.roots = graph()
 
         def forget() -> None:
             if brought >= 0:
@@ -214,7 +232,9 @@ class Binder:
             for target, buffer in over:
                 values[buffer] = tensors.handed_on(left[target], wants_grad)
 
-        return keep if stash >= 0 else forget
+        if stash >= 0:
+            return keep
+        return forget if stage.selection is None else keep_some
 
     def _bind_recompute(self, op: Op, instruction: Instruction) -> Run:
         values, stage = self.values, self._stage(op, instruction)
@@ -227,7 +247,12 @@ class Binder:
             roots = left and tensors.root(left)
             values[stash] = tensors.root(output), self._roots(op, carry), roots
 
-        return recompute
+        def recompute_some() -> None:
+            recording = self._recordings.pop(_of(op))
+            recording.run_again(self.step.seed, op.micro_batch, op.slice)
+            values[stash] = recording.roots
+
+        return recompute if stage.selection is None else recompute_some
 
     def _bind_stage(self, op: Op, instruction: Instruction) -> Forward:
         """From the stage's input to its output (of the last, the loss) and carry."""
@@ -266,6 +291,7 @@ class Binder:
                 carry,
                 step.keywords_at(stage.device, micro_batch, part),
                 came,
+                self._recordings.get(of),
             )
             if tensors.versions(leaves) != before:
                 raise ModelError(_in_place(op, leaves, before))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeproof.exec.batch import LossFn, Value
+from pipeproof.exec.batch import Value
 from pipeproof.exec.partition import split_evenly
 
 
@@ -27,7 +27,7 @@ class Example:
     stages: list[nn.Sequential]
     inputs: Value
     targets: Value
-    loss_fn: LossFn
+    loss_fn: Callable[[Any, Any], Tensor]
 
 
 def mlp(

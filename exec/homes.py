@@ -75,6 +75,12 @@ def place(
     return homes
 
 
+def originals(homes: Mapping[tuple[int, int], Stage]) -> list[Stage]:
+    """The stages as the user has them, in order."""
+    found = {stage.number: stage.original for stage in homes.values()}
+    return [found[number] for number in sorted(found)]
+
+
 def refuse_shared(homes: Mapping[tuple[int, int], Stage], replicas: int = 1) -> None:
     """Refuse a parameter of two stages that could not have one gradient."""
     owner: dict[int, Stage] = {}

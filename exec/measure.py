@@ -24,15 +24,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from pipeproof.exec.skips import gives_of
+from pipeproof.exec.slot import tensor_of
 from pipeproof.exec.stage import StageModule, takes_of, units_of
 
 
 class ActivationMeter:
     """Live bytes while it is entered, of all stages and of each.
 
-    Counts what is saved for backward, and the inputs of stages, stored ones
-    included; neither parameters, nor buffers, nor gradients, nor what a forward
-    uses only meanwhile, nor what hooks on saved tensors keep in its place. That is
+    Counts what is saved for backward, the inputs of stages, stored ones included, and
+    those of units that outlive the forward, for an R of these; neither parameters, nor
+    buffers, nor gradients, nor what a forward uses only meanwhile, nor what hooks on
+    saved tensors keep in its place, unless an R of some units has filled it. That is
     what the simulator's activation, input and stored input bytes predict.
 
     Args:
@@ -61,6 +63,8 @@ class ActivationMeter:
         self._ignored: set[int] = set()
         self._walked: set[int] = set()
         self._handles: list[RemovableHandle] = []
+        self._entered: list[weakref.ref[Any]] = []
+        self._left: list[weakref.ref[Any]] = []
         self._watch = _Watch(self._made)
 
     def ignore(self, *tensors: Tensor) -> None:
@@ -75,6 +79,10 @@ class ActivationMeter:
             hook = units[0].register_forward_pre_hook(enter, prepend=True)
             self._handles.append(hook)
             self._handles += self._where_skips_end(units)
+            for unit in units[1:]:
+                hook = unit.register_forward_pre_hook(self._between, prepend=True)
+                self._handles.append(hook)
+            self._handles.append(units[-1].register_forward_hook(self._leaving))
         self._watch.__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -89,6 +97,8 @@ class ActivationMeter:
             handle.remove()
         self._handles.clear()
         self._walked.clear()
+        self._entered.clear()
+        self._left.clear()
 
     def _entering(self, number: int) -> Any:
         def enter(_: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -97,6 +107,14 @@ class ActivationMeter:
                 self._see(tensor, saved=False)
 
         return enter
+
+    def _between(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
+        found = _tensors(arguments)
+        self._entered += [weakref.ref(tensor.untyped_storage()) for tensor in found]
+
+    def _leaving(self, *_: Any) -> None:
+        self._left += self._entered
+        self._entered.clear()
 
     def _where_skips_end(self, units: list[nn.Module]) -> list[RemovableHandle]:
         """Hooks that see what comes from other stages over skip connections."""
@@ -122,6 +140,9 @@ class ActivationMeter:
 
     def _made(self, tensors: list[Tensor]) -> None:
         """Look at the nodes behind these that are new."""
+        while self._left:  # of a forward that has come to its end by now
+            if (storage := self._left.pop()()) is not None:
+                self._see_storage(storage, saved=False)
         waiting = [tensor.grad_fn for tensor in tensors]
         while waiting:
             node = waiting.pop()
@@ -134,7 +155,9 @@ class ActivationMeter:
             waiting += [child for child, _ in node.next_functions]
 
     def _see(self, tensor: Tensor, *, saved: bool) -> None:
-        storage = tensor.untyped_storage()
+        self._see_storage(tensor.untyped_storage(), saved=saved)
+
+    def _see_storage(self, storage: Any, *, saved: bool) -> None:
         identity = id(storage)
         if identity in self._ignored:
             return
@@ -175,11 +198,11 @@ class _Watch(TorchFunctionMode):
 
 
 def _saved_by(node: Node) -> Iterator[Tensor]:
-    """The tensors that a node saved; what hooks made of one is not looked at."""
+    """The tensors that a node saved; what hooks of others made of one is not seen."""
     for name in _attributes(type(node)):
         saved = getattr(node, name)
         for one in saved if isinstance(saved, (tuple, list)) else (saved,):
-            tensor = one.data if one.unpack_hook is None else None
+            tensor = tensor_of(one)
             if tensor is not None and tensor.dim():  # a factor is no activation
                 yield tensor
 

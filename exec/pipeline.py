@@ -23,6 +23,7 @@ from pipeproof.exec.batch import (
     check_pairs,
     check_scale,
     factors,
+    no_targets,
     no_unit_takes,
     size_of,
     split,
@@ -33,9 +34,17 @@ from pipeproof.exec.errors import BatchError
 from pipeproof.exec.evaluation import evaluating, joined
 from pipeproof.exec.grid import Grid
 from pipeproof.exec.group import Along, Ranks
-from pipeproof.exec.homes import check_count, place, refuse_shared, torch_devices
+from pipeproof.exec.homes import (
+    check_count,
+    originals,
+    place,
+    refuse_shared,
+    torch_devices,
+)
 from pipeproof.exec.input_grads import pass_on
+from pipeproof.exec.losses import Loss
 from pipeproof.exec.ranked import Ranked
+from pipeproof.exec.recomputed import Recomputed, recompute_only
 from pipeproof.exec.rng import step_seed
 from pipeproof.exec.runtime import Runtime
 from pipeproof.exec.sharded import check_wrapped
@@ -44,6 +53,12 @@ from pipeproof.exec.stage import StageModule, check_sliced
 from pipeproof.exec.step import Step
 from pipeproof.exec.tensors import placed
 from pipeproof.exec.ties import Shares, shares_of
+from pipeproof.exec.updating import (
+    WHOLE_FIRST,
+    Optimizers,
+    check_optimizers,
+    updated_by,
+)
 from pipeproof.sched import (
     BufferKind,
     ParameterError,
@@ -94,7 +109,8 @@ class Pipeline:
     Args:
         stages: one for each stage of the schedule; moved to their devices.
         schedule: checked before anything runs.
-        loss_fn: (output of the last stage, targets) → scalar.
+        loss_fn: (output of the last stage, targets) → scalar; or of the output alone,
+            or None if the output is the loss: steps then take no targets.
         devices: one for all, or one for each device of the schedule.
         loss_scale: how the micro-batches' losses add up to the batch's. `rows`:
             `loss_fn` is a mean over rows, and each counts with its rows; where the
@@ -122,8 +138,17 @@ class Pipeline:
             looks at every one of them, for which each op waits for its device: for
             finding out, not for every day. What REDUCE adds up is not looked at, nor,
             with a scaler, gradients; `evaluate` and `predict` look at nothing.
+        optimizers: where the schedule has STEPs (`with_steps`), one for each stage, of
+            its own parameters; None for a stage that learns nothing, and for other
+            ranks'. As soon as a stage's gradient is whole, its optimizer's `step` is
+            called, then its `zero_grad`.
+        recomputed: what of a stage an R of the schedule runs again, where that is not
+            all of it, while the rest keeps its activations: a function of a module,
+            as `lambda module: isinstance(module, Block)`; or for each stage the
+            places of its layers, as `fit_selective` chooses them.
 
     Attributes:
+        optimizers: as given.
         schedule: what is run, with the skips and ties of the stages.
         program: of it.
         routes: of the skips, by name.
@@ -134,7 +159,8 @@ class Pipeline:
             one that shares a parameter across devices, or across stages where
             several devices hold one; with slices, a unit that mixes positions and
             takes no carry.
-        ParameterError: another number of devices, or an unknown loss scale.
+        ParameterError: another number of devices, an unknown loss scale, or
+            recomputed layers that are not there or that no R runs again.
         UnsupportedError: ops that are not lowered to a program yet.
         RankError: the ranks were given different things, or another one failed.
 
@@ -146,7 +172,7 @@ class Pipeline:
         self,
         stages: Sequence[StageModule | None] | nn.Sequential,
         schedule: Schedule,
-        loss_fn: LossFn,
+        loss_fn: LossFn | None,
         devices: str | torch.device | Sequence[str | torch.device] = "cpu",
         *,
         loss_scale: LossScale = "rows",
@@ -154,8 +180,12 @@ class Pipeline:
         ranks: Ranks | Along | bool = False,
         data_parallel: Along | int = 1,
         check_finite: bool = False,
+        optimizers: Optimizers | None = None,
+        recomputed: Recomputed | None = None,
     ) -> None:
-        self._check_finite = check_finite
+        self.optimizers = optimizers
+        self._loss = Loss.of(loss_fn)
+        self._check_finite, self._recomputed = check_finite, recomputed
         self._trace: Trace | None = None
         self._losses: list[Tensor] = []
         self._ranked: Ranked | None = None
@@ -166,6 +196,7 @@ class Pipeline:
         self.schedule = schedule
         with nullcontext() if grid is None else grid.ranks.together("its beginning"):
             check_scale(loss_scale)
+            check_optimizers(optimizers, schedule)
             if isinstance(devices, (str, torch.device)):
                 devices = [devices]
             self._shared = len(devices) == 1 and grid is None
@@ -184,22 +215,24 @@ class Pipeline:
             if grid is None:
                 check_wrapped(list(stages), schedule, None)
                 homes = place(list(stages), schedule, self._devices, routes)
+                if recomputed is not None:
+                    recompute_only(homes, list(stages), schedule, recomputed)
                 self._runtime = Runtime(
                     self.program,
                     homes,
-                    loss_fn,
+                    self._loss.call,
                     self._devices,
                     shares=shares,
                     check_finite=check_finite,
+                    optimizers=updated_by(optimizers, originals(homes)),
                 )
             else:
-                self._join(grid, list(stages), loss_fn, routes, shares)
+                self._join(grid, list(stages), routes, shares)
 
     def _join(
         self,
         grid: Grid,
         stages: list[StageModule | None],
-        loss_fn: LossFn,
         routes: Routes,
         shares: Shares,
     ) -> None:
@@ -212,17 +245,23 @@ class Pipeline:
             self._loss_scale,
             routes,
             shares,
+            self._loss,
+            self.optimizers,
         )
         self._ranked = ranked
         for stage in ranked.homes.values():
             if self.schedule.slices > 1:
                 check_sliced(stage.units)
         refuse_shared(ranked.homes, len(grid.rows))
+        if self._recomputed is not None:
+            recompute_only(
+                ranked.homes, stages, self.schedule, self._recomputed, ranked.sharded
+            )
         links = ranked.links
         self._runtime = Runtime(
             self.program,
             ranked.homes,
-            loss_fn,
+            self._loss.call,
             self._devices,
             mine=[grid.device],
             transport=links.messages,
@@ -232,6 +271,7 @@ class Pipeline:
             ties=ranked.ties.reducer,
             lend=None if links.borrower is None else links.borrower.loan,
             check_finite=self._check_finite,
+            optimizers=ranked.optimizers,
         )
 
     @property
@@ -248,24 +288,26 @@ class Pipeline:
     def step(
         self,
         inputs: Value | None,
-        targets: Value | None,
+        targets: Value | None = None,
         *,
         keywords: Mapping[str, Any] = NO_KEYWORDS,
         scaler: GradScaler | None = None,
         record: bool = False,
+        accumulate: bool = False,
     ) -> Tensor:
         """Forward and backward of one batch, micro-batch by micro-batch.
 
         The batch is cut along its first dimension as `torch.tensor_split` does, so
         it need not divide. Gradients add up in `.grad`, as with `loss.backward()`;
-        there is no optimizer step.
+        there is no optimizer step, unless the schedule has STEPs.
 
         Args:
             inputs: shape (rows, …), or tuples, lists and dicts of such, with ints
                 and the like among them, which every micro-batch gets; (rows,
                 positions, …) where the schedule has slices, cut likewise along
                 positions. A tensor that is not to be cut is marked `Whole`.
-            targets: likewise, of as many rows (and positions).
+            targets: likewise, of as many rows (and positions); none if the loss takes
+                none.
             keywords: further inputs by name, for every unit of any stage whose
                 forward has a parameter of that name behind its first. A tensor must
                 have the batch's rows, and is cut as it is, or be marked `Whole`.
@@ -273,6 +315,8 @@ class Pipeline:
                 stage then is not finite, all are set to infinity, so that the scalers
                 of all optimizers on all ranks skip their steps alike.
             record: measure a `trace`.
+            accumulate: leave out the schedule's STEPs, so that gradients add up to
+                those of the next step.
 
         Of several ranks all call it. Those that run a first stage need the inputs,
         those that run a last one the targets, and those with a unit that takes a
@@ -292,20 +336,23 @@ class Pipeline:
             StepError: the model or the loss raised; the cause is chained. Or, with
                 `check_finite`, something is not finite: op, stage and micro-batch.
             RankError: another rank failed, is lost, or no rank moves any more.
-            ParameterError: called inside `torch.inference_mode`.
+            ParameterError: called inside `torch.inference_mode`, or with a scaler
+                though the schedule has STEPs.
         """
         if torch.is_inference_mode_enabled():
             raise ParameterError(
                 "step computes gradients, and torch.inference_mode forbids them: call "
                 "it outside"
             )
-        batch = Batch(inputs, targets, keywords, scaler)
+        if scaler is not None and self.optimizers is not None:
+            raise ParameterError(WHOLE_FIRST.format("give no scaler"))
+        batch = Batch(inputs, targets, keywords, scaler, accumulate)
         if self._ranked is not None:
             return self._step_of(self._ranked, batch, record)
-        if inputs is None or targets is None:
+        if inputs is None:
             raise BatchError("got no batch: only other ranks' parts may be None")
         with torch.enable_grad(), step_seed(self._devices) as seed:
-            step = self._opened(batch, seed)
+            step = self._opened(batch, seed, with_loss=True)
             if record:
                 self._trace = self._timed(step)
             else:
@@ -316,23 +363,27 @@ class Pipeline:
         self._losses = step.parts
         return step.loss
 
-    def _opened(self, batch: Batch, seed: int) -> Step:
-        """The batch in parts, each where it is needed; without targets none."""
+    def _opened(self, batch: Batch, seed: int, *, with_loss: bool) -> Step:
+        """The batch in parts, each where it is needed."""
         parts = self.schedule.micro_batches, self.schedule.slices
         if batch.inputs is None:
             raise BatchError("got no inputs: only other ranks' may be None")
         inputs = split("inputs", batch.inputs, *parts)
-        labels: list[list[Value]] = []
+        labels = no_targets(*parts)
         scale: list[list[float | None]] = [[None] * parts[1] for _ in range(parts[0])]
+        if with_loss:
+            self._loss.check(batch.targets)
         if batch.targets is None:
             size = size_of("inputs", batch.inputs, parts[1])
         else:
             size = check_pairs(batch.inputs, batch.targets, parts[1])
             labels = split("targets", batch.targets, *parts)
+        if with_loss:
             scale = factors(labels, self._loss_scale, *size)
         step = Step(seed, self._sent(inputs, 0), self._sent(labels, -1), scale)
+        step.with_loss = with_loss
         step.keywords = self._keywords(batch.keywords, size)
-        step.scaler = batch.scaler
+        step.scaler, step.accumulates = batch.scaler, batch.accumulate
         return step
 
     @property
@@ -371,7 +422,7 @@ class Pipeline:
     def evaluate(
         self,
         inputs: Value | None,
-        targets: Value | None,
+        targets: Value | None = None,
         *,
         keywords: Mapping[str, Any] = NO_KEYWORDS,
     ) -> Tensor:
@@ -391,9 +442,9 @@ class Pipeline:
         Raises:
             BatchError, LossError, ModelError, StepError, RankError: as `step`.
         """
-        if self._ranked is None and targets is None:
+        if self._ranked is None and targets is None and self._loss.needs_targets:
             raise BatchError("evaluate needs targets; predict does without")
-        done = self._forward(Batch(inputs, targets, keywords), with_targets=True)
+        done = self._forward(Batch(inputs, targets, keywords), with_loss=True)
         self._losses = done.parts
         return done.loss
 
@@ -415,11 +466,11 @@ class Pipeline:
         Raises:
             BatchError, ModelError, StepError, RankError: as `step`.
         """
-        done = self._forward(Batch(inputs, None, keywords), with_targets=False)
+        done = self._forward(Batch(inputs, None, keywords), with_loss=False)
         found = [parts for parts in done.outputs if parts[0] is not None]
         return joined(found) if found else None
 
-    def _forward(self, batch: Batch, *, with_targets: bool) -> Step:
+    def _forward(self, batch: Batch, *, with_loss: bool) -> Step:
         """The forwards alone."""
         stages = self._runtime.stages
         modules = [module for stage in stages for module in stage.modules]
@@ -431,9 +482,9 @@ class Pipeline:
             if self._ranked is not None:
                 with self._ranked.grid.ranks.together("the evaluation"):
                     return self._ranked.forward(
-                        self._runtime, seed, batch, with_targets=with_targets
+                        self._runtime, seed, batch, with_loss=with_loss
                     )
-            step = self._opened(batch, seed)
+            step = self._opened(batch, seed, with_loss=with_loss)
             self._runtime.forward(step)
             return step
 
@@ -470,10 +521,12 @@ class Pipeline:
             The norm before, the same on every rank.
 
         Raises:
-            ParameterError: a norm that is not above 0.
+            ParameterError: a norm that is not above 0, or a schedule with STEPs.
             RankError: as `step`.
         """
         clipping.check_norm(max_norm, norm_type)
+        if self.optimizers is not None:
+            raise ParameterError(WHOLE_FIRST.format("clip no norm"))
         parameters = self._runtime.parameters
         if self._ranked is None:
             found = clipping.norms(parameters, norm_type)

@@ -28,6 +28,7 @@ from pipeproof.exec.bandwidth import Rates
 from pipeproof.exec.batch import LossFn, LossScale, Value, split
 from pipeproof.exec.bind import holders
 from pipeproof.exec.group import Ranks
+from pipeproof.exec.losses import Loss
 from pipeproof.exec.measure import ActivationMeter
 from pipeproof.exec.pipeline import Pipeline
 from pipeproof.exec.skips import Routes, Values, gives_of, handed_over, parted
@@ -112,9 +113,9 @@ def variants(schedule: Schedule) -> dict[str, Schedule]:
 def profile(
     stages: Sequence[StageModule | None] | nn.Sequential,
     schedule: Schedule,
-    loss_fn: LossFn,
+    loss_fn: LossFn | None,
     inputs: Value,
-    targets: Value,
+    targets: Value | None,
     *,
     devices: str | torch.device | Sequence[str | torch.device] = "cpu",
     loss_scale: LossScale = "rows",
@@ -162,7 +163,10 @@ def profile(
         parameter.grad = None
     seen, routes = {n: _Seen() for n in mine}, pipelines[0].routes
     hooks = [hook for n in mine for hook in seen[n].hooks(_there(stages[n]), n, routes)]
-    labels = split("targets", targets, schedule.micro_batches, schedule.slices)[0][0]
+    labels = None
+    if targets is not None:
+        parts = schedule.micro_batches, schedule.slices
+        labels = split("targets", targets, *parts)[0][0]
     traces, outside = [], []
     try:
         pipelines[0].step(inputs, targets)
@@ -179,7 +183,7 @@ def profile(
                     outside.append(took - pipeline.instructions_s)
         found = {
             n: _Weighed(_there(stages[n]), n, seen[n], schedule, routes).bytes(
-                loss_fn, labels
+                Loss.of(loss_fn).call, labels
             )
             for n in mine
         }
@@ -274,7 +278,9 @@ class _Weighed:
         self._value, self._schedule = tensors.mapped(_leaf, seen.value), schedule
         self._brought = tensors.mapped(_leaf, seen.brought)
 
-    def bytes(self, loss_fn: LossFn, targets: Value) -> list[Any]:
+    def bytes(
+        self, loss_fn: Callable[[Any, Any], Any], targets: Value | None
+    ) -> list[Any]:
         """As in `StageBytes`."""
         units, number = units_of(self._stage), self._number
         leaves = _tensors((self._value, self._brought))
@@ -366,7 +372,7 @@ def _of_rows(schedule: Schedule, change: Rows) -> Schedule:
 
 def _whole(row: Sequence[Op]) -> list[Op]:
     """Only forwards and backwards, each of these where the gradient goes on."""
-    dropped = (*BESIDE_KINDS, Kind.R, Kind.W)
+    dropped = (*BESIDE_KINDS, Kind.R, Kind.W, Kind.STEP)
     return [
         op._replace(kind=Kind.B) if op.kind == Kind.I else op
         for op in row

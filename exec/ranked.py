@@ -25,6 +25,7 @@ from pipeproof.exec.batch import (
     LossScale,
     Value,
     Weights,
+    no_targets,
     no_unit_takes,
     shares,
     size_of,
@@ -39,6 +40,7 @@ from pipeproof.exec.errors import BatchError
 from pipeproof.exec.forms import DTYPES
 from pipeproof.exec.grid import Grid
 from pipeproof.exec.links import Links
+from pipeproof.exec.losses import Loss
 from pipeproof.exec.rng import of_replica
 from pipeproof.exec.runtime import Runtime
 from pipeproof.exec.sharded import Sharded, check_wrapped, is_sharded
@@ -48,6 +50,7 @@ from pipeproof.exec.step import Step
 from pipeproof.exec.tensors import flat, placed
 from pipeproof.exec.ties import Shares, tie_up
 from pipeproof.exec.timetable import Array, merged
+from pipeproof.exec.updating import Optimizers, in_words, updated_by
 from pipeproof.sched import ParameterError, Program
 
 
@@ -62,6 +65,8 @@ class Ranked:
         loss_scale: as for `Pipeline`.
         routes: of the model's skip connections.
         shares: what its stages share.
+        loss: of the last stage's output.
+        optimizers: as for `Pipeline`.
 
     Attributes:
         grid: as given.
@@ -69,6 +74,7 @@ class Ranked:
         sharded: those of them that torch shards.
         links: to the other ranks.
         ties: what is shared with them.
+        optimizers: of the stages here.
 
     Raises:
         ParameterError: another number of ranks than of devices.
@@ -86,7 +92,10 @@ class Ranked:
         loss_scale: LossScale,
         routes: Routes,
         shares: Shares,
+        loss: Loss,
+        optimizers: Optimizers | None = None,
     ) -> None:
+        self._loss = loss
         self.grid, self._program = grid, program
         self._ranks, self._loss_scale = grid.ranks, loss_scale
         self._schedule = schedule = program.schedule
@@ -104,13 +113,15 @@ class Ranked:
         check_given(stages, mine, self._ranks.rank)
         check_wrapped(stages, schedule, grid.peers)
         kind = device.type
-        first_unit = agree(grid, schedule, stages, mine, kind, loss_scale)
+        steps = {n: in_words(optimizers[n]) for n in mine} if optimizers else {}
+        first_unit = agree(grid, schedule, stages, mine, kind, loss_scale, steps)
         self.homes: dict[tuple[int, int], Stage] = {}
         for number in mine:
             module = stages[number]
             assert module is not None
             stage = Stage(number, module, first_unit[number], device, routes)
             self.homes[number, grid.device] = stage
+        self.optimizers = updated_by(optimizers, self.homes.values())
         self._first, self._last = (n in mine for n in (0, schedule.stages - 1))
         self._last_device = holders(schedule, schedule.stages - 1)[0]
         self.sharded = {n: Sharded(stages[n]) for n in mine if is_sharded(stages[n])}
@@ -169,10 +180,10 @@ class Ranked:
         return step, *merged(self._program, [said[rank] for rank in self.grid.row])
 
     def forward(
-        self, runtime: Runtime, seed: int, batch: Batch, *, with_targets: bool
+        self, runtime: Runtime, seed: int, batch: Batch, *, with_loss: bool
     ) -> Step:
-        """The forwards alone of all ranks, with losses if there are targets."""
-        step = self._opened(runtime, seed, batch, "forward", with_targets)
+        """The forwards alone of all ranks."""
+        step = self._opened(runtime, seed, batch, "forward", with_loss)
         runtime.forward(step)
         self._close(step)
         return step
@@ -201,30 +212,42 @@ class Ranked:
         seed: int,
         batch: Batch,
         kind: str = "step",
-        with_targets: bool = True,
+        with_loss: bool = True,
     ) -> Step:
         """The step; all ranks have agreed on it when the first message is due.
 
         Rank 0 has the seed, and so, where nothing else is asked for, all that its
         first ops need: it waits for the others when it has something for them.
         """
-        step, own, found = self._parts(seed, batch, with_targets=with_targets)
+        step, own, found = self._parts(seed, batch, with_loss=with_loss)
+        untold = self._last and with_loss and not (own.keys() & {"targets"})
         takes = runtime.takes_keywords
         names = sorted(batch.keywords), sorted(takes)
         signature = self._signature(kind, step, found, batch.keywords)
         answers = self._ranks.ask(
-            [step.seed, own, signature, total_of(found), *names],
+            [
+                step.seed,
+                own,
+                signature,
+                None if found is None else total_of(found),
+                *names,
+                step.accumulates,
+            ],
             "the other ranks' next step",
         )
 
         def agreed() -> bool:
             said = answers()
             rows, positions = self._agreed(said)
-            _check_keywords([of_rank[4:] for of_rank in said])
+            _check_keywords([of_rank[4:6] for of_rank in said])
+            _check_alike([of_rank[6] for of_rank in said])
             step.seed = of_replica(said[0][0], self.grid.replica)
-            if found is not None and len(self.grid.rows) > 1:
-                of_rows = [said[row[self._last_device]][3] for row in self.grid.rows]
-                step.factors = shares(found, math.fsum(of_rows))
+            counts = found
+            if untold:
+                counts = weights(step.targets, self._loss_scale, rows, positions)
+            if counts is not None and (untold or len(self.grid.rows) > 1):
+                of_rows = [self._weight(said, row) for row in self.grid.rows]
+                step.factors = shares(counts, math.fsum(of_rows))
             if mine := {n: v for n, v in batch.keywords.items() if n in takes}:
                 sizes = self._schedule.micro_batches, self._schedule.slices
                 further = split_keywords(mine, rows, positions, sizes)
@@ -236,28 +259,31 @@ class Ranked:
         self.links.messages.begin(agreed)
         for lender in self.links.lenders:
             lender.begin()
-        if self._ranks.rank or len(self.grid.rows) > 1 or any(names):
+        if self._ranks.rank or len(self.grid.rows) > 1 or any(names) or untold:
             self.links.messages.agree()
         return step
 
     def _parts(
-        self, seed: int, batch: Batch, *, with_targets: bool
+        self, seed: int, batch: Batch, *, with_loss: bool
     ) -> tuple[Step, dict[str, list[int]], Weights | None]:
         """The step as far as it is known here, sizes by name, and the losses' weights.
 
-        Their factors too, if no other replica has a part in them.
+        Their factors too, if no other replica has a part in them. Without targets,
+        the inputs' rows tell both.
         """
         sizes = self._schedule.micro_batches, self._schedule.slices
         inputs: list[list[Value]] = []
-        labels: list[list[Value]] = []
+        labels = no_targets(*sizes)
         found: Weights | None = None
         own: dict[str, list[int]] = {}
         if self._first:
             value = self._there(batch.inputs, "inputs")
             inputs = split("inputs", value, *sizes)
             own["inputs"] = list(size_of("inputs", value, sizes[1]))
-        if self._last and with_targets:
-            value = self._there(batch.targets, "targets")
+        value = batch.targets
+        if self._last and with_loss and (value is not None or self._loss.needs_targets):
+            value = self._there(value, "targets")
+            self._loss.check(value)
             labels = split("targets", value, *sizes)
             own["targets"] = list(size_of("targets", value, sizes[1]))
             # Rows and positions are those of the inputs; that is made sure of.
@@ -269,7 +295,8 @@ class Ranked:
         step = Step(
             seed, placed(inputs, self._device), placed(labels, self._device), factors
         )
-        step.scaler = batch.scaler
+        step.with_loss = with_loss
+        step.scaler, step.accumulates = batch.scaler, batch.accumulate
         return step, own, found
 
     def _agreed(self, said: Sequence[Any]) -> list[int]:
@@ -287,6 +314,12 @@ class Ranked:
                         )
         size: list[int] = said[self.grid.row[first]][1]["inputs"]
         return size
+
+    def _weight(self, said: Sequence[Any], row: Sequence[int]) -> float:
+        """Of a replica's batch; without targets, of its rows and positions."""
+        told: float | None = said[row[self._last_device]][3]
+        first = holders(self._schedule, 0)[0]
+        return math.prod(said[row[first]][1]["inputs"]) if told is None else told
 
     def _there(self, value: Value | None, name: str) -> Value:
         if value is None:
@@ -350,6 +383,16 @@ class Ranked:
             for _, _, value, dtype in in_order
         ]
         messages.end()
+
+
+def _check_alike(accumulates: Sequence[bool]) -> None:
+    """Refuse a step that some ranks take for one before their STEPs."""
+    for rank, found in enumerate(accumulates):
+        if found != accumulates[0]:
+            raise BatchError(
+                f"rank {rank} was called with accumulate={found}, and rank 0 with "
+                f"accumulate={accumulates[0]}: give all the same"
+            )
 
 
 def _check_keywords(said: Sequence[Sequence[Sequence[str]]]) -> None:

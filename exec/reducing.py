@@ -84,6 +84,16 @@ class Reducer:
         self._begun.append(reduction)
         self._queue.put(reduction)
 
+    def complete(self, stage: int) -> None:
+        """Wait for the sum of a stage that was begun, and add it to `.grad`.
+
+        Raises:
+            RankError: as `Ranks.wait`.
+        """
+        for one in self._begun:
+            if one.stage.number == stage:
+                self._add(one)
+
     def finish(self) -> None:
         """Wait for all sums, and add each to `.grad`.
 
@@ -94,19 +104,25 @@ class Reducer:
             return
         self._queue.put(None)
         for one in self._begun:
-            what = f"the gradients of stage {one.stage.number}"
-            self._ranks.wait_for(one.done, what)
-            if one.error is not None:
-                self._ranks.broken(one.error, what)
-            if one.event is not None:
-                compute = torch.cuda.current_stream(self._device)
-                compute.wait_event(one.event)
-                for grad in one.grads:
-                    if grad is not None:
-                        grad.record_stream(compute)
-            accumulate(one.stage.parameters, one.grads)
+            self._add(one)
         self._done = [(one.index, one.began, one.ended) for one in self._begun]
         self._begun.clear()
+
+    def _add(self, one: _Reduction) -> None:
+        if one.added:
+            return
+        what = f"the gradients of stage {one.stage.number}"
+        self._ranks.wait_for(one.done, what)
+        if one.error is not None:
+            self._ranks.broken(one.error, what)
+        if one.event is not None:
+            compute = torch.cuda.current_stream(self._device)
+            compute.wait_event(one.event)
+            for grad in one.grads:
+                if grad is not None:
+                    grad.record_stream(compute)
+        accumulate(one.stage.parameters, one.grads)
+        one.added = True
 
     def forget(self) -> None:
         """Let go of the sums of a step that broke off."""
@@ -128,6 +144,7 @@ class _Reduction:
         group: of the ranks that hold it.
         event: on a GPU, when the gradients, and in the end the sums, are there.
         done: set at the end.
+        added: whether `.grad` has the sums.
         error: why there are no sums.
     """
 
@@ -136,6 +153,7 @@ class _Reduction:
         self.event: torch.cuda.Event | None = None
         self.done = threading.Event()
         self.error: Exception | None = None
+        self.added = False
         self.began = self.ended = perf_counter()
 
     def run(self, device: torch.device) -> None:

@@ -8,7 +8,7 @@ randomness, and the weights of the losses, since those define the question.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,15 @@ from pipeproof.exec.batch import (
     check_pairs,
     check_scale,
     factors,
+    no_targets,
     no_unit_takes,
+    size_of,
     split,
     split_keywords,
 )
 from pipeproof.exec.batch_norm import deferred
 from pipeproof.exec.errors import BatchError
+from pipeproof.exec.losses import Loss
 from pipeproof.exec.rng import generators, key, of_replica, seed, step_seed
 from pipeproof.exec.skips import Routes, gives_of, handed_over
 from pipeproof.exec.stage import (
@@ -50,9 +53,9 @@ Gradients = list[Tensor | None]
 def reference(
     stages: Sequence[StageModule] | nn.Sequential,
     schedule: Schedule,
-    loss_fn: LossFn,
+    loss_fn: LossFn | None,
     inputs: Value,
-    targets: Value,
+    targets: Value | None = None,
     *,
     loss_scale: LossScale = "rows",
     keywords: Mapping[str, Any] = NO_KEYWORDS,
@@ -92,14 +95,19 @@ def reference(
     """
     check_scale(loss_scale)
     schedule.report.raise_if_bad()
-    size = check_pairs(inputs, targets, schedule.slices)
-    batch = split("inputs", inputs, schedule.micro_batches, schedule.slices)
-    labels = split("targets", targets, schedule.micro_batches, schedule.slices)
+    parts = schedule.micro_batches, schedule.slices
+    made = Loss.of(loss_fn)
+    made.check(targets)
+    batch = split("inputs", inputs, *parts)
+    if targets is None:
+        size, labels = size_of("inputs", inputs, parts[1]), no_targets(*parts)
+    else:
+        size = check_pairs(inputs, targets, parts[1])
+        labels = split("targets", targets, *parts)
     scale = factors(labels, loss_scale, *size)
     units = [unit for stage in stages for unit in units_of(stage)]
     routes = Routes.of([offers_of(stage) for stage in stages])
     routes.onto(schedule)
-    parts = schedule.micro_batches, schedule.slices
     further = split_keywords(keywords, *size, parts)
     taken = frozenset[str]().union(
         *(
@@ -128,7 +136,7 @@ def reference(
             one = _MicroBatch(
                 units,
                 own,
-                loss_fn,
+                made.call,
                 sources,
                 step,
                 number,
@@ -167,7 +175,7 @@ class _MicroBatch:
         self,
         units: Sequence[nn.Module],
         own: Sequence[dict[str, Tensor]],
-        loss_fn: LossFn,
+        loss_fn: Callable[[Any, Any], Any],
         sources: Sequence[torch.Generator],
         step: int,
         number: int,

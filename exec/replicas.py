@@ -90,6 +90,9 @@ class Reduction(Protocol):
     def begin(self, index: int, stage: int, sums: Sums) -> None:
         """Take over what is summed here; `.grad` has the total after the step."""
 
+    def complete(self, stage: int) -> None:
+        """Return once `.grad` has the total of a stage."""
+
     def finish(self) -> None:
         """Have the totals of all that has begun in `.grad`."""
 

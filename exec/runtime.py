@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.optim import Optimizer
 
 from pipeproof.exec import tensors
-from pipeproof.exec.batch import LossFn
 from pipeproof.exec.bind import Binder, Homes, holders
 from pipeproof.exec.clock import Clock
 from pipeproof.exec.errors import BatchError, RankError, StepError
@@ -27,8 +27,10 @@ from pipeproof.exec.shared import Shared
 from pipeproof.exec.stash import Copies, Place
 from pipeproof.exec.step import Step
 from pipeproof.exec.ties import NO_SHARES, Shares
+from pipeproof.exec.updating import HALF_UPDATED, update
 from pipeproof.sched import Action, BufferKind, Kind, Op, Program, Schedule
 from pipeproof.sched.errors import PipeproofError
+from pipeproof.sched.ir import STAGE_KINDS
 from pipeproof.sched.program import Instruction, Message, MessageKind
 
 HALF_DONE = (
@@ -79,6 +81,7 @@ class Runtime:
         shares: what the program's stages share.
         ties: TIE, where others that share are in other processes.
         check_finite: look behind each op whether what it made is finite.
+        optimizers: by stage, what its STEP steps.
 
     Attributes:
         here: the instructions that this process runs.
@@ -93,7 +96,7 @@ class Runtime:
         self,
         program: Program,
         homes: Homes,
-        loss_fn: LossFn,
+        loss_fn: Callable[[Any, Any], Any],
         devices: Sequence[torch.device],
         *,
         mine: Collection[int] | None = None,
@@ -104,7 +107,9 @@ class Runtime:
         shares: Shares = NO_SHARES,
         ties: Reduction | None = None,
         check_finite: bool = False,
+        optimizers: Mapping[int, Optimizer] | None = None,
     ) -> None:
+        self._optimizers = optimizers or {}
         self._program = program
         self._devices = devices
         self.stages = list({id(stage): stage for stage in homes.values()}.values())
@@ -135,6 +140,9 @@ class Runtime:
         reductions = np.flatnonzero(program.action == Action.REDUCE).tolist()
         self._last_reduce = {program[i].ops[0].stage: i for i in reductions}
         mine = range(schedule.devices) if mine is None else mine
+        steps = np.flatnonzero(program.op_kind == Kind.STEP)
+        steps = steps[np.isin(program.device[steps], list(mine))].tolist()
+        self._last_step = {program[i].ops[0].stage: i for i in steps}
         self.here = np.flatnonzero(np.isin(program.device, list(mine))).tolist()
         self._runs: list[tuple[int, Run]] = [
             (index, self._bind(program[index])) for index in self.here
@@ -303,9 +311,13 @@ class Runtime:
         instruction = self._program[index]
         if instruction.ops:
             op = instruction.ops[0]
-            where = f"{op} (stage {op.stage}, micro-batch {op.micro_batch}"
+            where = f"{op} (stage {op.stage}"
+            if op.kind not in STAGE_KINDS:
+                where += f", micro-batch {op.micro_batch}"
         else:
             where = f"{instruction.label} ("
+        if then and self._program.schedule.has(Kind.STEP):
+            then = HALF_UPDATED
         where += f"{', ' if instruction.ops else ''}device {self._device(index)})"
         text = f"the step broke off at {where}: {type(error).__name__}: {error}{then}"
         return (
@@ -372,6 +384,8 @@ class Runtime:
         raise AssertionError(f"not bound: {instruction.label}")
 
     def _bind_op(self, op: Op, instruction: Instruction) -> Run:
+        if op.kind == Kind.STEP:
+            return self._bind_step(op, instruction)
         run = self._binder.bind(op, instruction)
         if self._check_finite:
             stage = self._binder.homes[op.stage, instruction.stream.device]
@@ -466,6 +480,15 @@ class Runtime:
             return _nothing
         parts = [self._sums[op.stage, device] for device in held_by]
         return partial(add_up, parts)
+
+    def _bind_step(self, op: Op, instruction: Instruction) -> Run:
+        """The last STEP of a stage in this process, whose module the user has once."""
+        optimizer, reduction = self._optimizers.get(op.stage), self._reduction
+        if optimizer is None or self._last_step[op.stage] != instruction.index:
+            return _nothing
+        summed = reduction is not None and op.stage in reduction.stages
+        finish = reduction.complete if reduction is not None and summed else None
+        return update(optimizer, self._binder, op.stage, finish)
 
 
 def _last_backwards(schedule: Schedule, stages: Iterable[int]) -> dict[int, Op]:

@@ -51,6 +51,7 @@ from torch.overrides import TorchFunctionMode
 from pipeproof.exec.engine import backward, grad
 from pipeproof.exec.graph import Root as Root
 from pipeproof.exec.graph import node_of
+from pipeproof.exec.slot import Slot
 from pipeproof.exec.split_plan import Plan, recognised, saved_by, walked
 
 MOST_PLANS = 8
@@ -227,7 +228,9 @@ def _let_go(node: Node, attribute: str) -> None:
     Autograd asks a saved tensor's hooks what to keep, and is told: nothing.
     """
     for saved in saved_by(node, attribute):
-        if saved.unpack_hook is None and saved.data is not None:
+        if isinstance(saved.data, Slot):
+            saved.data.tensor = None
+        elif saved.unpack_hook is None and saved.data is not None:
             saved.register_hooks(_nothing, _missing)
 
 

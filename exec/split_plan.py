@@ -17,6 +17,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils.checkpoint import CheckpointFunction
 
 from pipeproof.exec.graph import Graph, variable_of
+from pipeproof.exec.slot import tensor_of
 
 LET_GO_FROM = 1 << 15
 """Bytes of a saved tensor from which on letting go of it is worth 4 µs."""
@@ -211,9 +212,9 @@ def _large(node: Node, kept: set[int]) -> Iterator[str]:
     for attribute in dir(node):
         if attribute.startswith("_raw_saved_"):
             for saved in saved_by(node, attribute):
-                tensor = saved.data if saved.unpack_hook is None else None
+                tensor = tensor_of(saved)
                 if (
-                    isinstance(tensor, Tensor)
+                    tensor is not None
                     and tensor.nbytes >= LET_GO_FROM
                     and tensor.untyped_storage().data_ptr() not in kept
                 ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from pipeproof.exec.batch_norm import deferred
 from pipeproof.exec.buffers import Buffers
 from pipeproof.exec.errors import ModelError
 from pipeproof.exec.rng import generators, key, seed
+from pipeproof.exec.selective import Calls, Recording, Selection
 from pipeproof.exec.skips import (
     NO_ROUTES,
     Offer,
@@ -40,10 +41,17 @@ def units_of(stage: StageModule) -> list[nn.Module]:
     """
     if isinstance(stage, nn.Module) and not is_plain(stage):
         return [stage]
-    parts: Iterable[nn.Module] = (
-        stage.children() if isinstance(stage, nn.Module) else stage
-    )
-    return [unit for part in parts for unit in units_of(part)]
+    return [unit for part in parts_of(stage) for unit in units_of(part)]
+
+
+def parts_of(stage: StageModule) -> list[nn.Module]:
+    """What a stage is a sequence of; of one that is none, itself."""
+    if not isinstance(stage, nn.Module):
+        return list(stage)
+    if not is_plain(stage):
+        return [stage]
+    # Not children(), which has a module that is called twice once.
+    return [part for part in stage._modules.values() if part is not None]
 
 
 def modules_of(number: int, stage: StageModule | None) -> list[nn.Module]:
@@ -196,14 +204,25 @@ def offers_of(stage: StageModule) -> list[Offer]:
 
 
 def carried_on(
-    unit: nn.Module, value: Value, carry: Any, keywords: Mapping[str, Any]
+    unit: nn.Module,
+    call: Callable[..., Any],
+    value: Value,
+    carry: Any,
+    keywords: Mapping[str, Any],
 ) -> tuple[Value, Any]:
     """A unit on a slice, with the carry that it takes and the one that it leaves.
+
+    Args:
+        unit: to be called.
+        call: what is called in its place.
+        value: its input.
+        carry: what it left of the slice before.
+        keywords: its keyword inputs.
 
     Raises:
         ModelError: it returns something else than an output and a carry.
     """
-    found = unit(value, carry, **keywords)
+    found = call(value, carry, **keywords)
     if not isinstance(found, tuple) or len(found) != 2:
         raise ModelError(
             f"{type(unit).__name__} takes a carry: called with (input, carry) it must "
@@ -278,6 +297,13 @@ class Stage:
         self._generators = generators(device)
         self.splitter = Splitter(self.modules)
         self._staying: frozenset[int] | None = None
+        self.selection: Selection | None = None
+
+    def recompute_only(self, places: Collection[int]) -> None:
+        """Have an R run the units at these places again, and no others."""
+        self.selection = Selection(
+            self.number, self.units, self.first_unit, self._generators, places
+        )
 
     @property
     def original(self) -> Stage:
@@ -303,6 +329,8 @@ class Stage:
         for norm in self._deferred:
             norm.forget()
         self.buffers.begin()
+        if self.selection is not None:
+            self.selection.begin()
         self._plan = [
             (-1 if _draws_nothing(unit) else number, unit, names)
             for number, (unit, names) in enumerate(
@@ -324,6 +352,7 @@ class Stage:
         carry: tuple[Any, ...] | None = None,
         keywords: Mapping[str, Any] = NO_KEYWORDS,
         brought: Mapping[str, Any] = NO_KEYWORDS,
+        recording: Recording | None = None,
     ) -> tuple[Value, tuple[Any, ...], dict[int, Values]]:
         """All units in turn.
 
@@ -336,34 +365,36 @@ class Stage:
                 where micro-batches are whole.
             keywords: keyword inputs of the slice; each unit gets those it takes.
             brought: what came over skip connections.
+            recording: where an R will run only some of them again.
 
         Returns:
             The output; what is carried on to the next slice; and by stage, what goes
             there over a skip connection.
         """
         sources = self._generators
+        calls = self.units if recording is None else recording.calls
         if self.routes.targets:
             return self._run_with_skips(
-                value, step_seed, micro_batch, part, carry, keywords, brought
+                value, step_seed, micro_batch, part, carry, keywords, brought, calls
             )
         if carry is None and not keywords:  # nearly always, and half as long
-            for number, unit, _ in self._plan:
+            for (number, _, _), call in zip(self._plan, calls):
                 if number >= 0:
                     seed(sources, key(step_seed, number, micro_batch, part))
-                value = unit(value)
+                value = call(value)
             return value, (), {}
         carried: list[Any] = []
         given: Mapping[str, Any] = NO_KEYWORDS
-        for number, unit, names in self._plan:
+        for (number, unit, names), call in zip(self._plan, calls):
             if number >= 0:
                 seed(sources, key(step_seed, number, micro_batch, part))
             if keywords:
                 given = {name: keywords[name] for name in names & keywords.keys()}
             if carry is not None and takes_carry(unit):
-                value, left = carried_on(unit, value, carry[len(carried)], given)
+                value, left = carried_on(unit, call, value, carry[len(carried)], given)
                 carried.append(left)
             else:
-                value = unit(value, **given)
+                value = call(value, **given)
         return value, tuple(carried), {}
 
     def _run_with_skips(
@@ -375,6 +406,7 @@ class Stage:
         carry: tuple[Any, ...] | None,
         keywords: Mapping[str, Any],
         brought: Mapping[str, Any],
+        calls: Calls,
     ) -> tuple[Value, tuple[Any, ...], dict[int, Values]]:
         """As `run`, where the model has skip connections."""
         here = dict(brought)
@@ -388,11 +420,12 @@ class Stage:
                 seed(self._generators, key(step_seed, number, micro_batch, part))
             given = {name: keywords[name] for name in names & keywords.keys()}
             given |= {own: here[name] for own, name in self._takes[place].items()}
+            call = calls[place]
             if carry is not None and takes_carry(unit):
-                value, more = carried_on(unit, value, carry[len(carried)], given)
+                value, more = carried_on(unit, call, value, carry[len(carried)], given)
                 carried.append(more)
             else:
-                value = unit(value, **given)
+                value = call(value, **given)
             if self._gives[place]:
                 value, made = parted(unit, value, self._gives[place])
                 self._distribute(made, self._gives[place], here, left)

@@ -23,9 +23,11 @@ class Step:
     Attributes:
         seed: of all its randomness.
         inputs, targets: on the first and the last device of their pipe.
+        with_loss: whether the last stage ends in one.
         factors: of the losses; None for not at all.
         keywords: by device, of each micro-batch and slice, the keyword inputs.
         scaler: multiplies losses before their backward.
+        accumulates: STEPs leave the gradients for the next step.
         losses: with their factors, once they are known.
         of_all: where ranks run the step, the losses of all of them, in order.
         input_grads: where the inputs want a gradient.
@@ -40,6 +42,8 @@ class Step:
         default_factory=dict
     )
     scaler: GradScaler | None = None
+    accumulates: bool = False
+    with_loss: bool = True
     losses: list[list[Tensor | None]] = field(init=False)
     of_all: list[Tensor] = field(init=False, default_factory=list)
     input_grads: list[list[Value | None]] = field(init=False)

@@ -26,6 +26,7 @@ from pipeproof.exec.grid import Grid
 from pipeproof.exec.reducing import Reducer
 from pipeproof.exec.sharded import is_sharded
 from pipeproof.exec.stage import Stage, StageModule, units_of
+from pipeproof.exec.updating import refuse_tied
 from pipeproof.sched import Schedule
 from pipeproof.sched.ties import Tie, format_ties
 
@@ -68,6 +69,7 @@ class Shares:
                 "schedule, and it gets the stages'"
             )
         for tie in self.ties:
+            refuse_tied(schedule, f"stages {in_words(tie)} share a parameter")
             if any(len(holders(schedule, stage)) > 1 for stage in tie):
                 raise ModelError(
                     f"stages {in_words(tie)} share a parameter, and several devices "

@@ -47,3 +47,4 @@ from pipeproof.sched.transforms import reorder_backward as reorder_backward
 from pipeproof.sched.transforms import retime as retime
 from pipeproof.sched.transforms import split_backward as split_backward
 from pipeproof.sched.transforms import with_micro_batches as with_micro_batches
+from pipeproof.sched.transforms import with_steps as with_steps

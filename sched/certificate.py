@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeproof.sched.findings import Finding, Report
-from pipeproof.sched.ir import Schedule
+from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.ties import named
 
 ASSUMPTIONS = (
@@ -17,7 +17,7 @@ ASSUMPTIONS = (
     "the last stage's forward takes the loss of its own output and targets times its "
     "own weight w/Σw (rows, 1, or what its targets say), a backward starts from that, "
     "and nothing else is scaled",
-    "micro-batches share no state but the weights, which do not change in a step",
+    "micro-batches share no state but the weights, which only a STEP changes",
     "a stage is a deterministic function of weights, input, and random numbers keyed "
     "by micro-batch and slice",
 )
@@ -28,6 +28,11 @@ OF_TIES = (
 OF_SLICES = (
     "keys and values of a micro-batch's slices, and their gradients, stay on the "
     "device from its first slice to its last backward",
+)
+
+OF_STEPS = (
+    "what a STEP makes of a stage's weights depends on these, on their gradient and on "
+    "what its optimizer keeps of them, and on no other stage",
 )
 
 SHOWN = 8
@@ -128,9 +133,10 @@ class Certificate:
         return json.dumps(self.to_dict())
 
     def __str__(self) -> str:
+        stepped = self.schedule.has(Kind.STEP)
         lines = [
             f"{self.schedule.summary}: proved: the gradient is that of unpipelined "
-            "training",
+            f"training{', and each STEP updates by it' if stepped else ''}",
             f"  schedule {self.schedule.digest[:16]}, program {self.program[:16]}",
             "  without deadlock under any buffering (streams 'dir'), without races",
             "assuming",

@@ -7,18 +7,19 @@ what is wrong becomes an object.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched import skips, ties
-from pipeproof.sched.deps import OpTable, Order, order
+from pipeproof.sched.deps import Order, order
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.findings import SHOWN, Finding, Report
 from pipeproof.sched.ir import BESIDE_KINDS, STAGE_KINDS, Kind, Op, Schedule
+from pipeproof.sched.judge import Judge
 from pipeproof.sched.program import Program
+from pipeproof.sched.stage_rules import reduced, stages_last, updated
 from pipeproof.sched.streams import Buffering, StreamModel
 
 
@@ -74,34 +75,12 @@ def examine(schedule: Schedule) -> Report:
         return Report(schedule, ())
     findings = list(_numbers(schedule)) or list(_enough(schedule))
     if not findings:  # the tables that the other rules read can be built
-        judge = _Judge(schedule, schedule.table)
+        judge = Judge(schedule, schedule.table)
         findings = list(chain.from_iterable(rule(judge) for rule in RULES))
         if not any(finding.rule == "group" for finding in findings):
             ordered = not any(finding.rule == "order" for finding in findings)
             findings += _cycles(judge, in_rows=ordered)
     return Report(schedule, tuple(findings))
-
-
-@dataclass(frozen=True)
-class _Judge:
-    schedule: Schedule
-    table: OpTable
-
-    def name(self, index: int) -> str:
-        op = self.schedule.ops[index]
-        device = int(self.schedule.device_of_op[index])
-        return op.short if self.schedule.only_stage[device] == op.stage else str(op)
-
-    def at(
-        self, rule: str, index: int, *, expected: str, found: str, remedy: str
-    ) -> Finding:
-        device, step = self.schedule.locate(index)
-        op = self.schedule.ops[index]
-        return Finding(rule, device, step, op, expected, found, remedy)
-
-    def home(self, op: Op) -> int:
-        pipe = int(self.schedule.pipe_of[op.micro_batch])
-        return self.schedule.placement.pipes[pipe][op.stage]
 
 
 def _numbers(schedule: Schedule) -> Iterator[Finding]:
@@ -152,7 +131,7 @@ def _enough(schedule: Schedule) -> Iterator[Finding]:
         )
 
 
-def _placed(judge: _Judge) -> Iterator[Finding]:
+def _placed(judge: Judge) -> Iterator[Finding]:
     schedule, ops = judge.schedule, judge.schedule.ops
     homes = np.array(schedule.placement.pipes, dtype=np.int64)
     of_stage = np.isin(ops.kind, list(STAGE_KINDS))
@@ -180,7 +159,7 @@ def _placed(judge: _Judge) -> Iterator[Finding]:
         )
 
 
-def _once(judge: _Judge) -> Iterator[Finding]:
+def _once(judge: Judge) -> Iterator[Finding]:
     """No op stands twice."""
     schedule, ops = judge.schedule, judge.schedule.ops
     first = np.zeros(len(ops), dtype=np.bool_)
@@ -210,7 +189,7 @@ def _once(judge: _Judge) -> Iterator[Finding]:
         )
 
 
-def _complete(judge: _Judge) -> Iterator[Finding]:
+def _complete(judge: Judge) -> Iterator[Finding]:
     """F once; B, or I and W; R at most where there is an F and a backward."""
     table = judge.table
     has = {kind: table.has(kind) for kind in Kind if kind not in STAGE_KINDS}
@@ -240,7 +219,7 @@ def _complete(judge: _Judge) -> Iterator[Finding]:
 
 
 def _missing(
-    judge: _Judge, kind: Kind, gap: NDArray[np.bool_], expected: str
+    judge: Judge, kind: Kind, gap: NDArray[np.bool_], expected: str
 ) -> Iterator[Finding]:
     for micro_batch, part, stage in np.argwhere(gap).tolist():
         op = Op(kind, stage, micro_batch, part)
@@ -256,36 +235,7 @@ def _missing(
         )
 
 
-def _reduced(judge: _Judge) -> Iterator[Finding]:
-    """A stage with replicas on several devices has a REDUCE on each, every step."""
-    schedule, ops = judge.schedule, judge.schedule.ops
-    if len(schedule.placement.pipes) == 1:
-        return
-    there = {
-        (op.stage, op.micro_batch, int(schedule.device_of_op[index]))
-        for index in np.flatnonzero(ops.kind == Kind.REDUCE).tolist()
-        for op in [ops[index]]
-    }
-    homes = np.array(schedule.placement.pipes)
-    for step in range(schedule.steps):
-        for stage in range(schedule.stages):
-            devices = sorted(set(homes[:, stage].tolist()))
-            for device in devices if len(devices) > 1 else ():
-                if (stage, step, device) not in there:
-                    op = Op(Kind.REDUCE, stage, step)
-                    yield Finding(
-                        "complete",
-                        device,
-                        None,
-                        op,
-                        expected=f"the replicas of stage {stage} on devices "
-                        f"{', '.join(map(str, devices))} to sum their gradients",
-                        found=f"{op} is missing",
-                        remedy=f"Add {op} to device {device}, after its last backward",
-                    )
-
-
-def _in_order(judge: _Judge) -> Iterator[Finding]:
+def _in_order(judge: Judge) -> Iterator[Finding]:
     """On one device, an op stands behind all that it needs."""
     schedule, ops = judge.schedule, judge.schedule.ops
     before, after = judge.table.dependencies
@@ -306,40 +256,10 @@ def _in_order(judge: _Judge) -> Iterator[Finding]:
             found=f"{early} runs before {own}{needs}",
             remedy=f"Move {needs} ahead of {early}" + (", or drop both" if own else ""),
         )
-    yield from _stages_last(judge)
+    yield from stages_last(judge)
 
 
-def _stages_last(judge: _Judge) -> Iterator[Finding]:
-    """REDUCE comes after a stage's last backward on its device, STEP after both."""
-    schedule, ops = judge.schedule, judge.schedule.ops
-    stage_ops = np.flatnonzero(np.isin(ops.kind, list(STAGE_KINDS)))
-    finished = judge.table.get(Kind.B, Kind.W)
-    reduced = {
-        (int(schedule.device_of_op[index]), ops[index][1:]): index
-        for index in stage_ops.tolist()
-        if ops.kind[index] == Kind.REDUCE
-    }
-    for index in stage_ops.tolist():
-        op, device = ops[index], int(schedule.device_of_op[index])
-        name = judge.name(index)
-        first = op.micro_batch * schedule.micro_batches
-        own = finished[first : first + schedule.micro_batches, :, op.stage]
-        own = own[own >= 0]
-        own = own[schedule.device_of_op[own] == device]
-        last = int(own.max(initial=-1))
-        if op.kind == Kind.STEP:
-            last = max(last, reduced.get((device, op[1:]), -1))
-        if last > index:
-            yield judge.at(
-                "order",
-                index,
-                expected=f"{name} after all of its stage, {judge.name(last)} too",
-                found=f"{name} runs before {judge.name(last)} of its stage",
-                remedy=f"Move {name} behind step {schedule.locate(last)[1]}",
-            )
-
-
-def _groups(judge: _Judge) -> Iterator[Finding]:
+def _groups(judge: Judge) -> Iterator[Finding]:
     """Ops of an overlap group compute, and none needs another of its group."""
     if not judge.schedule.ops.joined.any():
         return
@@ -367,7 +287,7 @@ def _groups(judge: _Judge) -> Iterator[Finding]:
         )
 
 
-def _offloads(judge: _Judge) -> Iterator[Finding]:
+def _offloads(judge: Judge) -> Iterator[Finding]:
     """OFFLOADs go to the host or to another device."""
     schedule = judge.schedule
     for device, target in enumerate(schedule.offload_to):
@@ -385,7 +305,7 @@ def _offloads(judge: _Judge) -> Iterator[Finding]:
         )
 
 
-def _skips(judge: _Judge) -> Iterator[Finding]:
+def _skips(judge: Judge) -> Iterator[Finding]:
     """Skip connections lead over at least one stage to a later one."""
     for skip, found, remedy in skips.wrong(judge.schedule):
         yield Finding(
@@ -400,7 +320,7 @@ def _skips(judge: _Judge) -> Iterator[Finding]:
         )
 
 
-def _ties(judge: _Judge) -> Iterator[Finding]:
+def _ties(judge: Judge) -> Iterator[Finding]:
     """Stages that share parameters are there, and each on one device."""
     for tie, found, remedy in ties.wrong(judge.schedule):
         yield Finding(
@@ -415,7 +335,7 @@ def _ties(judge: _Judge) -> Iterator[Finding]:
         )
 
 
-def _cycles(judge: _Judge, *, in_rows: bool) -> Iterator[Finding]:
+def _cycles(judge: Judge, *, in_rows: bool) -> Iterator[Finding]:
     """Device order and dependencies together have no cycle.
 
     Args:
@@ -461,11 +381,12 @@ def _ring(graph: Order, stuck: NDArray[np.bool_]) -> list[int]:
     return list(walk)[walk[node] :][::-1]
 
 
-RULES: tuple[Callable[[_Judge], Iterator[Finding]], ...] = (
+RULES: tuple[Callable[[Judge], Iterator[Finding]], ...] = (
     _placed,
     _once,
     _complete,
-    _reduced,
+    reduced,
+    updated,
     _in_order,
     _groups,
     _offloads,

@@ -60,6 +60,8 @@ def conditions(
     most += count * blocking + len(
         table.by_kind.get(Kind.RELOAD, nodes.by_rank[:0]).ravel()
     )
+    summed = _summed(schedule)
+    most += int((summed >= 0).sum())
     most_freed = 2 + 2 * len(schedule.skips)
     nowhere = np.zeros(0, dtype=np.int32)
     index: Any = np.int32 if most < 2**31 else np.int64
@@ -91,6 +93,7 @@ def conditions(
         how,
         scratch[0],
         *(table.by_kind.get(kind, nowhere).ravel() for kind in _MOVES),
+        summed,
         touching(Touch.TAKE, Block.OUTPUT_GRAD),
         touching(Touch.TAKE, Block.INPUT),
         np.array([blocking, late]),
@@ -101,8 +104,29 @@ def conditions(
         np.empty(most_freed * int(layout.op_count.max(initial=0)), dtype=np.int32),
         *kept,
     ]
-    offsets, values, took = run(_wait, columns, results=[32, 33, 34], size=total)
+    offsets, values, took = run(_wait, columns, results=[33, 34, 35], size=total)
     return Lists(offsets, values[: offsets[-1]]), took
+
+
+def _summed(schedule: Schedule) -> Index:
+    """For each STEP the REDUCE of its stage on its device, -1 for other ops.
+
+    Empty where there is no STEP.
+    """
+    ops = schedule.ops
+    if not schedule.has(Kind.STEP):
+        return np.zeros(0, dtype=np.int32)
+    result = np.full(len(ops), -1, dtype=np.int32)
+    places = {
+        kind: {
+            (int(schedule.device_of_op[index]), *ops[index][1:]): index
+            for index in np.flatnonzero(ops.kind == kind).tolist()
+        }
+        for kind in (Kind.REDUCE, Kind.STEP)
+    }
+    for place, index in places[Kind.STEP].items():
+        result[index] = places[Kind.REDUCE].get(place, -1)
+    return result
 
 
 def _wait(
@@ -129,6 +153,7 @@ def _wait(
     brought: Any,
     away: Any,
     back: Any,
+    summed: Any,
     takes_gradient: Any,
     takes_input: Any,
     policies: Any,
@@ -189,6 +214,9 @@ def _wait(
                 if back[place[op]] >= 0:
                     waits[w] = compute[node[back[place[op]]]]
                     w += 1
+            if len(summed) > 0 and summed[begin] >= 0:  # for its gradient's sum
+                waits[w] = compute[node[summed[begin]]]
+                w += 1
             before = last[device[begin]]
             if blocking and before >= 0:  # for the sends of the op before
                 for op in range(first_op[before], first_op[before] + op_count[before]):
@@ -214,7 +242,7 @@ def _wait(
             continue
         count = 0
         for op in range(begin, end):  # what it frees that has arrived, in their order
-            if kind[op] == _REDUCE:
+            if kind[op] >= _REDUCE:
                 continue
             at = place[op]
             if kind[op] == _F:

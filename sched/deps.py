@@ -96,12 +96,17 @@ class OpTable:
     def cell(self) -> NDArray[np.int32]:
         """For each op its stage, counted through all pipes.
 
-        Of ops of a stage, which belong to no pipe, it says nothing.
+        An op of a stage counts in the first pipe that has the stage on its device.
         """
         schedule, ops = self.schedule, self.schedule.ops
         if len(schedule.placement.pipes) == 1:
             return ops.stage
         pipe = schedule.pipe_of[ops.micro_batch].astype(np.int32)
+        of_stage = np.flatnonzero(np.isin(ops.kind, list(STAGE_KINDS)))
+        if len(of_stage):  # of the pipe that has the stage on this device
+            homes = np.array(schedule.placement.pipes)[:, ops.stage[of_stage]]
+            here = homes == schedule.device_of_op[of_stage]
+            pipe[of_stage] = here.argmax(axis=0)
         return pipe * np.int32(schedule.stages) + ops.stage
 
     @cached_property

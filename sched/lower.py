@@ -32,7 +32,7 @@ from pipeproof.sched.hops import Hops, handed_on
 from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.layout import BEFORE, BEHIND, lay_out
 from pipeproof.sched.nodes import Nodes, Streams
-from pipeproof.sched.program import LOWERED, Lists, Program
+from pipeproof.sched.program import Lists, Program
 from pipeproof.sched.storage import LoweredStorage
 from pipeproof.sched.tying import with_sums
 
@@ -111,13 +111,6 @@ def lower(
 
 
 def _supported(schedule: Schedule) -> None:
-    if missing := sorted(
-        kind.name for kind in set(Kind) - LOWERED if schedule.has(kind)
-    ):
-        raise UnsupportedError(
-            f"{schedule.summary}: {', '.join(missing)} can be written and checked, "
-            "but not lowered to a program yet"
-        )
     both = schedule.table
     if (both.has(Kind.R) & both.has(Kind.OFFLOAD)).any():
         raise UnsupportedError(

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched.ir import Kind, Op, Schedule, Skip, Tie
+from pipeproof.sched.ir import Op, Schedule, Skip, Tie
 from pipeproof.sched.ties import named
 
 Column = NDArray[np.int32]
@@ -518,10 +518,6 @@ class Program:
             if buffers:
                 text += f"; {verb} {', '.join(map(str, buffers))}"
         return text
-
-
-LOWERED = frozenset(Kind) - {Kind.STEP}
-"""Kinds that become instructions."""
 
 
 def table(rows: int, columns: int) -> Column:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pipeproof.sched.certificate import (
     ASSUMPTIONS,
     OF_SLICES,
+    OF_STEPS,
     OF_TIES,
     SHOWN,
     Certificate,
@@ -39,6 +40,7 @@ from pipeproof.sched.matching import meetings, misgrouped, mismatches, ties_of
 from pipeproof.sched.program import Action, BufferKind, Program
 from pipeproof.sched.races import races
 from pipeproof.sched.tied import buffers_of, tied
+from pipeproof.sched.updates import updates
 from pipeproof.sched.walk import Walk
 
 
@@ -82,6 +84,7 @@ def prove(program: Program | Schedule) -> Certificate | Refutation:
     trees, findings = _gradients(program, walk)
     sums, wrong = tied(program, walk)
     findings += wrong
+    findings += tuple(updates(program, walk))
     if findings:
         first = walk.difference
         found = () if first is None else (told(program, walk, first),)
@@ -89,15 +92,17 @@ def prove(program: Program | Schedule) -> Certificate | Refutation:
     return Certificate(
         schedule,
         _digest(program),
-        (
-            ASSUMPTIONS
-            + (OF_SLICES if schedule.slices > 1 else ())
-            + (OF_TIES if schedule.ties else ())
-        ),
+        _assumptions(schedule),
         trees,
         tuple(walk.peaks),
         sums,
     )
+
+
+def _assumptions(schedule: Schedule) -> tuple[str, ...]:
+    of_slices = OF_SLICES if schedule.slices > 1 else ()
+    of_steps = OF_STEPS if schedule.has(Kind.STEP) else ()
+    return ASSUMPTIONS + of_slices + of_steps + (OF_TIES if schedule.ties else ())
 
 
 def _order(

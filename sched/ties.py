@@ -21,6 +21,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pipeproof.sched.errors import ParameterError, ParseError
+from pipeproof.sched.ops import Kind
 
 if TYPE_CHECKING:
     from pipeproof.sched.ir import Schedule
@@ -105,10 +106,16 @@ def wrong(schedule: Schedule) -> list[tuple[Tie, str, str]]:
     """Ties that the stages do not allow, with what was found and what to do."""
     found = []
     pipes = schedule.placement.pipes
+    ops = schedule.ops
+    stepped = set(ops.stage[ops.kind == Kind.STEP].tolist()) if schedule.ties else set()
     for tie in schedule.ties:
         if tie[-1] >= schedule.stages:
             what = f"there is no stage {tie[-1]}"
             found.append((tie, what, "Name stages of the schedule, or drop it"))
+            continue
+        if early := sorted(stepped.intersection(tie)):
+            what = f"stage {early[0]} has a STEP, and the sum comes behind it"
+            found.append((tie, what, "Leave out the STEPs, or untie them"))
             continue
         for stage in tie:
             if len(homes := sorted({pipe[stage] for pipe in pipes})) > 1:

@@ -73,6 +73,8 @@ def _touches(kind: Kind, how: int, skips: bool) -> list[tuple[Touch, Block]]:
             writes = [Block(block + 1) for block in takes]
         case Kind.REDUCE:
             writes = reads = [Block.GRADIENT]
+        case Kind.STEP:
+            reads = [Block.GRADIENT]
     return [
         *((Touch.WRITE, block) for block in writes),
         *((Touch.ADD, block) for block in adds),
@@ -221,7 +223,7 @@ def _touch(
         for op in range(begin, begin + op_count[i]):
             what, at = kind[op], place[op]
             row = what * HOWS
-            if what != _REDUCE:  # which has no place
+            if what < _REDUCE:  # ops of a stage have no place
                 row += how[at]
             for nth in range(rows[row], rows[row + 1]):
                 verb, block = verbs[nth], blocks[nth]
@@ -255,7 +257,7 @@ def _touch(
                     buffer = -1
                 elif block == _GRADIENT:
                     pipe = 0
-                    if what != _REDUCE:
+                    if what < _REDUCE:
                         pipe = pipe_of[micro_batch[op]]
                     else:  # of the stage that lies here
                         while homes[pipe][stage[op]] != device[op]:

@@ -71,6 +71,8 @@ class Walk:
         difference: the first, or None.
         peaks: for each device the most buffers alive at once during the walk,
             without gradients and what lies on the host.
+        updated: by stage and device, of each STEP the instruction and the gradient
+            that it read.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Walk:
         self._last_slice = program.schedule.slices - 1
         self._met: dict[int, int] = {}
         self._losses: dict[int, int] = {}  # of activations, what a backward starts from
+        self.updated: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def run(self, order: Sequence[int]) -> None:
         """All instructions, in an order that streams, waits and messages allow."""
@@ -135,6 +138,9 @@ class Walk:
             else:
                 alone = count[i] == 1
                 for kind, s, m, q in every[first[i] : first[i] + count[i]]:
+                    if kind == Kind.STEP:
+                        self._update(i, s, device[i])
+                        continue
                     self._compute(i, kind, s, m, q, device[i], alone=alone)
             for buffer in self._frees[i]:
                 self._free(i, buffer)
@@ -291,6 +297,12 @@ class Walk:
             for other in partners:
                 for written in self._writes[other]:
                     self._write(written, total, (other, None))
+
+    def _update(self, i: int, stage: int, device: int) -> None:
+        buffer = self._find(self._reads[i], GRADIENTS, None)
+        missing = self.terms.make("missing", i)
+        gradient = self.gradient(buffer) if buffer >= 0 else missing
+        self.updated.setdefault((stage, device), []).append((i, gradient))
 
     def _read(self, buffer: int) -> int:
         slot = self._slots[buffer]

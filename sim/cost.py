@@ -40,6 +40,7 @@ class Cost:
         weight_grad: time of W.
         backward: time of B; default input_grad + weight_grad.
         recompute: time of R; default forward.
+        step: time of STEP; default 0.
         overlap: joint time of a group F&B (or F&I&W), by F's stage; default
             the sum of its ops, as for every other group.
         weight_grad_memory: the part of the activations, beside the stage's input,
@@ -78,6 +79,7 @@ class Cost:
     weight_grad: PerStage = 1
     backward: PerStage | None = None
     recompute: PerStage | None = None
+    step: PerStage = 0
     overlap: PerStage | None = None
     weight_grad_memory: PerStage = 1
     weight_bytes: PerStage | None = None
@@ -221,9 +223,11 @@ class Cost:
         else:
             backward = of("backward", self.backward)
         again = forward if self.recompute is None else of("recompute", self.recompute)
+        step = self.per_stage("step", self.step, schedule, per_share=True)
         free: Table = [[0] * schedule.stages for _ in forward]
         times = dict.fromkeys(Kind, free)
         times |= {Kind.F: forward, Kind.B: backward, Kind.R: again}
+        times[Kind.STEP] = step  # once a step, of all slices together
         return times | {Kind.I: input_grad, Kind.W: weight_grad}
 
     def per_stage(

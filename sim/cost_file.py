@@ -28,6 +28,7 @@ TIMES = (
     "weight_grad",
     "backward",
     "recompute",
+    "step",
     "overlap",
 )
 

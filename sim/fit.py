@@ -33,6 +33,7 @@ FIELDS = {
     Kind.W: "weight_grad",
     Kind.B: "backward",
     Kind.R: "recompute",
+    Kind.STEP: "step",
 }
 PAIRS = ([Kind.F, Kind.B], [Kind.F, Kind.I, Kind.W])
 """Kinds of the groups that have a joint time of their own."""
@@ -213,7 +214,7 @@ def _median(times: NDArray[Any]) -> Number:
     return divide(plain(plain(low) + plain(high)), 2)
 
 
-def _cost(trace: Trace, known: Mapping[Key, Number]) -> Cost:
+def _cost(trace: Trace, known: dict[Key, Number]) -> Cost:
     """The medians, in the columns of a Cost.
 
     Every stage has F, and B or both I and W: `check` saw to that.
@@ -236,12 +237,18 @@ def _cost(trace: Trace, known: Mapping[Key, Number]) -> Cost:
     def half(stage: int) -> Number:
         return divide(known[Kind.B, stage], 2)
 
+    def step(stage: int) -> Number:
+        return 0
+
+    for place in [place for place in known if place[0] == Kind.STEP]:
+        known[place] = divide(known[place], trace.program.schedule.slices)
     return Cost(
         forward=list(map(forward, stages)),
         input_grad=column_of(Kind.I, half) or list(map(half, stages)),
         weight_grad=column_of(Kind.W, half) or list(map(half, stages)),
         backward=column_of(Kind.B, split),
         recompute=column_of(Kind.R, forward),
+        step=column_of(Kind.STEP, step) or 0,
     )
 
 

@@ -111,7 +111,7 @@ def simulate_many(
 
 def _timeless(cost: Cost) -> Cost:
     """Its bytes alone: its times must not decide the number type either."""
-    times = dict.fromkeys(("forward", "input_grad", "weight_grad"), 0)
+    times = dict.fromkeys(("forward", "input_grad", "weight_grad", "step"), 0)
     return replace(cost, **times, backward=None, recompute=None, overlap=None)
 
 

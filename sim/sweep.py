@@ -12,9 +12,10 @@ done, and the same sweep goes on from there.
 
 from __future__ import annotations
 
+import signal
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -119,7 +120,9 @@ def _answers(
     try:
         if get_active_backend()[0].supports_return_generator:
             parallel = Parallel(n_jobs=jobs, return_as="generator_unordered")
-            yield from parallel(map(call, work))
+            with _interrupts_later():
+                answers = parallel(map(call, work))
+            yield from answers
         else:  # Ray's
             left, at_once = iter(work), 8 * effective_n_jobs(jobs)
             while some := list(islice(left, at_once)):
@@ -129,6 +132,23 @@ def _answers(
             "a worker process was killed, probably for lack of memory: fewer jobs "
             "need less; what is done is in the file, if there is one"
         ) from None
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Ctrl-C is put off; processes that start meanwhile never hear it.
+
+    The terminal sends it to all of them. This one ends the others, who would each
+    print where they were.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _answer(batch: Batch) -> dict[str, Answer]:

@@ -42,6 +42,7 @@ CATEGORIES = {
     Kind.I: "input gradient",
     Kind.W: "weight gradient",
     Kind.R: "recompute",
+    Kind.STEP: "optimizer step",
 }
 
 

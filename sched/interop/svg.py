@@ -34,6 +34,7 @@ COLOURS = {
     Kind.R: ("#ee8866", "recompute"),
     Kind.OFFLOAD: ("#aaaa00", "offload"),
     Kind.RELOAD: ("#ffaabb", "reload"),
+    Kind.STEP: ("#99ddff", "optimizer step"),
 }
 OTHER = ("#bbbbbb", "other")
 FONT = "font-family='system-ui, sans-serif'"

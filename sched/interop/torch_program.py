@@ -10,8 +10,8 @@ Each tensor has a buffer of its own, as in torch.
 
 torch scales gradients and not losses: REDUCE_GRAD divides a stage's by the number of
 micro-batches. A file in which one is missing where other stages have one, comes twice,
-or does not stand behind all of its stage's backwards is refused before it comes here, so
-that each micro-batch's term has its weight once, as in the terms of `prove`.
+or does not stand behind all of its stage's backwards never comes here, so that each
+micro-batch's term has its weight once, as in the terms of `prove`.
 """
 
 from __future__ import annotations

@@ -10,3 +10,4 @@ from pipeproof.sched.transforms.recompute import recompute as recompute
 from pipeproof.sched.transforms.reduce import reduce_gradients as reduce_gradients
 from pipeproof.sched.transforms.resize import with_micro_batches as with_micro_batches
 from pipeproof.sched.transforms.retime import retime as retime
+from pipeproof.sched.transforms.step import with_steps as with_steps

@@ -18,7 +18,7 @@ from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, is_number, plain
 from pipeproof.sched.ir import BESIDE_KINDS, Kind, Schedule
 from pipeproof.sched.lower import lower
-from pipeproof.sched.program import LOWERED, Action
+from pipeproof.sched.program import Action
 from pipeproof.sched.transforms.list_order import orders
 from pipeproof.sched.transforms.op_graph import Graph
 
@@ -43,8 +43,8 @@ def retime(
         schedule: of one step. Overlap groups stay together.
         times: for each kind, the time of one op, or one per stage. Unlike in
             `Cost`, a number is that of a stage, not of a device's whole share,
-            and of a slice. B defaults to I + W, R to F; REDUCE, OFFLOAD and RELOAD
-            to 0.
+            and of a slice. B defaults to I + W, R to F; REDUCE, STEP, OFFLOAD and
+            RELOAD to 0.
         overlap: joint time of a group F&B (or F&I&W), by F's stage; default, and of
             any other group, the sum of its ops' times.
         activations: at most so many live activations on each device at any time,
@@ -116,9 +116,9 @@ def _durations(
         by_stage.setdefault(Kind.B, [plain(i + w) for i, w in both])
     if Kind.F in by_stage:
         by_stage.setdefault(Kind.R, by_stage[Kind.F])
-    for kind in BESIDE_KINDS:
+    for kind in (*BESIDE_KINDS, Kind.STEP):
         by_stage.setdefault(kind, [0] * schedule.stages)
-    for kind in sorted(LOWERED - by_stage.keys()):
+    for kind in sorted(set(Kind) - by_stage.keys()):
         if schedule.has(kind):
             raise ParameterError(f"times lacks {kind.name}, of which there are ops")
     pairs = zip(schedule.ops.kind.tolist(), schedule.ops.stage.tolist())

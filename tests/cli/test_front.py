@@ -215,6 +215,29 @@ def test_control_c_ends_a_long_command_in_one_line(tmp_path: Path) -> None:
     assert (process.returncode, out, err.strip()) == (130, b"", b"interrupted")
 
 
+def test_control_c_ends_a_sweep_and_its_processes_in_two(tmp_path: Path) -> None:
+    """A terminal sends it to all of them, and each would print where it was."""
+    path = tmp_path / "kept.csv"
+    sizes = ["-p2:64", "-m", ",".join(map(str, range(64, 1024)))]
+    process = start(
+        "sweep", "1f1b,zb-h1", *sizes, "-o", str(path), start_new_session=True
+    )
+    while process.poll() is None and (
+        not path.exists() or path.read_text().count("\n") < 3
+    ):
+        pass
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert (
+        err.decode().split()
+        == (
+            f"What was done is kept; the same command goes on with {path} interrupted"
+        ).split()
+    )
+
+
 def test_a_reader_that_goes_away_hears_no_complaint() -> None:
     process = start("export", "gpipe", "-p", "8", "-m", "90", "--to", "chrome")
     assert process.stdout is not None

@@ -124,6 +124,7 @@ class Job:
         dtype: of everything.
         loss: of the last stage's output.
         messages: how they are posted.
+        recomputed: of each stage, what an R runs again.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Job:
     dtype: torch.dtype = torch.float64
     loss: Callable[[Any, Tensor], Tensor] = same_values
     messages: Messages = "single"
+    recomputed: tuple[int, ...] | None = None
 
     @property
     def schedule(self) -> Schedule:
@@ -252,6 +254,7 @@ def part(ranks: Ranks, job: Job) -> Result:
         job.loss,
         ranks=ranks,
         messages=job.messages,
+        recomputed=job.recomputed and [job.recomputed] * schedule.stages,
         **job.options,
     )
 

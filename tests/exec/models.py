@@ -204,14 +204,17 @@ def against_reference(
     inputs: object,
     targets: object,
     loss_fn: object = functional.mse_loss,
+    *,
+    recomputed: object = None,
     **options: object,
 ) -> tuple[Tensor, Sequence[nn.Module]]:
     """Run both from one seed; assert that loss, gradients and buffers are equal.
 
-    Returns the loss and the stages of the reference.
+    The reference does not mind what is recomputed. Returns the loss and the stages of
+    the reference.
     """
     twin = copy.deepcopy(stages)
-    pipeline = Pipeline(stages, schedule, loss_fn, **options)
+    pipeline = Pipeline(stages, schedule, loss_fn, recomputed=recomputed, **options)
     torch.manual_seed(11)
     loss = pipeline.step(inputs, targets)
     drawn = torch.rand(1)

@@ -25,13 +25,11 @@ from pipeproof.sched import (
     POLICIES,
     B,
     F,
-    Kind,
     ParameterError,
     Schedule,
     ScheduleError,
     UnsupportedError,
     catalog,
-    op,
     recompute,
 )
 
@@ -449,11 +447,11 @@ def two() -> list[nn.Module]:
         (
             lambda: Pipeline(
                 [nn.Identity()],
-                Schedule.of([[F(0, 0), B(0, 0), op(Kind.STEP, 0)]]),
+                Schedule.of([[F(0, range(2)), B(0, range(2))]], steps=2),
                 mse,
             ),
             UnsupportedError,
-            "STEP can be written and checked, but not lowered to a program yet",
+            "a schedule of several steps can be written and checked, but not lowered",
         ),
         (
             lambda: Pipeline(two(), schedule(), mse).step(*rows(2)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
@@ -27,10 +28,11 @@ from pipeproof.exec import (
     trace,
 )
 from pipeproof.exec.homes import refuse_shared
+from pipeproof.exec.recomputed import recompute_only
 from pipeproof.exec.sharded import check_wrapped
 from pipeproof.exec.stage import Stage
 from pipeproof.exec.ties import _refuse_sharded
-from pipeproof.sched import PipeproofError, Schedule, catalog, recompute
+from pipeproof.sched import PipeproofError, Schedule, catalog, recompute, with_steps
 
 mse = functional.mse_loss
 CHAPTER = (Path(pipeproof.exec.__file__).parent / "MODELS.md").read_text("utf-8")
@@ -75,6 +77,24 @@ def step(
     stages = stages or [Masked(), Masked()]
     pipeline = Pipeline(stages, plan, loss, loss_scale=scale)
     pipeline.step(inputs, targets, keywords=keywords or {})
+
+
+def sgd(stages: list[nn.Module]) -> list[Any]:
+    return [torch.optim.SGD(stage.parameters()) for stage in stages]
+
+
+def one_for_all(stages: list[nn.Module]) -> list[Any]:
+    return [torch.optim.SGD([p for s in stages for p in s.parameters()])] * 2
+
+
+def stepping(
+    optimizers: Callable[[list[nn.Module]], Any],
+    plan: Schedule | None = None,
+    stages: list[nn.Module] | None = None,
+) -> Pipeline:
+    stages = stages or mlp(2)
+    plan = plan or with_steps(schedule())
+    return Pipeline(stages, plan, mse, optimizers=optimizers(stages))
 
 
 def in_inference_mode() -> None:
@@ -224,7 +244,19 @@ def with_sharded(refused: Callable[[list[nn.Module]], None]) -> None:
         refused(stages)
 
 
+def recomputed_in_part(function: Callable[[Tensor], Tensor]) -> None:
+    stages = [nn.Sequential(nn.Linear(4, 4), Does(function)).double(), *mlp(1)]
+    plan = recompute(schedule(), "always")
+    Pipeline(stages, plan, mse, recomputed=[{1}, ()]).step(X, X)
+
+
 TWO_POSITIONS = X[:, None].expand(6, 2, 4)
+
+
+def saving_otherwise() -> Any:
+    turn = count()
+    return recomputed_in_part(lambda x: x.tanh() if next(turn) % 2 else x * x)
+
 
 REFUSED: dict[str, Callable[[], Any]] = {
     "no module": lambda: step(stages=[abs, *mlp(1)]),
@@ -234,7 +266,12 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "buffer changed late": lambda: step(
         stages=[Counts(after=1), *mlp(1)], plan=recompute(schedule(), "always")
     ),
-    "in place, offloaded": changing_what_is_offloaded,
+    "in place, later": changing_what_is_offloaded,
+    "in place, in part": lambda: recomputed_in_part(lambda x: x.add_(1)),
+    "saves otherwise": saving_otherwise,
+    "sharded, in part": lambda: recompute_only(
+        {(0, 0): Mock()}, mlp(2), recompute(schedule(), "always"), [{0}, {0}], [0]
+    ),
     "no batch": lambda: pipeline().step(None, None),
     "no inputs": lambda: pipeline().predict(None),
     "no targets": lambda: pipeline().evaluate(X, None),
@@ -327,6 +364,22 @@ REFUSED: dict[str, Callable[[], Any]] = {
     ),
     "trace calls": lambda: trace(Net(), ["c"]),
     "wrapped": lambda: step(stages=[wrapped(), *mlp(1)]),
+    "targets missing": lambda: step(X, None),
+    "targets unused": lambda: step(loss=lambda output: output.sum()),
+    "weights of targets": lambda: step(
+        X, None, loss=lambda output: output.sum(), scale=len
+    ),
+    "optimizers missing": lambda: stepping(lambda stages: None),
+    "STEPs missing": lambda: stepping(sgd, schedule()),
+    "optimizers": lambda: stepping(lambda stages: sgd(stages)[:1]),
+    "optimizer": lambda: stepping(lambda stages: ["sgd", None]),
+    "optimizer lacks": lambda: stepping(lambda stages: [None, sgd(stages)[1]]),
+    "optimizer of others": lambda: stepping(one_for_all),
+    "tied, stepped": lambda: stepping(sgd, stages=tied()[::3]),
+    "norm, stepped": lambda: stepping(sgd).clip_grad_norm_(1.0),
+    "scaler, stepped": lambda: stepping(sgd).step(
+        X, X, scaler=torch.amp.GradScaler("cpu")
+    ),
 }
 
 
@@ -395,6 +448,7 @@ WHERE_RANKS_ARE = {
     "no stage": ("exec/test_faults.py", "was given None for it"),
     "part missing": ("faults/test_ranks.py", "and one of its stages needs them"),
     "other rows": ("faults/test_ranks.py", "and the inputs 6"),
+    "accumulate": ("exec/test_updating.py", "was called with accumulate=True"),
     "keyword missing": ("exec/test_values.py", "which a unit of its stages"),
     "other shapes": ("faults/test_ranks.py", "in the step before, for a batch of"),
     "tied replicas": ("exec/test_data_parallel.py", "gradient would be reduced twice"),
@@ -426,7 +480,7 @@ def test_the_examples_print_what_they_say(capsys: pytest.CaptureFixture[str]) ->
     names = {"__name__": "example"}  # what one makes, the next may use
     torch.manual_seed(0)
 
-    assert len(examples) == 2
+    assert len(examples) == 3
     for example in examples:
         exec(compile(example, "MODELS.md", "exec"), names)
         assert f"It prints `{capsys.readouterr().out.strip()}`" in CHAPTER

@@ -160,7 +160,8 @@ def test_an_op_on_the_wrong_device() -> None:
         "device 0, step 1: 1B0 runs on device 0; expected stage 1 on device 1, as the "
         "placement says. Move it to device 1, or change the placement."
     ]
-    assert bad([F(0, 0), B(0, 0)], [F(1, 0), B(1, 0), STEP]) == [
+    steps = [STEP, op(Kind.STEP, 1)]
+    assert bad([F(0, 0), B(0, 0), STEP], [F(1, 0), B(1, 0), *steps]) == [
         "device 1, step 2: 0STEP runs on device 1; expected stage 0 on device 0, as "
         "the placement says. Move it to device 0, or change the placement."
     ]
@@ -283,7 +284,7 @@ def test_a_replica_that_no_micro_batch_passes_is_only_reduced() -> None:
     """Its STEP, first in its row, comes behind nothing."""
     idle = Placement(((0,), (1,)))
 
-    found = bad([STEP], [F(0, 0), B(0, 0)], placement=idle, pipe_of=[1])
+    found = bad([STEP], [F(0, 0), B(0, 0), STEP], placement=idle, pipe_of=[1])
     assert [line.split("; ")[0] for line in found] == [
         "device 0: 0REDUCE is missing",
         "device 1: 0REDUCE is missing",

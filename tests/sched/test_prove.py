@@ -142,7 +142,7 @@ def test_a_certificate_in_words() -> None:
         "  rows of a batch are independent: a stage's output for a row depends on no other",
         "  the loss is a sum, or a weighted mean, over micro-batches",
         "  the last stage's forward takes the loss of its own output and targets times its own weight w/Σw (rows, 1, or what its targets say), a backward starts from that, and nothing else is scaled",
-        "  micro-batches share no state but the weights, which do not change in a step",
+        "  micro-batches share no state but the weights, which only a STEP changes",
         "  a stage is a deterministic function of weights, input, and random numbers keyed by micro-batch and slice",
         "adding up micro-batches, per parameter and in this order",
         "  stage 0: Σ(0 2) of device 0 + Σ(1 3) of device 1",

@@ -25,6 +25,7 @@ from pipeproof.sched import (
     prove,
     reduce_gradients,
     with_micro_batches,
+    with_steps,
 )
 from pipeproof.sched.interop.json_form import format_json, parse_json
 from pipeproof.sched.interop.torch_csv import format_torch_csv
@@ -218,6 +219,8 @@ def test_says_which_ties_cannot_be() -> None:
     chimera = catalog.make("chimera", devices=2, micro_batches=2)
     found = str(check(chimera.with_ties([(0, 1)])))
     assert "0=1: stage 0 has replicas on devices 0, 1" in found
+    stepped = str(check(with_steps(three_devices().with_ties([(0, 2)]))))
+    assert "0=2: stage 0 has a STEP, and the sum comes behind it" in stepped
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from pipeproof.sched import (
     R,
     Schedule,
     ScheduleError,
-    UnsupportedError,
     W,
     catalog,
     check,
@@ -498,6 +497,3 @@ def test_what_cannot_be_retimed() -> None:
         retime(plain, UNIT, activations=Fraction(1, 2))
     with pytest.raises(ParameterError, match="link_latency must be"):
         retime(plain, UNIT, link_latency=-1)
-    stepped = Schedule.of([[F(0, 0), B(0, 0), op(Kind.STEP, 0)]])
-    with pytest.raises(UnsupportedError, match="STEP can be written and checked"):
-        retime(stepped, UNIT)

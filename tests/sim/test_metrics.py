@@ -304,9 +304,6 @@ def test_refuses_costs_that_do_not_fit_the_schedule() -> None:
 
 
 def test_says_what_is_not_lowered_yet() -> None:
-    stepping = Schedule.of([[F(0, 0), B(0, 0), op(Kind.STEP, 0)]])
-    with pytest.raises(UnsupportedError, match="STEP can be written and checked, but"):
-        simulate(stepping)
     with pytest.raises(UnsupportedError, match="of several steps can be written"):
         simulate(Schedule.of([[F(0, range(2)), B(0, range(2))]], steps=2))
     with pytest.raises(ParameterError, match="transfers must be 'overlapped' or"):

@@ -1,0 +1,79 @@
+"""What makes a loss of the last stage's output, with targets or without."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from pipeproof.exec.batch import LossFn, Value
+from pipeproof.exec.errors import BatchError
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss function of any kind, as one of output and targets.
+
+    Attributes:
+        call: (output, targets) → loss; targets are None where there are none.
+        takes_targets, needs_targets: whether it can be called with them, and whether
+            it must.
+    """
+
+    call: Callable[[Any, Any], Any]
+    takes_targets: bool
+    needs_targets: bool
+
+    @classmethod
+    def of(cls, loss_fn: LossFn | None) -> Loss:
+        """Of (output, targets), of the output alone, or None: the output is it."""
+        if loss_fn is None:
+            return cls(lambda output, _: output, False, False)
+        alone: Any = loss_fn
+        both: Any = loss_fn
+        if not _may_be_called(loss_fn, 2):
+            return cls(lambda output, _: alone(output), False, False)
+        if not _may_be_called(loss_fn, 1):
+            return cls(both, True, True)
+        return cls(
+            lambda output, targets: (
+                alone(output) if targets is None else both(output, targets)
+            ),
+            True,
+            False,
+        )
+
+    def check(self, targets: Value | None) -> None:
+        """Refuse targets that it does not take, and none where it needs them.
+
+        Raises:
+            BatchError: says which.
+        """
+        if targets is None and self.needs_targets:
+            raise BatchError(
+                "got no targets, which loss_fn takes: give them, or a loss_fn of the "
+                "output alone, or None if the output is the loss"
+            )
+        if targets is not None and not self.takes_targets:
+            raise BatchError(
+                "got targets, and the loss is made of the output alone: leave them "
+                "out, or give a loss_fn that takes both"
+            )
+
+
+def _may_be_called(function: Callable[..., Any], arguments: int) -> bool:
+    """Whether it takes so many; of one that does not say, whether it takes two."""
+    if isinstance(function, nn.Module):  # whose __call__ takes anything
+        function = function.forward
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return arguments == 2
+    try:
+        signature.bind(*[None] * arguments)
+    except TypeError:
+        return False
+    return True

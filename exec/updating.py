@@ -1,0 +1,172 @@
+"""STEP: a stage's optimizer updates its weights while other stages still go on.
+
+    device 0   … B2 ─▶ .grad ─▶ STEP
+    device 1   … B2 ─▶ .grad ─▶ REDUCE ─▶ .grad ─▶ STEP
+
+A STEP comes when the stage's gradient of the batch is whole: behind the last of its
+backwards, and behind the sum over the devices and processes that hold it. It calls the
+optimizer's `step`, then its `zero_grad`. Stages are updated one by one, so whatever
+needs the gradients of all of them first has no place in such a schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+from torch.optim import Optimizer
+
+from pipeproof.exec.errors import ModelError
+from pipeproof.exec.stage import Stage
+from pipeproof.exec.step import Step
+from pipeproof.sched import Kind, ParameterError, Schedule
+
+Optimizers = Sequence[Optimizer | None]
+"""One for each stage; None where it learns nothing, or is another rank's."""
+
+WHOLE_FIRST = (
+    "the STEPs of the schedule use each stage's gradient before those of all are "
+    "known: {}, or leave the STEPs out, and step the optimizers yourself"
+)
+"""What is refused beside STEPs, with what else to do."""
+
+HALF_UPDATED = (
+    "\nSome stages may be updated and others not, and gradients be half added up: load "
+    "a checkpoint before the next step."
+)
+
+
+def check_optimizers(optimizers: Optimizers | None, schedule: Schedule) -> None:
+    """Refuse optimizers without STEPs, STEPs without optimizers, and other numbers.
+
+    Raises:
+        ParameterError: what is missing.
+    """
+    stepped = schedule.has(Kind.STEP)
+    if optimizers is None:
+        if stepped:
+            raise ParameterError(
+                f"{schedule.summary} has STEPs, and nothing to step with: give "
+                "optimizers=, one for each stage, or leave the STEPs out"
+            )
+        return
+    if not stepped:
+        raise ParameterError(
+            f"optimizers are stepped where the schedule says STEP, and "
+            f"{schedule.summary} has none: add them with with_steps(schedule), or step "
+            "the optimizers yourself"
+        )
+    several = isinstance(optimizers, Sequence)
+    if not several or len(optimizers) != schedule.stages:
+        found = f"{len(optimizers)}" if several else type(optimizers).__name__
+        raise ParameterError(
+            f"optimizers must have one for each of {schedule.stages} stages, or None "
+            f"for one that learns nothing, got {found}"
+        )
+
+
+def updated_by(
+    optimizers: Optimizers | None, stages: Iterable[Stage]
+) -> dict[int, Optimizer]:
+    """The optimizers of the stages here, by stage.
+
+    Args:
+        optimizers: as `check_optimizers` lets through.
+        stages: the user's own.
+
+    Raises:
+        ModelError: one that has not the parameters of its stage, or others'.
+    """
+    result: dict[int, Optimizer] = {}
+    for stage in stages if optimizers is not None else ():
+        assert optimizers is not None
+        optimizer = optimizers[stage.number]
+        _check(stage, optimizer)
+        if optimizer is not None:
+            result[stage.number] = optimizer
+    return result
+
+
+def _check(stage: Stage, optimizer: Optimizer | None) -> None:
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise ModelError(
+            f"the optimizer of stage {stage.number} must be a torch.optim.Optimizer or "
+            f"None, got {type(optimizer).__name__}"
+        )
+    own = {id(parameter) for parameter in stage.parameters}
+    learning = {id(p) for p in stage.parameters if p.requires_grad}
+    groups = [] if optimizer is None else optimizer.param_groups
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    if missing := len(learning - held):
+        raise ModelError(
+            f"stage {stage.number} has {missing} parameters that require a gradient "
+            "and are not in its optimizer: give it all of them, or freeze them"
+        )
+    if foreign := len(held - own):
+        raise ModelError(
+            f"the optimizer of stage {stage.number} has {foreign} parameters that are "
+            "not the stage's, and would update them by half a gradient: give each "
+            "stage an optimizer of its own"
+        )
+
+
+class HasStep(Protocol):
+    """Knows the step under way."""
+
+    step: Step
+
+
+def in_words(optimizer: Optimizer | None) -> str:
+    """An optimizer and its numbers, which those of all copies must have alike."""
+    if not isinstance(optimizer, Optimizer):
+        return type(optimizer).__name__
+    groups = [
+        {name: value for name, value in group.items() if name != "params"}
+        | {"parameters": len(group["params"])}
+        for group in optimizer.param_groups
+    ]
+    return f"{type(optimizer).__name__} {groups}"
+
+
+def update(
+    optimizer: Optimizer,
+    of: HasStep,
+    stage: int,
+    finish: Callable[[int], None] | None,
+) -> Callable[[], None]:
+    """What a STEP does.
+
+    Args:
+        optimizer: of the stage.
+        of: knows the step under way.
+        stage: its number.
+        finish: waits for the sum of a stage's gradient over processes, if that is
+            one.
+    """
+
+    def step() -> None:
+        if of.step.accumulates:
+            return
+        if finish is not None:
+            finish(stage)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def refuse_tied(schedule: Schedule, both: str) -> None:
+    """Refuse a parameter of two stages that STEPs would update apart.
+
+    Args:
+        schedule: that the stages run in.
+        both: which share what.
+
+    Raises:
+        ModelError: there are STEPs.
+    """
+    if schedule.has(Kind.STEP):
+        raise ModelError(
+            f"{both}, and a STEP of one of them would update it by half its gradient: "
+            "untie them, or leave the STEPs out, and step the optimizers yourself"
+        )

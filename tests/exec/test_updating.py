@@ -1,0 +1,248 @@
+"""STEP in the executor: as reference gradients, and then the same optimizers."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jobs import Do
+from models import DTYPES, EXECUTED, batch_of, mlp, models, schedules, small
+from stepping import Stepping, of_references, spoiled, stepped_on_ranks
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import SGD, Adam, Optimizer
+
+from pipeproof.exec import Pipeline, StepError, reference
+from pipeproof.sched import (
+    Kind,
+    Schedule,
+    catalog,
+    reduce_gradients,
+    with_steps,
+)
+
+mse = functional.mse_loss
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def adam(stages: Sequence[nn.Module]) -> list[Optimizer | None]:
+    return [Adam(stage.parameters(), lr=0.05, weight_decay=0.1) for stage in stages]
+
+
+def weights(stages: Sequence[nn.Module]) -> list[Tensor]:
+    return [p.detach().clone() for stage in stages for p in stage.parameters()]
+
+
+def stepped(
+    stages: Sequence[nn.Module], schedule: Schedule, batches: Any
+) -> list[Tensor]:
+    """Weights after plain loops, each followed by the optimizers."""
+    optimizers = adam(stages)
+    for number, batch in enumerate(batches):
+        torch.manual_seed(number)
+        reference(stages, schedule, mse, *batch)
+        for optimizer in optimizers:
+            assert optimizer is not None
+            optimizer.step()
+            optimizer.zero_grad()
+    return weights(stages)
+
+
+def trained(
+    stages: Sequence[nn.Module], schedule: Schedule, batches: Any, **options: Any
+) -> list[Tensor]:
+    pipeline = Pipeline(list(stages), schedule, mse, optimizers=adam(stages), **options)
+    for number, batch in enumerate(batches):
+        torch.manual_seed(number)
+        pipeline.step(*batch)
+        assert all(p.grad is None for stage in stages for p in stage.parameters())
+    return weights(stages)
+
+
+def equal(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    return all(map(torch.equal, left, right))
+
+
+@pytest.mark.parametrize("name", EXECUTED)
+def test_every_row_trains_as_its_reference(name: str) -> None:
+    schedule = with_steps(small(name))
+    stages = mlp(schedule.stages)
+    twins = copy.deepcopy(stages)
+    shape = (16, 6, 4) if schedule.slices > 1 else (16, 4)
+    batches = [torch.randn(2, *shape, dtype=torch.float64) for _ in range(3)]
+    expected = stepped(twins, schedule, batches)
+
+    assert equal(trained(stages, schedule, batches), expected)
+    assert not equal(weights(mlp(schedule.stages)), expected)
+
+
+@settings(max_examples=15)
+@given(data=st.data(), schedule=schedules(), dtype=st.sampled_from(DTYPES))
+def test_any_model_and_schedule(
+    data: st.DataObject, schedule: Schedule, dtype: torch.dtype
+) -> None:
+    if data.draw(st.booleans()):
+        schedule = reduce_gradients(schedule)
+    schedule = with_steps(schedule)
+    sequence = schedule.slices > 1
+    stages = data.draw(models(schedule.stages, dtype, sequence=sequence))
+    rows = 2 * schedule.micro_batches + 1
+    positions = schedule.slices + 1 if sequence else 0
+    batches = [batch_of(stages, rows, dtype, positions) for _ in range(2)]
+
+    expected = stepped(copy.deepcopy(stages), schedule, batches)
+
+    assert equal(trained(stages, schedule, batches), expected)
+
+
+def plan(devices: int = 2, micro_batches: int = 3) -> Schedule:
+    return with_steps(
+        catalog.make("1f1b", devices=devices, micro_batches=micro_batches)
+    )
+
+
+def batch(rows: int = 6) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(7)
+    x, y = torch.randn(2, rows, 4, dtype=torch.float64)
+    return x, y
+
+
+def test_a_stage_is_updated_while_others_go_backward() -> None:
+    seen: list[str] = []
+
+    class Told(SGD):
+        def step(self, closure: Any = None) -> None:
+            seen.append("step")
+            super().step()
+
+    stages = mlp(3)
+    stages[0][0].weight.register_hook(lambda _: seen.append("backward of 0"))
+    optimizers = [Told(stage.parameters(), lr=0.1) for stage in stages]
+    Pipeline(stages, plan(3, 1), mse, optimizers=optimizers).step(*batch())
+
+    assert seen == ["step", "backward of 0", "step", "step"]
+
+
+def test_gradients_of_several_steps_add_up() -> None:
+    schedule, (x, y) = plan(), batch()
+    stages = mlp(2)
+    twins = copy.deepcopy(stages)
+    pipeline = Pipeline(stages, schedule, mse, optimizers=adam(stages))
+    pipeline.step(x, y, accumulate=True)
+    assert equal(weights(stages), weights(twins))
+    pipeline.step(y, x)
+
+    for pair in ((x, y), (y, x)):
+        reference(twins, schedule, mse, *pair)
+    for optimizer in adam(twins):
+        assert optimizer is not None
+        optimizer.step()
+    assert equal(weights(stages), weights(twins))
+
+
+def test_a_stage_that_learns_nothing_needs_no_optimizer() -> None:
+    stages = mlp(3)
+    stages[0].requires_grad_(False)
+    stages[1] = nn.Tanh()
+    twins = copy.deepcopy(stages)
+    optimizers = [None, None, SGD(stages[2].parameters(), lr=0.1)]
+    Pipeline(stages, plan(3), mse, optimizers=optimizers).step(*batch())
+
+    reference(twins, plan(3), mse, *batch())
+    SGD(twins[2].parameters(), lr=0.1).step()
+    assert equal(weights(stages), weights(twins))
+
+
+def test_each_step_is_in_the_trace() -> None:
+    stages = mlp(2)
+    pipeline = Pipeline(stages, plan(), mse, optimizers=adam(stages))
+    pipeline.step(*batch(), record=True)
+
+    trace = pipeline.trace
+    steps = [i for i in range(len(trace.program)) if "STEP" in trace.program.label(i)]
+    assert len(steps) == 2
+    assert all(trace.end[i] > trace.start[i] for i in steps)
+
+
+def test_an_optimizer_that_raises_says_which() -> None:
+    class Broken(SGD):
+        def step(self, closure: Any = None) -> None:
+            raise RuntimeError("no memory for moments")
+
+    stages = mlp(2)
+    optimizers = [SGD(stages[0].parameters()), Broken(stages[1].parameters())]
+    pipeline = Pipeline(stages, plan(), mse, optimizers=optimizers)
+
+    with pytest.raises(StepError) as found:
+        pipeline.step(*batch())
+
+    assert str(found.value) == (
+        "the step broke off at 1STEP (stage 1, device cpu): RuntimeError: no memory "
+        "for moments\nSome stages may be updated and others not, and gradients be half "
+        "added up: load a checkpoint before the next step."
+    )
+    assert "in step" in "".join(traceback.format_exception(found.value))
+
+
+def test_replicas_on_several_torch_devices_follow_the_users_own() -> None:
+    """A copy takes over the values that the STEP of the original left."""
+    schedule = with_steps(catalog.make("chimera", devices=2, micro_batches=2))
+    assert schedule.has(Kind.REDUCE)
+    stages = mlp(2)
+    twins = copy.deepcopy(stages)
+    batches = [batch(), batch()[::-1], batch()]
+
+    found = trained(stages, schedule, batches, devices=["cpu", "cpu:0"])
+
+    assert equal(found, stepped(twins, schedule, batches))
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        Stepping("1f1b", 4),
+        Stepping("interleaved", 4),
+        Stepping("chimera", 4),
+        Stepping("zb-v", 2, replicas=2),
+        Stepping("interleaved", 2, replicas=2, sharded=True),
+        pytest.param(Stepping("bpipe", 4), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_ranks_train_as_their_references(job: Stepping, do: Do) -> None:
+    """Also copies of one stage on several ranks, which each rank steps."""
+    expected = of_references(job)
+    found = do(stepped_on_ranks, job)
+
+    assert set().union(*found) == set(expected)
+    for of_rank in found:
+        assert of_rank == {stage: expected[stage] for stage in of_rank}
+
+
+def test_an_optimizer_that_raises_ends_all_ranks(do: Do) -> None:
+    found = do(spoiled, "raises")
+
+    assert all("rank 1 failed in the step" in found[rank] for rank in (0, 2, 3))
+    for words in found:
+        assert "the step broke off at 1STEP (stage 1, device cpu)" in words
+        assert "no memory for moments" in words
+        assert "load a checkpoint" in words
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("other", "optimizer of stage 0:"),
+        ("accumulates", "rank 1 was called with accumulate=True, and rank 0 with"),
+        ("none", "has STEPs, and nothing to step with"),
+        ("tied", "a STEP of one of them would update it by half its gradient"),
+    ],
+)
+def test_ranks_refuse_what_differs(kind: str, words: str, do: Do) -> None:
+    assert all(words in said for said in do(spoiled, kind))
