@@ -36,15 +36,13 @@ def tied(
     for number, tie in enumerate(schedule.ties):
         homes = homes_of(schedule, tie)
         found = [walk.gradient(sums[number, device]) for device in homes]
+        same = all(term == found[0] for term in found)
         match walk.terms.keys[found[0]]:
-            case ("tie", int(which), *parts) if which == number:
+            case ("tie", int(which), *parts) if same and which == number:
                 shares = [_stages(walk, part, stage_of) for part in parts]
             case _:
                 findings.append(_no_sum(tie, homes))
                 continue
-        if any(term != found[0] for term in found):
-            findings.append(_no_sum(tie, homes))
-            continue
         findings += _unequal(schedule, tie, shares)
         trees.append(tuple(map(Share, homes, shares)))
     return tuple(trees), tuple(findings)
@@ -64,20 +62,16 @@ def _stages(walk: Walk, part: object, stage_of: dict[int, int]) -> tuple[int, ..
     number of none, and what nothing was added to yet is none.
     """
     assert isinstance(part, int)
-    match walk.terms.keys[part]:
-        case ("part", *terms):
-            return tuple(
-                stage_of.get(term, _early(walk, term))
-                for term in terms
-                if isinstance(term, int) and term != NOTHING
-            )
-        case _:
-            return (NO_STAGE,)
+    _, *terms = walk.terms.keys[part]
+    return tuple(
+        stage_of.get(term, _early(walk, term))
+        for term in terms
+        if isinstance(term, int) and term != NOTHING
+    )
 
 
 def _early(walk: Walk, term: int) -> int:
-    chain = walk.terms.chain(term)
-    match walk.terms.keys[chain[0]] if chain else ():
+    match walk.terms.keys[walk.terms.chain(term)[0]]:
         case ("grad", int(stage), *_):
             return -1 - stage
         case _:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -190,6 +191,30 @@ def test_another_stages_gradient_is_refuted() -> None:
     assert "the sum of tie 0=3 lacks that of stage 0, has that of stage 2" in str(
         refuted
     )
+
+
+def test_what_is_no_gradient_is_refuted() -> None:
+    program = lower(three_devices().with_ties([(0, 2)]))
+    parts = parts_of(program)
+    buffers = {str(program.buffer_at(n)): n for n in range(len(program.buffers))}
+    parts[-2].reads.append(buffers["activation 0:0"])
+    refuted = prove(assembled(program, parts))
+
+    assert "the sum of tie 0=2 has what is no stage's gradient" in str(refuted)
+
+
+def test_what_is_written_over_a_sum_is_refuted() -> None:
+    """By a hand-over, behind the sum."""
+    schedule = catalog.make("zb-v", devices=2, micro_batches=2).with_ties([(1, 2)])
+    program = lower(schedule)
+    parts = parts_of(program)
+    tie = parts[-1]
+    local = next(part for part in parts if part.action == Action.LOCAL)
+    over = {"reads": tie.reads[:1], "writes": tie.writes[:], "frees": []}
+    parts.append(dataclasses.replace(local, key=-1, waits=[tie.key], **over))
+    refuted = prove(assembled(program, parts))
+
+    assert "what lies there in the end is not what tie 1=2 summed" in str(refuted)
 
 
 def test_two_ties_in_different_orders_wait_for_each_other() -> None:
