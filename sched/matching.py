@@ -198,7 +198,7 @@ def _untied(program: Program) -> Iterator[Finding]:
     schedule, device = program.schedule, program.device
     there: dict[int, list[int]] = {number: [] for number in range(len(schedule.ties))}
     for index, number in ties_of(program).items():
-        if number >= 0:
+        if number in there:
             there[number].append(int(device[index]))
             continue
         yield Finding(
@@ -206,7 +206,7 @@ def _untied(program: Program) -> Iterator[Finding]:
             int(device[index]),
             None,
             None,
-            expected="a TIE that writes one sum, that of its tie",
+            expected="a TIE that writes one sum, that of a tie of the schedule",
             found=f"instruction {index} writes "
             f"{', '.join(map(str, program[index].writes)) or 'nothing'}",
             remedy="Let it write the tied buffer of its device",

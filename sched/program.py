@@ -398,7 +398,7 @@ class Program:
         """One buffer, spelled out."""
         kind, *rest = self.buffers[index].tolist()
         buffer, skips = Buffer(index, BufferKind(kind), *rest), self.buffer_skips
-        if kind == BufferKind.TIED:
+        if kind == BufferKind.TIED and 0 <= buffer.stage < len(self.schedule.ties):
             return replace(buffer, tie=self.schedule.ties[buffer.stage])
         if not len(skips) or skips[index] < 0:
             return buffer

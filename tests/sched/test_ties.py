@@ -193,6 +193,13 @@ def test_another_stages_gradient_is_refuted() -> None:
     )
 
 
+def test_a_sum_of_no_tie_is_refuted() -> None:
+    program = lower(three_devices().with_ties([(0, 2)]))
+    untied = dataclasses.replace(program, schedule=three_devices())
+
+    assert "expected: a TIE that writes one sum, that of a tie of" in str(prove(untied))
+
+
 def test_what_is_no_gradient_is_refuted() -> None:
     program = lower(three_devices().with_ties([(0, 2)]))
     parts = parts_of(program)
