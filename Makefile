@@ -72,6 +72,7 @@ experiments: $(VENV)/ready
 	$(BIN)/python experiments/executor/split_backward.py
 	$(BIN)/python experiments/executor/against_torch.py
 	$(BIN)/python experiments/executor/prediction.py
+	$(BIN)/python experiments/executor/recomputed_layers.py
 	$(BIN)/python experiments/executor/injections.py --jobs 2
 	$(BIN)/python -m pip install --quiet --no-deps torchgpipe==0.0.7
 	$(BIN)/python experiments/executor/against_torchgpipe.py

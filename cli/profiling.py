@@ -18,6 +18,7 @@ from pipeproof.cli.running import (
     by_torchrun,
     check_ranks,
     devices_of,
+    optimizers_of,
     rank_of_torchrun,
 )
 from pipeproof.cli.source import load
@@ -30,9 +31,12 @@ from pipeproof.exec import (
     launch,
 )
 from pipeproof.exec.profile import Profile, StageBytes, profile
-from pipeproof.sched import Program, Schedule, Trace, lower
+from pipeproof.sched import Kind, Program, Schedule, Trace, lower
 from pipeproof.sim import Cost, Link, Measured, cost_of, links_of, simulate, write_cost
 from pipeproof.sim.fit import FIELDS
+
+TIMES = {kind: name for kind, name in FIELDS.items() if kind != Kind.STEP}
+"""What is measured of a Cost; the time of a STEP depends on its optimizer."""
 
 COUNTED = ("activations", "weight_grad_stash", "stored_inputs")
 """Classes of bytes that an ActivationMeter counts."""
@@ -119,7 +123,12 @@ def _found(wish: Wish, ranks: Ranks | None) -> Found:
     )
     text = f"{schedule.summary}, --model {wish.model}, torch {torch.__version__}"
     pipeline = Pipeline(
-        example.stages, schedule, example.loss_fn, devices, ranks=ranks or False
+        example.stages,
+        schedule,
+        example.loss_fn,
+        devices,
+        ranks=ranks or False,
+        optimizers=optimizers_of(example.stages, schedule, lr=0.0),
     )
     steps, peak = fresh(pipeline, example, wish.rounds)
     said = [(steps, peak)] if ranks is None else ranks.exchange([steps, peak], "steps")
@@ -137,14 +146,14 @@ def fresh(pipeline: Pipeline, example: Example, rounds: int) -> tuple[list[float
     parameters = [p for stage in example.stages for p in stage.parameters()]
     for _ in range(rounds + 1):
         began = perf_counter()
-        pipeline.step(example.inputs, example.targets)
+        pipeline.step(example.inputs, example.targets, accumulate=True)  # no STEPs
         steps.append(perf_counter() - began)
         for parameter in parameters:
             parameter.grad = None
     with ActivationMeter(example.stages) as meter:
         for value in (example.inputs, example.targets):
             meter.ignore(*(value if isinstance(value, tuple) else (value,)))
-        pipeline.step(example.inputs, example.targets)
+        pipeline.step(example.inputs, example.targets, accumulate=True)
     return steps[1:], meter.peak
 
 
@@ -241,7 +250,7 @@ def _report(schedule: Schedule, found: Found, *, as_json: bool) -> None:
 
 
 def _as_json(cost: Cost, schedule: Schedule) -> list[dict[str, Any]]:
-    names = [*FIELDS.values(), *bytes_of(())]
+    names = [*TIMES.values(), *bytes_of(())]
     return [
         {name: _of(cost, name, stage) for name in names}
         for stage in range(schedule.stages)
@@ -260,7 +269,7 @@ def _tell(measured: Measured, schedule: Schedule) -> None:
             *(
                 "" if (time := _of(measured.cost, name, stage)) is None
                 else shown(time * 1e3)
-                for name in FIELDS.values()
+                for name in TIMES.values()
             ),
             *(
                 f"{_of(measured.cost, name, stage):,}"
@@ -269,7 +278,7 @@ def _tell(measured: Measured, schedule: Schedule) -> None:
         )
         for stage in range(schedule.stages)
     ]  # fmt: skip
-    heads = [f"{kind.name}, ms" for kind in FIELDS]
+    heads = [f"{kind.name}, ms" for kind in TIMES]
     heads += ["activations", "output", "weights"]
     emit_table(f"Measured: {measured.measured}", ("stage", *heads), rows, right=heads)
     for (source, target), link in sorted(measured.links.items()):

@@ -146,7 +146,7 @@ def profile(*, wanted: Wanted, as_json: bool, **rest: Any) -> None:
     The stages run with backwards whole, in halves (I and W) and with recomputation,
     whichever of them the schedule itself has: what is measured does for every
     schedule of the same stages on the same devices. `simulate --cost` and
-    `run --cost` read the file; it is in seconds.
+    `run --cost` read the file; it is in seconds. STEPs are left out.
 
     Needs torch. In this process, in ranks, or under torchrun, as `run`.
 
@@ -175,7 +175,8 @@ def verify(*, wanted: Wanted, as_json: bool, **rest: Any) -> None:
     micro-batches. In float64 they must also equal those of one step over the
     whole batch, within 1e-12 of their size, unless the model has dropout or batch
     statistics, whose results depend on how the batch is cut. Exits with 1 if they
-    do not. See `run` for MODULE:FUNCTION.
+    do not. STEPs, which would use the gradients up, are left out. See `run` for
+    MODULE:FUNCTION.
 
     \b
     Example:

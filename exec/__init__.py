@@ -15,8 +15,8 @@ from pipeproof.exec.examples import EXAMPLES as EXAMPLES
 from pipeproof.exec.examples import Example as Example
 from pipeproof.exec.group import Ranks as Ranks
 from pipeproof.exec.launch import launch as launch
+from pipeproof.exec.layer_profile import profile_layers as profile_layers
 from pipeproof.exec.measure import ActivationMeter as ActivationMeter
-from pipeproof.exec.partition import profile_layers as profile_layers
 from pipeproof.exec.partition import split_at as split_at
 from pipeproof.exec.partition import split_evenly as split_evenly
 from pipeproof.exec.pipeline import Pipeline as Pipeline

@@ -212,7 +212,7 @@ class Binder:
             assert stage.selection is not None
             recording = stage.selection.recording(_of(op))
             self._recordings[_of(op)] = recording
-            recording.roots = graph()
+            recording.end(graph())
 
         def forget() -> None:
             if brought >= 0:
@@ -248,9 +248,8 @@ class Binder:
             values[stash] = tensors.root(output), self._roots(op, carry), roots
 
         def recompute_some() -> None:
-            recording = self._recordings.pop(_of(op))
-            recording.run_again(self.step.seed, op.micro_batch, op.slice)
-            values[stash] = recording.roots
+            again, step = self._recordings.pop(_of(op)), self.step
+            values[stash] = again.run_again(step.seed, op.micro_batch, op.slice)
 
         return recompute if stage.selection is None else recompute_some
 

@@ -150,7 +150,7 @@ class ActivationMeter:
             if node is None or (number := node._sequence_nr()) in self._walked:
                 continue
             self._walked.add(number)
-            for tensor in _saved_by(node):
+            for tensor in saved_by(node):
                 self._see(tensor, saved=True)
             waiting += [child for child, _ in node.next_functions]
 
@@ -197,7 +197,7 @@ class _Watch(TorchFunctionMode):
         return result
 
 
-def _saved_by(node: Node) -> Iterator[Tensor]:
+def saved_by(node: Node) -> Iterator[Tensor]:
     """The tensors that a node saved; what hooks of others made of one is not seen."""
     for name in _attributes(type(node)):
         saved = getattr(node, name)

@@ -94,13 +94,12 @@ class Recording:
 
     Attributes:
         calls: what the forward calls in the place of each unit.
-        roots: where its backward starts; for whoever keeps the recording.
     """
 
     def __init__(self, selection: Selection, of: Hashable) -> None:
         self._of, self._selection = of, selection
         self._calls: list[_Call] = []
-        self.roots: Any = None
+        self._roots: Any = None
         self.calls: Calls = [
             partial(self._call, place) if place in selection.buffers else unit
             for place, unit in enumerate(selection.units)
@@ -117,13 +116,22 @@ class Recording:
         self._calls.append(call)
         return output
 
-    def run_again(self, step_seed: int, micro_batch: int, part: int) -> None:
+    def end(self, roots: Any) -> None:
+        """The forward has run, and its backward will start at these."""
+        self._roots = roots
+        # They hold this, and a graph must not wait for the garbage collector.
+        self.calls = ()
+
+    def run_again(self, step_seed: int, micro_batch: int, part: int) -> Any:
         """R: fill the slots.
 
         Args:
             step_seed: as the forward had it.
             micro_batch: likewise.
             part: likewise.
+
+        Returns:
+            Where the backward starts.
 
         Raises:
             ModelError: an input was changed in place, or a unit saves other tensors
@@ -148,6 +156,7 @@ class Recording:
                 value, _ = parted(unit, value, names)
             self._fill(call, found)
         self._calls.clear()
+        return self._roots
 
     def _fill(self, call: _Call, found: Sequence[Slot]) -> None:
         was = [(slot.shape, slot.dtype) for slot in call.slots]

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
@@ -47,7 +47,8 @@ def trace(
 
     Args:
         model: its forward calls its modules; what it does besides must not depend on
-            values, nor on whether it is in training mode.
+            values, nor on whether it is in training mode. Any `*args` and `**kwargs`
+            get nothing.
         at: names, as in `named_modules`, of the modules that begin the second and
             later stages, in the order in which they are called.
         keywords: names of optional inputs that every step will give.
@@ -81,6 +82,10 @@ def trace(
     return [units[first:last] for first, last in pairwise([0, *cuts, len(units)])]
 
 
+FURTHER = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+"""Parameters for any number of inputs."""
+
+
 class _Tracer(fx.Tracer):
     """Goes into modules that a cut falls within, and into plain sequences."""
 
@@ -92,6 +97,31 @@ class _Tracer(fx.Tracer):
         """Whether it is called whole."""
         within = any(name.startswith(f"{module_qualified_name}.") for name in self._at)
         return not within and not is_plain(m)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """The forward, and what stands for its inputs."""
+        return super().create_args_for_root(
+            _without_further(root_fn), is_module, concrete_args
+        )
+
+
+def _without_further(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward whose `*args` and `**kwargs` get nothing, as a pipeline gives them.
+
+    fx would hand them to it as values that cannot be looked into.
+    """
+    parameters = list(inspect.signature(forward).parameters.values())
+    own = [p for p in parameters if p.kind not in FURTHER]
+    if len(own) == len(parameters) or parameters[1].kind in FURTHER:
+        return forward
+    given = [f"{p.name}={p.name}" if p.kind == p.KEYWORD_ONLY else p.name for p in own]
+    heads = ", ".join(p.name for p in own)
+    names: dict[str, Any] = {"__forward": forward}
+    exec(f"def named({heads}): return __forward({', '.join(given)})", names)
+    named: Callable[..., Any] = names["named"]
+    return named
 
 
 def _fixed(model: nn.Module, given: Sequence[str]) -> dict[str, Any]:
@@ -132,7 +162,9 @@ def _traced(model: nn.Module, at: Sequence[str], fixed: dict[str, Any]) -> fx.Gr
         )
     # In the order of the parameters; fx gives those that are fixed other names.
     entries = [node for node in graphs[0].nodes if node.op == "placeholder"]
-    for name, node in zip(inspect.signature(model.forward).parameters, entries):
+    named = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in named if p.kind not in FURTHER]
+    for name, node in zip(names, entries):
         if name in fixed:
             _erase(graphs[0], node)
     return graphs[0]
@@ -212,7 +244,7 @@ class _Units:
         if not entries:
             raise ModelError(f"{type(model).__name__} takes no input")
         self._entry, self._keywords = entries[0], entries[1:]
-        for node in self._keywords:
+        for node in entries:
             if str(node.target).startswith("*"):
                 raise ModelError(
                     f"the forward of {type(model).__name__} takes {node.target}: give "

@@ -12,7 +12,8 @@ needs the gradients of all of them first has no place in such a schedule.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from inspect import signature
+from typing import Any, Protocol
 
 from torch.optim import Optimizer
 
@@ -93,6 +94,11 @@ def _check(stage: Stage, optimizer: Optimizer | None) -> None:
             f"the optimizer of stage {stage.number} must be a torch.optim.Optimizer or "
             f"None, got {type(optimizer).__name__}"
         )
+    if optimizer is not None and not _needs_nothing(optimizer.step):
+        raise ModelError(
+            f"the optimizer of stage {stage.number}, {type(optimizer).__name__}, needs "
+            "a closure that runs the model again: use one that steps by gradients alone"
+        )
     own = {id(parameter) for parameter in stage.parameters}
     learning = {id(p) for p in stage.parameters if p.requires_grad}
     groups = [] if optimizer is None else optimizer.param_groups
@@ -108,6 +114,17 @@ def _check(stage: Stage, optimizer: Optimizer | None) -> None:
             "not the stage's, and would update them by half a gradient: give each "
             "stage an optimizer of its own"
         )
+
+
+def _needs_nothing(function: Callable[..., Any]) -> bool:
+    """Whether it can be called as it is; True of one that does not say."""
+    try:
+        signature(function).bind()
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
 
 
 class HasStep(Protocol):

@@ -15,7 +15,9 @@ from pipeproof.sched.errors import ScheduleError as ScheduleError
 from pipeproof.sched.errors import UnsupportedError as UnsupportedError
 from pipeproof.sched.findings import Finding as Finding
 from pipeproof.sched.findings import Report as Report
+from pipeproof.sched.fit_recompute import Recomputation as Recomputation
 from pipeproof.sched.fit_recompute import fit_recompute as fit_recompute
+from pipeproof.sched.fit_recompute import fit_selective as fit_selective
 from pipeproof.sched.fits import fits as fits
 from pipeproof.sched.ir import B as B
 from pipeproof.sched.ir import F as F
@@ -29,8 +31,9 @@ from pipeproof.sched.ir import W as W
 from pipeproof.sched.ir import alternate as alternate
 from pipeproof.sched.ir import op as op
 from pipeproof.sched.ir import overlap as overlap
+from pipeproof.sched.layers import Layer as Layer
+from pipeproof.sched.layers import Memory as Memory
 from pipeproof.sched.lower import lower as lower
-from pipeproof.sched.partition import Layer as Layer
 from pipeproof.sched.partition import Partition as Partition
 from pipeproof.sched.partition import partition as partition
 from pipeproof.sched.placement import Placement as Placement

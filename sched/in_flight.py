@@ -24,13 +24,16 @@ class InFlight:
 
     Attributes:
         forwards: [device, stage] that a step runs, recomputations included.
+        recomputations: likewise, of these alone.
         backwards: likewise; an I and its W are one.
-        peaks: of each device, [moment, (activations, stored inputs), stage] that it
-            holds; of all moments those than which no other holds as much of
-            everything.
+        peaks: of each device, [moment, class, stage] that it holds; of all moments
+            those than which no other holds as much of everything. The classes are
+            activations that a forward kept whole; what it stored for an R; and what
+            an R has added to that.
     """
 
     forwards: Floats
+    recomputations: Floats
     backwards: Floats
     peaks: list[Floats]
 
@@ -38,30 +41,36 @@ class InFlight:
 def in_flight(schedule: Schedule) -> InFlight:
     """Count.
 
-    An activation is there from F, or from its R, until B or W; of one that will be
-    recomputed F leaves the stage's input. What is offloaded is not there in between.
+    An activation is there from F until B or W; of one that will be recomputed F stores
+    a part, and R adds the rest. What is offloaded is not there in between.
     """
     ops, table = schedule.ops, schedule.table
     device, part = schedule.device_of_op, 1 / schedule.slices
     size = schedule.devices, schedule.stages
-    forwards, backwards = np.zeros(size), np.zeros(size)
-    ran = np.isin(ops.kind, (Kind.F, Kind.R))
-    np.add.at(forwards, (device[ran], ops.stage[ran]), part)
+    forwards, recomputations, backwards = np.zeros((3, *size))
+    again = ops.kind == Kind.R
+    ran = again | (ops.kind == Kind.F)
     ended = np.isin(ops.kind, (Kind.B, Kind.W))
-    np.add.at(backwards, (device[ended], ops.stage[ended]), part)
+    for found, these in (
+        (forwards, ran),
+        (recomputations, again),
+        (backwards, ended),
+    ):
+        np.add.at(found, (device[these], ops.stage[these]), part)
 
-    again = table.has(Kind.R)[ops.micro_batch, ops.slice, ops.stage]
-    born, died = np.zeros((2, len(ops), 2))
-    is_first = ops.kind == Kind.F
-    born[:, 0] = (is_first & ~again) | np.isin(ops.kind, (Kind.R, Kind.RELOAD))
-    # A stored input is part of the activations from R on.
-    born[:, 1] = (is_first & again) - 1.0 * (ops.kind == Kind.R)
-    died[:, 0] = ended | (ops.kind == Kind.OFFLOAD)
+    has_r = table.has(Kind.R)[ops.micro_batch, ops.slice, ops.stage]
+    born, died = np.zeros((2, len(ops), 3))
+    first = ops.kind == Kind.F
+    born[:, 0] = (first & ~has_r) | (ops.kind == Kind.RELOAD)
+    born[:, 1] = first & has_r
+    born[:, 2] = again
+    died[:, 0] = (ended & ~has_r) | (ops.kind == Kind.OFFLOAD)
+    died[:, 1] = died[:, 2] = ended & has_r
     peaks = []
     for number in range(schedule.devices):
         mine = np.flatnonzero(device == number)
         held, column = np.unique(ops.stage[mine], return_inverse=True)
-        change = np.zeros((2, len(mine), 2, len(held)))
+        change = np.zeros((2, len(mine), 3, len(held)))
         rows = np.arange(len(mine))
         change[0, rows, :, column] = born[mine] * part
         change[1, rows, :, column] = died[mine] * part
@@ -70,14 +79,20 @@ def in_flight(schedule: Schedule) -> InFlight:
         largest = _largest(live)
         peaks.append(np.zeros((*largest.shape[:2], schedule.stages)))
         peaks[-1][..., held] = largest
-    return InFlight(forwards, backwards, peaks)
+    return InFlight(forwards, recomputations, backwards, peaks)
 
 
 def _largest(live: Floats) -> Floats:
-    """Of these moments those than which no other has as much of everything."""
-    rows = np.unique(live.reshape(len(live), -1), axis=0)[::-1]
+    """Of these moments those than which no other has as much of everything.
+
+    Nor as many stored inputs that wait for their R, in case one should weigh more than
+    the activations that it is said to be part of.
+    """
+    waiting = live[:, 1:2] - live[:, 2:3]
+    rows = np.concatenate([live, waiting], axis=1)
+    rows = np.unique(rows.reshape(len(live), -1), axis=0)[::-1]
     kept: list[NDArray[np.float64]] = []
     for row in rows:  # descending, so none later covers an earlier one
         if not any((row <= other).all() for other in kept):
             kept.append(row)
-    return np.array(kept).reshape(-1, *live.shape[1:])
+    return np.array(kept).reshape(-1, 4, live.shape[2])[:, :3]

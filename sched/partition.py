@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.in_flight import InFlight, in_flight
 from pipeproof.sched.ir import Schedule
+from pipeproof.sched.layers import Layer
 
 Floats = NDArray[np.float64]
 Index = NDArray[np.int64]
@@ -38,29 +39,6 @@ FIRST_SLACK = 1 / 512
 ROUNDING = 1e-9
 """Relative; what a prefix sum may be off by, with room to spare."""
 UNKNOWN = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One layer, for one micro-batch.
-
-    Attributes:
-        forward: time; recomputing takes the same.
-        backward: time of the whole backward, or of its two halves together.
-        weights: bytes that are always there: parameters, gradients, optimizer.
-        activations: bytes that it keeps for its backward, and that no layer before
-            it kept; its input's if it `keeps_input`.
-        input: bytes of what it is called with.
-        keeps_input: whether these are among the `activations`. A stage's first
-            layer has its input in memory in any case.
-    """
-
-    forward: float
-    backward: float
-    weights: float = 0
-    activations: float = 0
-    input: float = 0
-    keeps_input: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +122,26 @@ def loads(
     Raises:
         ParameterError: sizes that are not those of the layers in the stages.
     """
+    check_sizes(sizes, layers, schedule)
+    question = _Question(layers, schedule, None, None)
+    cuts = np.concatenate([[0], np.cumsum(sizes)])
+    busy, taken = question.time.of(cuts), question.bytes.of(cuts)
+    return busy.max(axis=1).tolist(), taken.max(axis=1).tolist()
+
+
+def check_sizes(
+    sizes: Sequence[int], layers: Sequence[Layer], schedule: Schedule
+) -> None:
+    """Refuse sizes of other stages than the schedule's, or of other layers.
+
+    Raises:
+        ParameterError: says what they must be.
+    """
     if len(sizes) != schedule.stages or sum(sizes) != len(layers) or min(sizes) < 1:
         raise ParameterError(
             f"sizes must be {schedule.stages} numbers of at least 1, one for each "
             f"stage, that sum to {len(layers)} layers, got {list(sizes)}"
         )
-    question = _Question(layers, schedule, None, None)
-    cuts = np.concatenate([[0], np.cumsum(sizes)])
-    busy, taken = question.time.of(cuts), question.bytes.of(cuts)
-    return busy.max(axis=1).tolist(), taken.max(axis=1).tolist()
 
 
 class _Loads:
@@ -262,8 +251,11 @@ class _Question:
         holds = counts.forwards > 0
         factors[..., 0] = holds[:, None]
         for device, peaks in enumerate(counts.peaks):
-            factors[device, : len(peaks), :, 1] = peaks[:, 0]
-            firsts[device, : len(peaks)] = peaks.transpose(0, 2, 1)
+            whole, stored, rebuilt = peaks.transpose(1, 0, 2)
+            factors[device, : len(peaks), :, 1] = whole + rebuilt
+            firsts[device, : len(peaks), :, 0] = whole + rebuilt
+            # What an R adds to a stored input is all but that.
+            firsts[device, : len(peaks), :, 1] = stored - rebuilt
         unkept = np.array([not layer.keeps_input for layer in layers])
         first = np.stack([np.where(unkept, entry, 0), entry])
         return _Loads(_prefix(weights, activations), first, factors, firsts)
@@ -465,6 +457,8 @@ def _prefix(*columns: Floats) -> Floats:
 
 def _numbers(layers: Sequence[Layer], name: str) -> Floats:
     result = np.array([getattr(layer, name) for layer in layers], dtype=float)
+    if (loss := layers[-1].loss) is not None and name != "input":
+        result[-1] += getattr(loss, name)
     for number, value in enumerate(result.tolist()):
         if not (math.isfinite(value) and value >= 0):
             raise ParameterError(

@@ -17,6 +17,7 @@ from pipeproof.sim.fit import Fit as Fit
 from pipeproof.sim.fit import fit as fit
 from pipeproof.sim.jitter import Jitter as Jitter
 from pipeproof.sim.jitter import jitter as jitter
+from pipeproof.sim.layers import cost_of_layers as cost_of_layers
 from pipeproof.sim.many import Batch as Batch
 from pipeproof.sim.many import simulate_many as simulate_many
 from pipeproof.sim.predict import simulate as simulate

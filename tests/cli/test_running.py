@@ -233,3 +233,29 @@ def test_without_torch(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.stderr == (
         "Error: running a schedule needs torch: pip install 'pipeproof[exec]'\n"
     )
+
+
+def test_steps_in_the_schedule_train_as_those_behind_it() -> None:
+    plain = of("run 1f1b -p 2 -m 3 --steps 3")
+    stepped = of("run 1f1b -p 2 -m 3 --steps 3 --with-steps")
+
+    assert stepped["losses"] == plain["losses"]
+    assert len(set(plain["losses"])) == 3
+    assert stepped["ops"] == plain["ops"] + 2
+
+
+@pytest.mark.parametrize("command", ["verify", "profile"])
+def test_gradients_are_left_where_they_are_looked_at(command: str) -> None:
+    found = of(f"{command} 1f1b -p 2 -m 3 --with-steps")
+
+    assert found.get("ok", True)
+
+
+def test_steps_are_drawn_and_proved() -> None:
+    shown = call("show 1f1b -p 2 -m 1 --with-steps --step 2")
+    assert shown.stdout.splitlines()[1:] == [
+        "device 0 | F0   .... .... .... B0   ---- STEP ----",
+        "device 1 | .... F0   B0   ---- STEP ---- .... ....",
+    ]
+    proved = call("prove zb-v -p 2 -m 4 --with-steps")
+    assert "and each STEP updates by it" in proved.stdout

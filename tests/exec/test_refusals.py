@@ -159,8 +159,8 @@ class TakesNothing(Net):
 
 
 class TakesAll(Net):
-    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
-        return self.b(self.a(x))
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.b(self.a(inputs[0]))
 
 
 class Carrying(nn.Module):
@@ -373,6 +373,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "STEPs missing": lambda: stepping(sgd, schedule()),
     "optimizers": lambda: stepping(lambda stages: sgd(stages)[:1]),
     "optimizer": lambda: stepping(lambda stages: ["sgd", None]),
+    "optimizer with closure": lambda: stepping(
+        lambda stages: [torch.optim.LBFGS(stage.parameters()) for stage in stages]
+    ),
     "optimizer lacks": lambda: stepping(lambda stages: [None, sgd(stages)[1]]),
     "optimizer of others": lambda: stepping(one_for_all),
     "tied, stepped": lambda: stepping(sgd, stages=tied()[::3]),
@@ -475,12 +478,13 @@ def test_ties_that_ranks_refuse(case: str) -> None:
     assert same(BETWEEN_RANKS[case], str(error.value))
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_the_examples_print_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
     examples = re.findall(r"```python\n(.*?)```", CHAPTER, flags=re.DOTALL)
     names = {"__name__": "example"}  # what one makes, the next may use
     torch.manual_seed(0)
 
-    assert len(examples) == 3
+    assert len(examples) == 4
     for example in examples:
         exec(compile(example, "MODELS.md", "exec"), names)
         assert f"It prints `{capsys.readouterr().out.strip()}`" in CHAPTER

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from held import MODELS, Held, peak_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jobs import Do, Job, part
@@ -30,9 +31,27 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
-from pipeproof.exec import ActivationMeter, ModelError, Pipeline
+from pipeproof.cli.profiling import peaks_of
+from pipeproof.exec import (
+    ActivationMeter,
+    ModelError,
+    Pipeline,
+    profile_layers,
+    split_evenly,
+)
 from pipeproof.exec.examples import Block
-from pipeproof.sched import POLICIES, Kind, ParameterError, Schedule, catalog, recompute
+from pipeproof.sched import (
+    POLICIES,
+    Kind,
+    ParameterError,
+    Schedule,
+    catalog,
+    fit_selective,
+    merge_backward,
+    recompute,
+)
+from pipeproof.sched.fit_recompute import selective_loads
+from pipeproof.sim import cost_of_layers, simulate
 
 mse = functional.mse_loss
 
@@ -266,6 +285,36 @@ def test_a_module_that_a_sequence_calls_twice_is_two_units() -> None:
     loss = Pipeline([twice], schedule(stages=1), mse).step(x, y)
 
     assert torch.allclose(loss, expected, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb-h1", "zb-v", "interleaved"])
+@pytest.mark.parametrize("model", MODELS)
+def test_peak_bytes_of_chosen_layers_are_the_predicted_ones(
+    model: str, name: str, do: Do
+) -> None:
+    """From a profile of the layers one by one, within 2 %, on each of two ranks."""
+    layers, batch, loss = MODELS[model]
+    inputs, targets = batch(1)
+    profile = profile_layers(layers(), inputs, loss_fn=loss, targets=targets, repeats=1)
+    bare = catalog.make(name, devices=2, micro_batches=4)
+    sizes = [len(stage) for stage in split_evenly(layers(), bare.stages)]
+    every = [tuple(range(size)) for size in sizes]
+    least, most = (
+        selective_loads(profile, recompute(bare, policy), sizes, every)[1]
+        for policy in ("always", "never")
+    )
+    memory = [(low + high) / 2 for low, high in zip(least, most)]
+    found = fit_selective(bare, profile, sizes, memory)
+    assert any(0 < len(of) < size for of, size in zip(found.layers, sizes))
+    plan = Held(model, found.schedule, tuple(sizes), found.layers)
+
+    measured = do(peak_of, plan, 2)
+
+    cost = cost_of_layers(profile, sizes, found.layers)
+    trace = simulate(merge_backward(found.schedule), cost)
+    predicted = peaks_of(trace, shared=False)
+    assert measured == pytest.approx(predicted, rel=0.02)
 
 
 class Fickle(nn.Module):

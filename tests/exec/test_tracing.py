@@ -344,3 +344,36 @@ def test_what_cannot_be_cut_is_refused(model: Any, at: list[str], message: str) 
         trace(built, at)
 
     assert all(module.training for module in built.modules())
+
+
+class TakesMore(nn.Module):
+    """A forward as wrappers write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(
+        self, x: Tensor, *others: Tensor, shift: Any = None, **options: Any
+    ) -> Tensor:
+        y = self.first(x)
+        for other in others:
+            y = y + other
+        y = y if shift is None else y + shift
+        return self.second(y) * options.get("scale", 1.0)
+
+
+@pytest.mark.parametrize("keywords", [[], ["shift"]])
+def test_inputs_without_names_are_none(keywords: list[str]) -> None:
+    torch.manual_seed(0)
+    model = TakesMore().double()
+    twin = copy.deepcopy(model)
+    x, y = batch()
+    given = {"shift": x} if keywords else {}
+    stages = trace(model, ["second"], keywords=keywords)
+    plan = catalog.make("1f1b", devices=2, micro_batches=3)
+
+    Pipeline(stages, plan, mse).step(x, y, keywords=given)
+
+    mse(twin(x, **given), y).backward()
+    assert close(grads([model]), grads([twin]))

@@ -28,6 +28,11 @@ def rows(schedule: object) -> list[str]:
     return [line for line in text if line[:6] == "device"][1:]
 
 
+def drawn(data: st.DataObject, numbers: st.SearchStrategy[int]) -> Layer:
+    forward, backward, weights, inside, entry = (data.draw(numbers) for _ in range(5))
+    return Layer(forward, backward, weights, inside + entry, entry)
+
+
 def test_a_policy_for_each_stage() -> None:
     gpipe = catalog.make("gpipe", devices=2, micro_batches=3)
 
@@ -60,9 +65,7 @@ def test_no_choice_of_policies_that_fits_is_faster(
 ) -> None:
     schedule = catalog.make(name, devices=2, micro_batches=4)
     numbers = st.integers(0, 9)
-    layers = [
-        Layer(*(data.draw(numbers) for _ in range(5))) for _ in range(schedule.stages)
-    ]
+    layers = [drawn(data, numbers) for _ in range(schedule.stages)]
     sizes = [1] * schedule.stages
     possible = []
     for choice in product(POLICIES, repeat=schedule.stages):
