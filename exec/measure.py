@@ -2,9 +2,9 @@
 
 The meter never looks at what the executor keeps. It learns of a storage when a
 tensor enters a stage, or from the nodes of the graph that the functions of torch
-make, which tell what they saved for backward (or in which slot an R has put it); and sees it die through a weak
-reference to the storage itself: a storage counts once however many tensors share
-it, and for as long as anything at all holds it.
+make, which tell what they saved for backward (or in which slot an R has put it); and
+sees it die through a weak reference to the storage itself: a storage counts once
+however many tensors share it, and for as long as anything at all holds it.
 
 It does not go by saved-tensor hooks: a tensor saved under hooks is out of reach
 of whoever would let go of it, so that measuring would change what is measured.

@@ -275,7 +275,8 @@ def main() -> None:
         "each rank: whole stages (`fit_recompute`), and layers of them "
         "(`fit_selective`). Times are over that without recomputation: predicted, of "
         "all ops together; measured, processor time of a step in one process, on one "
-        "core of a shared and busy x86-64 machine.",
+        "core of a shared and busy x86-64 machine. Layers are profiled by the clock, "
+        "on the same machine.",
         "",
         f"Bytes are off by {worst:.2f} % at most.",
         "",
