@@ -100,7 +100,8 @@ def fit_selective(
 
     Raises:
         ParameterError: no choice fits, sizes that are not those of the layers, memory
-            for another number of devices, or more than five stages on a device.
+            for another number of devices, more than five stages on a device, or a layer
+            whose activations are less than the input that they include.
 
     Source:
         Korthikanti et al. 2022, arXiv:2205.05198, for recomputing some of a layer;
