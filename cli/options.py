@@ -201,6 +201,7 @@ class Conditions:
     boundary_bytes: Any
     input_bytes: Any
     skip_bytes: Any
+    tied_bytes: Any
     link_latency: Number | None
     link_bandwidth: Number | None
     host_bandwidth: Number | None
@@ -315,6 +316,7 @@ _CONDITIONS = [
     _amount("--boundary-bytes", "A stage's output, as it is sent."),
     _amount("--input-bytes", "A stage's input; default the boundary before it."),
     _amount("--skip-bytes", "What goes over a skip connection, or each of them."),
+    _amount("--tied-bytes", "Gradient of what a tie's stages share, or each tie's."),
     _number("--link-latency", "Of every link; default 0."),
     _number("--link-bandwidth", "Bytes per unit of time; default unlimited."),
     _number("--host-bandwidth", "Of OFFLOAD and RELOAD; default unlimited."),

@@ -11,7 +11,6 @@ from pipeproof.exec.errors import ModelError
 from pipeproof.exec.replicas import Replica
 from pipeproof.exec.skips import NO_ROUTES, Routes
 from pipeproof.exec.stage import Stage, StageModule, check_sliced
-from pipeproof.exec.updating import refuse_tied
 from pipeproof.sched import ParameterError, Schedule
 
 
@@ -72,7 +71,7 @@ def place(
             homes[number, holder] = there[device]
         if schedule.slices > 1:
             check_sliced(original.units)
-    refuse_shared(schedule, homes)
+    refuse_shared(homes)
     return homes
 
 
@@ -82,9 +81,7 @@ def originals(homes: Mapping[tuple[int, int], Stage]) -> list[Stage]:
     return [found[number] for number in sorted(found)]
 
 
-def refuse_shared(
-    schedule: Schedule, homes: Mapping[tuple[int, int], Stage], replicas: int = 1
-) -> None:
+def refuse_shared(homes: Mapping[tuple[int, int], Stage], replicas: int = 1) -> None:
     """Refuse a parameter of two stages that could not have one gradient."""
     owner: dict[int, Stage] = {}
     for stage in homes.values():
@@ -94,17 +91,14 @@ def refuse_shared(
                 continue
             both = f"stages {first.number} and {stage.number} share a parameter of "
             both += f"shape {tuple(parameter.shape)}"
-            refuse_tied(schedule, both)
             if first.device != stage.device:
                 raise ModelError(
                     f"{both} across {first.device} and {stage.device}: put both on one "
                     "device, or untie them"
                 )
-            if replicas > 1 or any(
-                len(holders(schedule, s.number)) > 1 for s in (first, stage)
-            ):
+            if replicas > 1:
                 raise ModelError(
-                    f"{both}, and several devices hold replicas of a stage: its "
-                    "gradient would be reduced twice; untie them, or use a schedule of "
-                    "one pipe, without data_parallel"
+                    f"{both} on one rank, and data_parallel peers reduce each stage's "
+                    "gradient: its gradient would be reduced twice; untie them, or put "
+                    "the stages on different ranks"
                 )

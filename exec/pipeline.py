@@ -52,6 +52,7 @@ from pipeproof.exec.skips import Routes
 from pipeproof.exec.stage import StageModule, check_sliced
 from pipeproof.exec.step import Step
 from pipeproof.exec.tensors import placed
+from pipeproof.exec.ties import Shares, shares_of
 from pipeproof.exec.updating import (
     WHOLE_FIRST,
     Optimizers,
@@ -148,7 +149,7 @@ class Pipeline:
 
     Attributes:
         optimizers: as given.
-        schedule: what is run, with the skips of the stages.
+        schedule: what is run, with the skips and ties of the stages.
         program: of it.
         routes: of the skips, by name.
 
@@ -201,7 +202,8 @@ class Pipeline:
             self._shared = len(devices) == 1 and grid is None
             check_count(len(stages), schedule)
             self.routes = routes = routes_of(list(stages), grid)
-            self.schedule = schedule = routes.onto(schedule)
+            shares = shares_of(list(stages), grid)
+            self.schedule = schedule = shares.onto(routes.onto(schedule))
             # On one device nothing is under way: a boundary tensor is handed over
             # when its consumer is next, and lies nowhere meanwhile but in one place.
             self.program: Program = lower(
@@ -220,17 +222,19 @@ class Pipeline:
                     homes,
                     self._loss.call,
                     self._devices,
+                    shares=shares,
                     check_finite=check_finite,
                     optimizers=updated_by(optimizers, originals(homes)),
                 )
             else:
-                self._join(grid, list(stages), routes)
+                self._join(grid, list(stages), routes, shares)
 
     def _join(
         self,
         grid: Grid,
         stages: list[StageModule | None],
         routes: Routes,
+        shares: Shares,
     ) -> None:
         """Run one device's part here; the others are other ranks'."""
         ranked = Ranked(
@@ -240,6 +244,7 @@ class Pipeline:
             self._devices,
             self._loss_scale,
             routes,
+            shares,
             self._loss,
             self.optimizers,
         )
@@ -247,7 +252,7 @@ class Pipeline:
         for stage in ranked.homes.values():
             if self.schedule.slices > 1:
                 check_sliced(stage.units)
-        refuse_shared(self.schedule, ranked.homes, len(grid.rows))
+        refuse_shared(ranked.homes, len(grid.rows))
         if self._recomputed is not None:
             recompute_only(
                 ranked.homes, stages, self.schedule, self._recomputed, ranked.sharded
@@ -262,6 +267,8 @@ class Pipeline:
             transport=links.messages,
             reduction=links.reducer,
             sharded=ranked.sharded,
+            shares=shares,
+            ties=ranked.ties.reducer,
             lend=None if links.borrower is None else links.borrower.loan,
             check_finite=self._check_finite,
             optimizers=ranked.optimizers,

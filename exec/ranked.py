@@ -48,7 +48,7 @@ from pipeproof.exec.skips import Routes
 from pipeproof.exec.stage import Stage, StageModule
 from pipeproof.exec.step import Step
 from pipeproof.exec.tensors import flat, placed
-from pipeproof.exec.ties import tie_up
+from pipeproof.exec.ties import Shares, tie_up
 from pipeproof.exec.timetable import Array, merged
 from pipeproof.exec.updating import Optimizers, in_words, updated_by
 from pipeproof.sched import ParameterError, Program
@@ -64,6 +64,7 @@ class Ranked:
         devices: the torch device of each of the schedule's.
         loss_scale: as for `Pipeline`.
         routes: of the model's skip connections.
+        shares: what its stages share.
         loss: of the last stage's output.
         optimizers: as for `Pipeline`.
 
@@ -72,6 +73,7 @@ class Ranked:
         homes: the stages that this rank runs, as for `Runtime`.
         sharded: those of them that torch shards.
         links: to the other ranks.
+        ties: what is shared with them.
         optimizers: of the stages here.
 
     Raises:
@@ -89,6 +91,7 @@ class Ranked:
         devices: Sequence[torch.device],
         loss_scale: LossScale,
         routes: Routes,
+        shares: Shares,
         loss: Loss,
         optimizers: Optimizers | None = None,
     ) -> None:
@@ -125,7 +128,7 @@ class Ranked:
         self._signatures: list[str] = []
         self._decides: tuple[list[Any], str] = [], ""
         self.links = Links(grid, program, device, apart=self.sharded)
-        self._ties = tie_up(grid, schedule, stages, mine, device)
+        self.ties = tie_up(grid, schedule, stages, self.homes, shares, device)
 
     def step(self, runtime: Runtime, seed: int, batch: Batch) -> Step:
         """One step of all ranks.
@@ -140,9 +143,9 @@ class Ranked:
             The step, with the losses of all ranks.
         """
         step = self._opened(runtime, seed, batch)
-        with self._ties.apart():
-            runtime.run(step)
-            self.links.reducer.finish()
+        runtime.run(step)
+        self.links.reducer.finish()
+        self.ties.reducer.finish()
         self._close(step)
         return step
 
@@ -153,13 +156,16 @@ class Ranked:
         step = self._opened(runtime, seed, batch)
         self.links.messages.agree()  # before anything else is exchanged
         offset = self._ranks.clock_offset()
-        messages, reducer = self.links.messages, self.links.reducer
+        messages, reducers = (
+            self.links.messages,
+            (self.links.reducer, self.ties.reducer),
+        )
         messages.recorded = True
-        with self._ties.apart():
-            try:
-                start, end = runtime.run_timed(step)
-            finally:
-                messages.recorded = False
+        try:
+            start, end = runtime.run_timed(step)
+        finally:
+            messages.recorded = False
+        for reducer in reducers:
             reducer.finish()
         self._close(step)
         zero = runtime.clock.origin + offset
@@ -167,7 +173,8 @@ class Ranked:
             index: (index, zero + began, zero + ended)
             for index, began, ended in zip(runtime.here, start, end)
         }
-        for index, began, ended in messages.times() + reducer.times():
+        summed = [time for reducer in reducers for time in reducer.times()]
+        for index, began, ended in messages.times() + summed:
             times[index] = index, began + offset, ended + offset
         said = self._ranks.exchange(list(times.values()), "the other ranks' times")
         return step, *merged(self._program, [said[rank] for rank in self.grid.row])
@@ -188,7 +195,7 @@ class Ranked:
 
     def norms(self, norm_type: float) -> list[float]:
         """Of the gradient of each parameter of the model, once, in their order."""
-        counted = set(self._ties.elsewhere)
+        counted = set(self.ties.elsewhere)
         ours = []
         for (number, device), stage in sorted(self.homes.items()):
             if holders(self._schedule, number)[0] == device:

@@ -41,8 +41,8 @@ class Reducer:
     """One rank's part in the reductions of one pipeline.
 
     Args:
-        groups: of each stage whose gradient is summed, the communicator of the ranks
-            that hold it, in ascending order.
+        groups: of each stage (or tie) whose gradient is summed, the communicator of
+            the ranks that hold it, in ascending order.
         device: where this rank's tensors lie.
         ranks: that share it.
 
@@ -100,6 +100,8 @@ class Reducer:
         Raises:
             RankError: as `Ranks.wait`.
         """
+        if not self._begun:
+            return
         self._queue.put(None)
         for one in self._begun:
             self._add(one)

@@ -65,18 +65,36 @@ class Sums:
         """A backward that adds to these sums instead of to `.grad`."""
 
         def apart() -> None:
-            self._swap()
+            self.swap()
             try:
                 run()
             finally:
-                self._swap()
+                self.swap()
 
         return apart
 
-    def _swap(self) -> None:
+    def swap(self) -> None:
+        """Put what is summed here into `.grad`, and take what was there."""
         grads = self.grads
         for number, parameter in enumerate(self.stage.parameters):
             parameter.grad, grads[number] = grads[number], parameter.grad
+
+
+class Reduction(Protocol):
+    """Sums gradients of stages, or of ties, over the processes that hold them."""
+
+    @property
+    def stages(self) -> frozenset[int]:
+        """Whose, by number."""
+
+    def begin(self, index: int, stage: int, sums: Sums) -> None:
+        """Take over what is summed here; `.grad` has the total after the step."""
+
+    def complete(self, stage: int) -> None:
+        """Return once `.grad` has the total of a stage."""
+
+    def finish(self) -> None:
+        """Have the totals of all that has begun in `.grad`."""
 
 
 def add_up(parts: Sequence[Sums]) -> None:

@@ -21,11 +21,12 @@ from pipeproof.exec.bind import Binder, Homes, holders
 from pipeproof.exec.clock import Clock
 from pipeproof.exec.errors import BatchError, RankError, StepError
 from pipeproof.exec.finite import check_before, looked_at
-from pipeproof.exec.replicas import Run, Sums, add_up
+from pipeproof.exec.replicas import Reduction, Run, Sums, add_up
 from pipeproof.exec.sharded import Sharded
 from pipeproof.exec.shared import Shared
 from pipeproof.exec.stash import Copies, Place
 from pipeproof.exec.step import Step
+from pipeproof.exec.ties import NO_SHARES, Shares
 from pipeproof.exec.updating import HALF_UPDATED, update
 from pipeproof.sched import Action, BufferKind, Kind, Op, Program, Schedule
 from pipeproof.sched.errors import PipeproofError
@@ -57,20 +58,6 @@ class Transport(Protocol):
         """Let go of everything of a step."""
 
 
-class Reduction(Protocol):
-    """Sums the gradients of stages over the processes that hold them."""
-
-    @property
-    def stages(self) -> frozenset[int]:
-        """Whose."""
-
-    def begin(self, index: int, stage: int, sums: Sums) -> None:
-        """Take over what is summed here; `.grad` has the total after the step."""
-
-    def complete(self, stage: int) -> None:
-        """Return once `.grad` has the total of a stage."""
-
-
 Lend = Callable[[str], Place]
 """Gives a place in another process's memory for what the text says."""
 
@@ -91,6 +78,8 @@ class Runtime:
         sharded: by stage, those that torch shards.
         lend: where OFFLOADs to another device's memory go, where that is not in
             this process.
+        shares: what the program's stages share.
+        ties: TIE, where others that share are in other processes.
         check_finite: look behind each op whether what it made is finite.
         optimizers: by stage, what its STEP steps.
 
@@ -115,6 +104,8 @@ class Runtime:
         reduction: Reduction | None = None,
         lend: Lend | None = None,
         sharded: Mapping[int, Sharded] | None = None,
+        shares: Shares = NO_SHARES,
+        ties: Reduction | None = None,
         check_finite: bool = False,
         optimizers: Mapping[int, Optimizer] | None = None,
     ) -> None:
@@ -143,7 +134,7 @@ class Runtime:
             for (stage, device), home in homes.items()
             if len(holders(schedule, stage)) > 1 or stage in elsewhere
         }
-        self._shared = Shared(homes)
+        self._shared = Shared(program, homes, shares, ties, reduction, elsewhere)
         self._binder = Binder(program, homes, loss_fn)
         self._reader = {} if transport is None else readers(program)
         reductions = np.flatnonzero(program.action == Action.REDUCE).tolist()
@@ -169,6 +160,7 @@ class Runtime:
         index, began = -1, perf_counter()
         self._begin(step)
         try:
+            self._shared.begin()
             for index, run in self._busy:  # noqa: B007
                 run()
             self._complete()
@@ -187,6 +179,7 @@ class Runtime:
         device_of = [self._device(i) for i in range(len(self._program))]
         self._begin(step)
         try:
+            self._shared.begin()
             for index, run in self._runs:
                 clock.mark(device_of[index])
                 run()
@@ -214,7 +207,6 @@ class Runtime:
             sharded.begin()
 
     def _complete(self) -> None:
-        self._shared.add_up()
         for stage in self.stages:
             stage.complete()
 
@@ -310,7 +302,7 @@ class Runtime:
             self._transport.forget()
         for sums in self._sums.values():
             sums.begin()
-        self._shared.begin()
+        self._shared.forget()
 
     def _device(self, index: int) -> torch.device:
         return self._devices[int(self._program.device[index])]
@@ -387,6 +379,8 @@ class Runtime:
                 return self._bind_copy(instruction)
             case Action.REDUCE:
                 return self._bind_reduce(instruction)
+            case Action.TIE:
+                return self._shared.bind(instruction) or _nothing
         raise AssertionError(f"not bound: {instruction.label}")
 
     def _bind_op(self, op: Op, instruction: Instruction) -> Run:
@@ -404,7 +398,7 @@ class Runtime:
         sums = self._sums.get((op.stage, device))
         if sums is not None:
             return sums.around(run)
-        return self._shared.around(op.stage, device, run)
+        return self._shared.around(op.stage, run)
 
     def _bind_send(self, instruction: Instruction) -> Run:
         values, message = self._binder.values, instruction.message

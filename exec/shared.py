@@ -1,4 +1,4 @@
-"""Parameters that several stages of one process share.
+"""The program's TIEs: sums of the gradients of parameters that stages share.
 
 Each stage's gradient of one is summed by itself, in the order of its backwards, and
 these sums once, so that the result does not depend on which stages run where::
@@ -8,20 +8,28 @@ these sums once, so that the result does not depend on which stages run where::
                                   ├──▶ sum ──▶ .grad
     stage 3   B0 + B1 + B2 ───────┘ device 1
 
-First those of each device, in the order of stages, and then the devices' in theirs.
-Where these are ranks, `pipeproof.exec.ties` does the latter.
+First those of each device, in the order in which its TIE reads them, and then the
+devices' in theirs. In one process the last TIE to come does all of it; between ranks
+each hands what its device has to the others, as a REDUCE does.
+
+Where data-parallel peers sum a stage's gradient first, that sum comes in `.grad`, from
+which the TIE takes it: what was there before lies aside meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from functools import partial
 
+import numpy as np
 from torch import Tensor, nn
 
-from pipeproof.exec.replicas import Run, Sums, accumulate
+from pipeproof.exec.replicas import Reduction, Run, Sums, accumulate
 from pipeproof.exec.stage import Stage
+from pipeproof.exec.ties import NO_SHARES, Shares, in_words
+from pipeproof.sched import Action, Program
+from pipeproof.sched.program import Instruction
 
 
 @dataclass(frozen=True)
@@ -29,60 +37,117 @@ class Part:
     """What a stage shares with others.
 
     Attributes:
-        number: of the stage.
+        number: of the stage, or of several in words.
         parameters: each once.
     """
 
-    number: int
+    number: int | str
     parameters: list[nn.Parameter]
 
 
 class Shared:
-    """The sums of all stages that share parameters, none of them with replicas.
+    """The sums of all that the stages of this process share.
 
     Args:
-        homes: by stage and device of the schedule, the stages.
+        program: whose TIEs are run.
+        homes: by stage and device of the schedule, the stages here.
+        shares: of all stages, here and elsewhere.
+        between: over ranks, by the number of a tie; None in one process.
+        first: sums the gradients of `reduced` stages before.
+        reduced: those.
     """
 
-    def __init__(self, homes: Mapping[tuple[int, int], Stage]) -> None:
-        stages: dict[int, set[int]] = {}
-        for (number, _), stage in homes.items():
-            for parameter in stage.parameters:
-                stages.setdefault(id(parameter), set()).add(number)
-        common = {key for key, holders in stages.items() if len(holders) > 1}
-        self._sums = {
-            (device, number): Sums(Part(number, own))
-            for (number, device), stage in homes.items()
-            if (own := [p for p in stage.parameters if id(p) in common])
-        }
+    def __init__(
+        self,
+        program: Program,
+        homes: Mapping[tuple[int, int], Stage],
+        shares: Shares = NO_SHARES,
+        between: Reduction | None = None,
+        first: Reduction | None = None,
+        reduced: Collection[int] = (),
+    ) -> None:
+        self._between, self._first = between, first
+        self._sums: dict[tuple[int, int], Sums] = {}  # by tie and stage
+        for number, tie in enumerate(program.schedule.ties):
+            groups = shares.of(tie)
+            for (stage, _), home in homes.items():
+                if stage in tie:
+                    places = [dict(reversed(group))[stage] for group in groups]
+                    own = [home.parameters[place] for place in places]
+                    self._sums[number, stage] = Sums(Part(stage, own))
+        self._aside = [s for (_, stage), s in self._sums.items() if stage in reduced]
+        self._is_aside = False
+        self._last: dict[int, int] = {}
+        self._stages: dict[int, list[list[int]]] = {}
+        for index in np.flatnonzero(program.action == Action.TIE).tolist():
+            number, stages = _read(program[index])
+            self._last[number] = index
+            self._stages.setdefault(number, []).append(stages)
 
     def begin(self) -> None:
         """Nothing is summed yet."""
         for sums in self._sums.values():
             sums.begin()
+        self._lay_aside()
 
-    def around(self, stage: int, device: int, run: Run) -> Run:
+    def forget(self) -> None:
+        """Let go of what a step that broke off has left."""
+        if self._is_aside:
+            self._lay_aside()
+        for sums in self._sums.values():
+            sums.begin()
+
+    def _lay_aside(self) -> None:
+        """`.grad` of what is reduced first, or put it back and take what came."""
+        for sums in self._aside:
+            sums.swap()
+        self._is_aside = not self._is_aside
+
+    def around(self, stage: int, run: Run) -> Run:
         """A backward of a stage that adds to its own sums."""
-        sums = self._sums.get((device, stage))
-        return run if sums is None else sums.around(run)
+        for (_, number), sums in self._sums.items():
+            if number == stage:
+                run = sums.around(run)
+        return run
 
-    def add_up(self) -> None:
-        """All backwards have run: once to `.grad`."""
-        parameters: dict[int, nn.Parameter] = {}
-        found: dict[int, list[tuple[int, Tensor | None]]] = {}
-        for (device, _), sums in sorted(self._sums.items(), key=lambda item: item[0]):
-            for parameter, grad in zip(sums.stage.parameters, sums.taken()):
-                parameters[id(parameter)] = parameter
-                found.setdefault(id(parameter), []).append((device, grad))
-        accumulate(list(parameters.values()), list(map(total, found.values())))
+    def bind(self, instruction: Instruction) -> Run | None:
+        """What a TIE does; None for nothing."""
+        number, stages = _read(instruction)
+        if self._between is not None and number in self._between.stages:
+            return partial(self._hand_over, instruction.index, number, stages)
+        if self._last[number] != instruction.index:
+            return None
+        return partial(self._add_up, number)
+
+    def _add_up(self, number: int) -> None:
+        """Of all devices of a tie, once to `.grad`."""
+        of_devices = [self._taken(number, s) for s in self._stages[number]]
+        (first, *_), *_ = self._stages[number]
+        parameters = self._sums[number, first].stage.parameters
+        accumulate(parameters, list(map(_chain, zip(*of_devices))))
+
+    def _hand_over(self, index: int, number: int, stages: Sequence[int]) -> None:
+        """What this device has, to the sum of all."""
+        assert self._between is not None
+        if self._is_aside:
+            assert self._first is not None
+            self._first.finish()
+            self._lay_aside()
+        owner = self._sums[number, stages[0]].stage
+        sums = Sums(Part(in_words(tuple(stages)), owner.parameters))
+        sums.grads = self._taken(number, stages)
+        self._between.begin(index, number, sums)
+
+    def _taken(self, number: int, stages: Sequence[int]) -> list[Tensor | None]:
+        """The sums of a tie's stages on one device, added up in this order."""
+        found = [self._sums[number, stage].taken() for stage in stages]
+        return list(map(_chain, zip(*found)))
 
 
-def total(grads: Iterable[tuple[int, Tensor | None]]) -> Tensor | None:
-    """Of what stages on some devices have, in their order; None for nothing."""
-    of_devices = (
-        _chain(grad for _, grad in of) for _, of in groupby(grads, lambda pair: pair[0])
-    )
-    return _chain(of_devices)
+def _read(instruction: Instruction) -> tuple[int, list[int]]:
+    """The number of a TIE's tie, and the stages whose gradients it reads."""
+    (written,) = instruction.writes
+    return written.stage, [buffer.stage for buffer in instruction.reads]
 
 
 def _chain(grads: Iterable[Tensor | None]) -> Tensor | None:

@@ -1,8 +1,8 @@
-"""Parameters that stages on different ranks share: each rank has a copy.
+"""Parameters that stages share: which, and what ranks must agree on.
 
-A step leaves on each copy the gradient of its own stage; these are summed over the
-ranks, in their order, and the sum added to `.grad` of every copy, which is REDUCE
-once more::
+A pipeline finds them in its stages and writes the stages into its schedule's `ties`;
+the program then says when their gradients are summed, and `shared` does it. Between
+ranks each has a copy, and the sum goes to `.grad` of every copy::
 
     rank 0, the embedding    g of stage 0 ──┐
                                             ├──▶ sum ──▶ .grad on both
@@ -14,8 +14,7 @@ Copies that start alike, with optimizers that are alike, so stay alike bit by bi
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,165 +24,176 @@ from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import ModelError, RankError
 from pipeproof.exec.grid import Grid
 from pipeproof.exec.reducing import Reducer
-from pipeproof.exec.replicas import Sums
 from pipeproof.exec.sharded import is_sharded
-from pipeproof.exec.stage import StageModule, units_of
+from pipeproof.exec.stage import Stage, StageModule, units_of
 from pipeproof.exec.updating import refuse_tied
 from pipeproof.sched import Schedule
+from pipeproof.sched.ties import Tie, format_ties
 
 Place = tuple[int, int]
 """Stage, and which of its parameters."""
 
+Group = tuple[Place, ...]
+"""Of one parameter, its place in each stage that holds it."""
+
 
 @dataclass(frozen=True)
-class Tie:
-    """One parameter of several stages, on this rank.
+class Shares:
+    """What several stages hold.
 
     Attributes:
-        number: the stages, in words.
-        parameters: the copy here.
-        first: whether this rank holds the first of the stages.
+        groups: of each such parameter, its places, in order.
     """
 
-    number: str
-    parameters: list[nn.Parameter]
-    first: bool
+    groups: tuple[Group, ...] = ()
+
+    @property
+    def ties(self) -> tuple[Tie, ...]:
+        """The stages that share parameters, as a schedule has them."""
+        return tuple(sorted(set(map(stages_of, self.groups))))
+
+    def of(self, tie: Tie) -> list[Group]:
+        """What exactly these stages share."""
+        return [group for group in self.groups if stages_of(group) == tie]
+
+    def onto(self, schedule: Schedule) -> Schedule:
+        """The schedule, of a model whose stages share this.
+
+        Raises:
+            ModelError: it says others, or has replicas of a stage that shares.
+        """
+        if schedule.ties and schedule.ties != self.ties:
+            raise ModelError(
+                f"the schedule has the ties {format_ties(schedule.ties)}, and the "
+                f"stages {format_ties(self.ties) or 'none'}: leave them out of the "
+                "schedule, and it gets the stages'"
+            )
+        for tie in self.ties:
+            refuse_tied(schedule, f"stages {in_words(tie)} share a parameter")
+            if any(len(holders(schedule, stage)) > 1 for stage in tie):
+                raise ModelError(
+                    f"stages {in_words(tie)} share a parameter, and several devices "
+                    "hold replicas of a stage: its gradient would be reduced twice; "
+                    "untie them, or use a schedule of one pipe"
+                )
+        return schedule.with_ties(self.ties) if self.ties else schedule
 
 
-class Ties:
-    """What this rank shares with others, summed behind each step.
+NO_SHARES = Shares()
+
+
+def shares_of(stages: Sequence[StageModule | None], grid: Grid | None) -> Shares:
+    """What a model's stages share.
 
     Args:
-        ties: in an order that all ranks have.
-        reducer: its stages are the places of these.
+        stages: as for `Pipeline`; it is enough if one rank is given both.
+        grid: of all ranks, each of which may know some stages only.
+    """
+    places: dict[int, list[Place]] = {}
+    for number, module in enumerate(stages):
+        for place, parameter in enumerate(_parameters(module)):
+            places.setdefault(id(parameter), []).append((number, place))
+    groups = [found for found in places.values() if len(found) > 1]
+    if grid is not None:
+        what = "what the other ranks' stages share"
+        said = grid.ranks.exchange(groups, what)
+        groups = [[(s, p) for s, p in group] for of in said for group in of]
+    return Shares(_joined(groups))
+
+
+def stages_of(group: Group) -> Tie:
+    """The stages that hold a parameter, ascending."""
+    return tuple(sorted({stage for stage, _ in group}))
+
+
+def in_words(tie: Tie) -> str:
+    """Stages, as sentences name them."""
+    return " and ".join(map(str, tie))
+
+
+@dataclass(frozen=True)
+class Ties:
+    """What this rank shares with others.
 
     Attributes:
+        reducer: over the ranks of each tie of several, by the tie's number.
         elsewhere: ids of copies here of what belongs to an earlier stage elsewhere.
     """
 
-    def __init__(self, ties: Sequence[Tie], reducer: Reducer) -> None:
-        self._ties, self._reducer = ties, reducer
-        self.elsewhere = {
-            id(parameter)
-            for tie in ties
-            if not tie.first
-            for parameter in tie.parameters
-        }
-
-    @contextmanager
-    def apart(self) -> Iterator[None]:
-        """A step, whose gradients are summed at its end, before what was there."""
-        before = [tie.parameters[0].grad for tie in self._ties]
-        for tie in self._ties:
-            tie.parameters[0].grad = None
-        try:
-            yield
-            found = [tie.parameters[0].grad for tie in self._ties]
-        finally:
-            for tie, grad in zip(self._ties, before):
-                tie.parameters[0].grad = grad
-        for number, (tie, grad) in enumerate(zip(self._ties, found)):
-            sums = Sums(tie)
-            sums.grads[0] = grad
-            self._reducer.begin(-1, number, sums)
-        if self._ties:
-            self._reducer.finish()
-
-    def forget(self) -> None:
-        """Let go of the sums of a step that broke off."""
-        self._reducer.forget()
+    reducer: Reducer
+    elsewhere: frozenset[int]
 
 
 def tie_up(
     grid: Grid,
     schedule: Schedule,
     stages: Sequence[StageModule | None],
-    mine: Sequence[int],
+    homes: Mapping[tuple[int, int], Stage],
+    shares: Shares,
     device: torch.device,
 ) -> Ties:
-    """Find what stages of different ranks share, and make it one.
+    """Connect ranks whose stages share parameters, and compare these.
 
     Args:
         grid: of all ranks.
-        schedule: that they run.
-        stages: as for `Pipeline`; it is enough if one rank is given both.
-        mine: numbers of those that this rank runs.
+        schedule: that they run, with ties.
+        stages: as for `Pipeline`.
+        homes: the stages that this rank runs, as for `Runtime`.
+        shares: of all stages.
         device: where this rank's tensors lie.
 
     Raises:
-        ModelError: what is shared has replicas, or is sharded.
+        ModelError: what is shared is sharded.
         RankError: copies with different values.
     """
-    said = grid.ranks.exchange(_shared(stages), "what the other ranks' stages share")
-    groups = _joined([[tuple(place) for place in group] for of in said for group in of])
-    own = {n: _parameters(stages[n]) for n in mine}
-    groups = [g for g in groups if len(_ranks_of(g, schedule, grid.row)) > 1]
-    for group in groups:
-        _check(group, schedule, stages)
-    values = [
-        [_checksum(own[stage][place]) for stage, place in group if stage in own]
-        for group in groups
-    ]
-    all_values = grid.ranks.exchange(values, "the values that they share")
-    ties: list[Tie] = []
-    members = {}
-    for number, group in enumerate(groups):
-        words = " and ".join(str(stage) for stage, _ in group)
-        if len({value for of_rank in all_values for value in of_rank[number]}) > 1:
+    own = {number: stage.parameters for (number, _), stage in homes.items()}
+    members, elsewhere = {}, set[int]()
+    for number, tie in enumerate(schedule.ties):
+        ranks = sorted({grid.row[holders(schedule, stage)[0]] for stage in tie})
+        if len(ranks) == 1:
+            continue
+        _refuse_sharded(tie, stages)
+        groups = shares.of(tie)
+        here = [
+            [own[stage][place] for stage, place in group if stage in own]
+            for group in groups
+        ]
+        _compare(grid, tie, here)
+        if grid.ranks.rank in ranks:
+            members[number] = grid.ranks.collective(ranks, device)
+            if tie[0] not in own:
+                elsewhere.update(id(copy) for copies in here for copy in copies)
+    return Ties(Reducer(members, device, grid.ranks), frozenset(elsewhere))
+
+
+def _compare(grid: Grid, tie: Tie, here: Sequence[Sequence[nn.Parameter]]) -> None:
+    values = [[_checksum(copy) for copy in copies] for copies in here]
+    said = grid.ranks.exchange(values, "the values that they share")
+    for of_ranks in zip(*said):
+        if len({value for of_rank in of_ranks for value in of_rank}) > 1:
             raise RankError(
-                f"stages {words} share a parameter, and its copies on the ranks have "
-                "different values: load the same into all"
+                f"stages {in_words(tie)} share a parameter, and its copies on the "
+                "ranks have different values: load the same into all"
             )
-        ranks = _ranks_of(group, schedule, grid.row)
-        here = [own[stage][place] for stage, place in group if stage in own]
-        if here:
-            members[len(ties)] = grid.ranks.collective(ranks, device)
-            ties.append(Tie(words, here[:1], first=group[0][0] in own))
-    return Ties(ties, Reducer(members, device, grid.ranks))
 
 
-def _shared(stages: Sequence[StageModule | None]) -> list[list[Place]]:
-    """Of each parameter in several stages that are known here, its places."""
-    places: dict[int, list[Place]] = {}
-    for number, module in enumerate(stages):
-        for place, parameter in enumerate(_parameters(module)):
-            places.setdefault(id(parameter), []).append((number, place))
-    return [found for found in places.values() if len(found) > 1]
+def _refuse_sharded(tie: Tie, stages: Sequence[StageModule | None]) -> None:
+    for stage in tie:
+        if is_sharded(stages[stage]):
+            raise ModelError(
+                f"stages {in_words(tie)} share a parameter, and stage {stage} is "
+                "sharded by fully_shard: untie them, or leave it whole"
+            )
 
 
-def _joined(groups: Sequence[Sequence[Place]]) -> list[list[Place]]:
+def _joined(groups: Sequence[Sequence[Place]]) -> tuple[Group, ...]:
     """Groups that have a place in common are one."""
     result: list[set[Place]] = []
     for group in groups:
         touching = [found for found in result if found & set(group)]
         result = [found for found in result if found not in touching]
         result.append(set(group).union(*touching))
-    return sorted(sorted(found) for found in result)
-
-
-def _ranks_of(
-    group: Sequence[Place], schedule: Schedule, row: Sequence[int]
-) -> list[int]:
-    return sorted({row[d] for stage, _ in group for d in holders(schedule, stage)})
-
-
-def _check(
-    group: Sequence[Place], schedule: Schedule, stages: Sequence[StageModule | None]
-) -> None:
-    words = " and ".join(str(stage) for stage, _ in group)
-    refuse_tied(schedule, f"stages {words} share a parameter")
-    if any(len(holders(schedule, stage)) > 1 for stage, _ in group):
-        raise ModelError(
-            f"stages {words} share a parameter, and several devices hold replicas of a "
-            "stage: its gradient would be reduced twice; untie them, or use a schedule "
-            "of one pipe"
-        )
-    for stage, _ in group:
-        if is_sharded(stages[stage]):
-            raise ModelError(
-                f"stages {words} share a parameter, and stage {stage} is sharded by "
-                "fully_shard: untie them, or leave it whole"
-            )
+    return tuple(sorted(tuple(sorted(found)) for found in result))
 
 
 def _parameters(module: StageModule | None) -> list[nn.Parameter]:

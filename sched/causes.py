@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.groups import needs, turns_of_others
+from pipeproof.sched.matching import meetings
 from pipeproof.sched.parts import Index, Parts, Times, scale_of, scaled, unscaled
 from pipeproof.sched.program import Action, Lists
 
@@ -49,7 +50,7 @@ class Why(IntEnum):
     NEEDS = 3
     """One that the program makes it wait for."""
     MEETING = 4
-    """Of a REDUCE: what another device of it waits for."""
+    """Of a REDUCE or TIE: what another device of it waits for."""
     PARTNER = 5
     """Of a SEND: its receive was posted; the cause is what that waited for."""
     SLOT = 6
@@ -104,7 +105,7 @@ class Causes:
         self._needs(needs(self.trace.program))
         self._meetings()
         self._turns(Action.RECV, Action.COMPUTE, Action.LOCAL, Action.COPY)
-        self._turns(Action.REDUCE)
+        self._turns(Action.REDUCE, Action.TIE)
         self._admissions()
         self._turns(Action.SEND)
 
@@ -138,15 +139,8 @@ class Causes:
         self._offer(there, last[there], Why.NEEDS)
 
     def _meetings(self) -> None:
-        """A REDUCE starts on all its devices at once."""
-        program = self.trace.program
-        reducing = np.flatnonzero(program.action == Action.REDUCE)
-        ops, first = program.schedule.ops, program.first_op[reducing]
-        groups: dict[tuple[int, int], list[int]] = {}
-        stages, steps = ops.stage[first].tolist(), ops.micro_batch[first].tolist()
-        for index, key in zip(reducing.tolist(), zip(stages, steps)):
-            groups.setdefault(key, []).append(index)
-        for group in groups.values():
+        """A REDUCE, and a TIE, starts on all its devices at once."""
+        for group in map(np.ndarray.tolist, meetings(self.trace.program)):
             last = max(group, key=lambda index: (self._met[index], index))
             others = np.array([i for i in group if self._met[i] < self._met[last]])
             if len(others):

@@ -9,13 +9,21 @@ from typing import Any
 
 from pipeproof.sched.findings import Finding, Report
 from pipeproof.sched.ir import Kind, Schedule
+from pipeproof.sched.ties import named
 
 ASSUMPTIONS = (
     "rows of a batch are independent: a stage's output for a row depends on no other",
     "the loss is a sum, or a weighted mean, over micro-batches",
+    "the last stage's forward takes the loss of its own output and targets times its "
+    "own weight w/Σw (rows, 1, or what its targets say), a backward starts from that, "
+    "and nothing else is scaled",
     "micro-batches share no state but the weights, which only a STEP changes",
     "a stage is a deterministic function of weights, input, and random numbers keyed "
     "by micro-batch and slice",
+)
+OF_TIES = (
+    "what tied stages share starts with the same values on all devices, and is updated "
+    "alike there",
 )
 OF_SLICES = (
     "keys and values of a micro-batch's slices, and their gradients, stay on the "
@@ -45,6 +53,19 @@ class Chain:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """What one device adds to the gradient of parameters that stages share.
+
+    Attributes:
+        device: which.
+        stages: whose chains it adds up, the first one first.
+    """
+
+    device: int
+    stages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Certificate:
     """That a program computes the gradient of unpipelined training, and how.
 
@@ -53,10 +74,13 @@ class Certificate:
         program: sha256 of all columns of the program that was proved.
         assumptions: about the model and the loss, under which it holds.
         trees: for each stage the chains that add up its gradient; where there are
-            several devices, their sum is taken in this order.
+            several devices, their sum is taken in this order. Each term is that of
+            its own micro-batch's (and slice's) loss, times its weight in the batch's.
         peak_buffers: for each device the most tensors alive at once when every
             instruction runs as early as it can and takes one tick; without
             accumulated gradients and what lies on the host.
+        ties: for each of the schedule's ties what the devices add up, each the chains
+            of its stages in this order, and then these sums in the order of devices.
     """
 
     schedule: Schedule
@@ -64,6 +88,7 @@ class Certificate:
     assumptions: tuple[str, ...]
     trees: tuple[tuple[Chain, ...], ...]
     peak_buffers: tuple[int, ...]
+    ties: tuple[tuple[Share, ...], ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -80,6 +105,12 @@ class Certificate:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, in types that JSON has."""
+        ties = {
+            "ties": [
+                [{"device": s.device, "stages": list(s.stages)} for s in shares]
+                for shares in self.ties
+            ]
+        }
         return {
             "ok": True,
             "schedule": self.schedule.name,
@@ -93,6 +124,7 @@ class Certificate:
                 ]
                 for tree in self.trees
             ],
+            **(ties if self.ties else {}),
             "peak_buffers": list(self.peak_buffers),
         }
 
@@ -111,6 +143,7 @@ class Certificate:
             *(f"  {assumption}" for assumption in self.assumptions),
             "adding up micro-batches, per parameter and in this order",
             *(f"  {line}" for line in self._trees()),
+            *self._ties(),
             "tensors alive at once, at most",
             f"  {_counted(self.peak_buffers)}",
         ]
@@ -129,6 +162,14 @@ class Certificate:
             what = f"stage {low}" if low == high else f"stages {low}–{high}"
             yield f"{what}: {words[low]}"
             low = high + 1
+
+    def _ties(self) -> Iterator[str]:
+        """What stages share, as sums of their chains."""
+        if not self.ties:
+            return
+        yield "and of what stages share"
+        for tie, shares in zip(self.schedule.ties, self.ties):
+            yield f"  tie {named(tie)}: {' + '.join(map(_of_device, shares))}"
 
     def _chain(self, chain: Chain, several: bool) -> str:
         sliced = self.schedule.slices > 1
@@ -178,6 +219,12 @@ def _runs(numbers: list[int]) -> list[str]:
             words.append(str(numbers[low]))
         low = high
     return words
+
+
+def _of_device(share: Share) -> str:
+    stages = " + ".join(f"stage {stage}" for stage in share.stages)
+    words = f"({stages})" if len(share.stages) > 1 else stages
+    return f"{words} of device {share.device}"
 
 
 def _counted(peaks: Sequence[int]) -> str:

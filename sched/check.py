@@ -12,13 +12,13 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeproof.sched import skips, ties
 from pipeproof.sched.deps import Order, order
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.findings import SHOWN, Finding, Report
 from pipeproof.sched.ir import BESIDE_KINDS, STAGE_KINDS, Kind, Op, Schedule
 from pipeproof.sched.judge import Judge
 from pipeproof.sched.program import Program
-from pipeproof.sched.skips import named, wrong
 from pipeproof.sched.stage_rules import reduced, stages_last, updated
 from pipeproof.sched.streams import Buffering, StreamModel
 
@@ -307,7 +307,7 @@ def _offloads(judge: Judge) -> Iterator[Finding]:
 
 def _skips(judge: Judge) -> Iterator[Finding]:
     """Skip connections lead over at least one stage to a later one."""
-    for skip, found, remedy in wrong(judge.schedule):
+    for skip, found, remedy in skips.wrong(judge.schedule):
         yield Finding(
             "skips",
             None,
@@ -315,7 +315,22 @@ def _skips(judge: Judge) -> Iterator[Finding]:
             None,
             expected=f"skips from a stage to one of 0 … {judge.schedule.stages - 1} "
             "that is at least two further on",
-            found=f"{named(skip)}: {found}",
+            found=f"{skips.named(skip)}: {found}",
+            remedy=remedy,
+        )
+
+
+def _ties(judge: Judge) -> Iterator[Finding]:
+    """Stages that share parameters are there, and each on one device."""
+    for tie, found, remedy in ties.wrong(judge.schedule):
+        yield Finding(
+            "ties",
+            None,
+            None,
+            None,
+            expected=f"ties of stages of 0 … {judge.schedule.stages - 1}, each on one "
+            "device",
+            found=f"{ties.named(tie)}: {found}",
             remedy=remedy,
         )
 
@@ -376,5 +391,6 @@ RULES: tuple[Callable[[Judge], Iterator[Finding]], ...] = (
     _groups,
     _offloads,
     _skips,
+    _ties,
 )
 """Every rule but the numbers, which the others rely on, and the cycles, last."""

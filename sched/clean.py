@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeproof.sched import skips, ties
 from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.kernels import run
-from pipeproof.sched.skips import wrong
 
 OF_MICRO_BATCHES = (Kind.F, Kind.B, Kind.I, Kind.W, Kind.R, Kind.OFFLOAD, Kind.RELOAD)
 """The kinds with a table."""
@@ -75,11 +75,13 @@ def clean_levels(schedule: Schedule) -> NDArray[np.int32] | None:
 
 
 def _impossible(schedule: Schedule) -> bool:
-    """Whether skips or targets of copies are wrong."""
+    """Whether skips, ties or targets of copies are wrong."""
     for device, target in enumerate(schedule.offload_to):
         if target is not None and (target >= schedule.devices or target == device):
             return True
-    return bool(schedule.skips and wrong(schedule))
+    if schedule.skips and skips.wrong(schedule):
+        return True
+    return bool(schedule.ties and ties.wrong(schedule))
 
 
 def _advance(

@@ -39,7 +39,7 @@ from pipeproof.sched.streams import STREAM_MODELS, Buffering, StreamModel, in_tu
 
 Nodes = NDArray[np.int64]
 
-TWO_ENDED = (Action.SEND, Action.RECV, Action.REDUCE)
+TWO_ENDED = (Action.SEND, Action.RECV, Action.REDUCE, Action.TIE)
 """Actions whose start others may wait for: their end is a node of its own."""
 
 
@@ -52,7 +52,7 @@ class Waiting:
         done: int64 per instruction, the node of its end; of most, its start.
         before, after: the edges.
         about: int64 per node, the instruction that it is about; a transfer is
-            about its SEND, a meeting about the first REDUCE in it, and the start
+            about its SEND, a meeting about the first instruction in it, and the start
             and end of a group about none: -1.
     """
 

@@ -295,6 +295,7 @@ def _why(
         (Action.SEND, Cause.SEND),
         (Action.COPY, Cause.RELOAD),
         (Action.REDUCE, Cause.REDUCE),
+        (Action.TIE, Cause.REDUCE),
         (Action.COMPUTE, Cause.PROCESSOR),
     ):
         cause[action == what] = named
@@ -357,6 +358,7 @@ def _explain(gap: Gap, trace: Trace) -> str:
     text = {
         Action.COPY: f"{producer}: its activations are back at",
         Action.REDUCE: f"{producer}, which ends at",
+        Action.TIE: f"{producer}, which ends at",
         Action.COMPUTE: f"{producer} on the processor they share, which ends at",
     }[Action(int(program.action[gap.waits_for]))]
     over = show(trace.end[gap.waits_for])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeproof.sched.deadlock import named
 from pipeproof.sched.findings import Finding
+from pipeproof.sched.ir import Kind
 from pipeproof.sched.program import Program
 from pipeproof.sched.walk import Difference, Past, Walk
 
@@ -15,6 +16,7 @@ def told(program: Program, walk: Walk, first: Difference) -> Finding:
     """The first operand that differs: what it holds, and how it came there."""
     names = walk.reference.names()
     device = int(program.device[first.instruction])
+    last = program.schedule.stages - 1
     if first.buffer < 0:
         kinds = " or ".join(kind.name.lower() for kind in first.kinds)
         found = f"{first.op} finds no {kinds} among the buffers it reads"
@@ -25,6 +27,10 @@ def told(program: Program, walk: Walk, first: Difference) -> Finding:
         # What lies there now says nothing about a read that did not find it.
         if walk.terms.keys[first.found][0] not in ("freed", "overwritten", "unwritten"):
             found += _history(program, first.past)
+    if first.op.kind in (Kind.F, Kind.R) and first.op.stage == last:
+        row = walk.reference.row(first.op.micro_batch, first.op.slice)
+        found += "; its loss would count with targets and weight of "
+        found += walk.reference.of_row(row)
     return Finding(
         "operand",
         device,

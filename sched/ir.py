@@ -40,6 +40,8 @@ from pipeproof.sched.ops import overlap as overlap
 from pipeproof.sched.placement import Placement as Placement
 from pipeproof.sched.skips import Skip as Skip
 from pipeproof.sched.skips import listed
+from pipeproof.sched.ties import Tie as Tie
+from pipeproof.sched.ties import listed as listed_ties
 
 if TYPE_CHECKING:
     from pipeproof.sched.deps import OpTable
@@ -67,6 +69,7 @@ class Schedule:
             OFFLOADs; None for the host's.
         skips: pairs of stages of which one hands tensors straight to the other, in
             order; see `skips`.
+        ties: groups of stages that share parameters, in order; see `ties`.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Schedule:
     row_starts: NDArray[np.int64]
     offload_to: tuple[int | None, ...]
     skips: tuple[Skip, ...] = ()
+    ties: tuple[Tie, ...] = ()
 
     @classmethod
     def of(
@@ -93,6 +97,7 @@ class Schedule:
         pipe_of: Sequence[int] | NDArray[Any] | None = None,
         offload_to: Sequence[int | None] | None = None,
         skips: Iterable[Skip] = (),
+        ties: Iterable[Tie] = (),
     ) -> Schedule:
         """A schedule from one row of ops for each device.
 
@@ -110,11 +115,12 @@ class Schedule:
                 for the host; default the host for all.
             skips: pairs (stage, later stage): what the first makes goes straight to
                 the second, past those between.
+            ties: groups of stages that share parameters.
 
         Raises:
             ParameterError: no rows, more rows than the placement has devices or
-                fewer, a size below 1, pipes or an offload_to that do not fit, or
-                skips that are no pairs.
+                fewer, a size below 1, pipes or an offload_to that do not fit,
+                skips that are no pairs, or ties that are no groups.
         """
         if not rows:
             raise ParameterError("a schedule needs at least one device, got no rows")
@@ -163,6 +169,7 @@ class Schedule:
             starts,
             _targets(offload_to, len(rows)),
             listed(skips),
+            listed_ties(ties),
         )
 
     @property
@@ -254,6 +261,8 @@ class Schedule:
             sha.update(repr(self.offload_to).encode())
         if self.skips:
             sha.update(repr(self.skips).encode())
+        if self.ties:
+            sha.update(f"ties {self.ties}".encode())
         columns: list[NDArray[Any]] = [self.pipe_of, self.row_starts]
         for column in columns + list(self.ops.columns()):
             sha.update(column.astype(column.dtype.newbyteorder("<")).data)
@@ -296,6 +305,10 @@ class Schedule:
         """The same schedule of a model with these skip connections."""
         return replace(self, skips=listed(skips))
 
+    def with_ties(self, ties: Iterable[Tie]) -> Schedule:
+        """The same schedule of a model whose stages share parameters so."""
+        return replace(self, ties=listed_ties(ties))
+
     def with_rows(self, rows: Sequence[Iterable[Op | Ops]], name: str = "") -> Schedule:
         """Other rows of ops for the same model, placement and sizes."""
         return Schedule.of(
@@ -308,6 +321,7 @@ class Schedule:
             pipe_of=self.pipe_of,
             offload_to=self.offload_to,
             skips=self.skips,
+            ties=self.ties,
         )
 
     @cached_property

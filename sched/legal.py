@@ -25,6 +25,7 @@ STREAMS_OF = {
         StreamKind.FROM_DEVICE,
     ),
     Action.REDUCE: (StreamKind.REDUCE,),
+    Action.TIE: (StreamKind.REDUCE,),
 }
 """For each action but SEND and RECV, which `matching` judges, what may carry it."""
 
@@ -59,9 +60,9 @@ def _rings(program: Program) -> Iterator[Finding]:
 
 
 def _shared(program: Program) -> Iterator[Finding]:
-    """Buffers in a slot of another device, or of an accumulated gradient.
+    """Buffers in a slot of another device, or of a gradient or a tie's sum.
 
-    That one is added to from step to step, and what else lies there spoils it.
+    These are added to from step to step, and what else lies there spoils them.
     """
     slot, kind, device = slots(program), program.buffers[:, 0], program.buffers[:, 1]
     for number in np.flatnonzero(device[slot] != device).tolist():
@@ -72,13 +73,13 @@ def _shared(program: Program) -> Iterator[Finding]:
             f"takes over a slot of device {device[slot[number]]}",
             "Let takes_over name a buffer of the same device",
         )
-    sums = np.flatnonzero(kind == BufferKind.GRADIENT)
+    sums = np.flatnonzero(np.isin(kind, (BufferKind.GRADIENT, BufferKind.TIED)))
     times = np.bincount(slot, minlength=len(slot))[slot[sums]]
     for number in sums[times > 1].tolist():
         yield _of_slot(
             program,
             number,
-            "a slot of its own for each accumulated gradient",
+            "a slot of its own for each accumulated gradient and each tie's sum",
             "shares its slot",
             "Let nothing take over from it, and it from nothing",
         )

@@ -34,6 +34,7 @@ from pipeproof.sched.layout import BEFORE, BEHIND, lay_out
 from pipeproof.sched.nodes import Nodes, Streams
 from pipeproof.sched.program import Lists, Program
 from pipeproof.sched.storage import LoweredStorage
+from pipeproof.sched.tying import with_sums
 
 Transfers = Literal["overlapped", "blocking"]
 Receives = Literal["early", "late"]
@@ -94,7 +95,7 @@ def lower(
         blocking=blocking,
         late=late,
     )
-    return Program(
+    program = Program(
         schedule,
         streams.streams,
         layout.stream,
@@ -106,6 +107,7 @@ def lower(
         LoweredStorage(schedule, hops, layout, took),
         Lists.of([]) if together is None else groups_of(together, layout),
     )
+    return with_sums(program) if schedule.ties else program
 
 
 def _supported(schedule: Schedule) -> None:

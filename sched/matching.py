@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.findings import Finding
-from pipeproof.sched.program import Action, Program, StreamKind
+from pipeproof.sched.program import Action, BufferKind, Program, StreamKind
+from pipeproof.sched.ties import homes_of, named
 
 
 class _Side(NamedTuple):
@@ -31,12 +32,12 @@ SIDES = (
 
 
 def mismatches(program: Program) -> tuple[Finding, ...]:
-    """Messages without both sides, links out of order, reductions not met.
+    """Messages without both sides, links out of order, sums not met.
 
     What else asks about messages and groups asks here first.
     """
     found = misgrouped(program) or tuple(_strays(program))
-    return found or (*_out_of_order(program), *_alone(program))
+    return found or (*_out_of_order(program), *_alone(program), *_untied(program))
 
 
 def misgrouped(program: Program) -> tuple[Finding, ...]:
@@ -139,25 +140,43 @@ def _by_link(program: Program, side: _Side) -> NDArray[np.int32]:
 
 
 def meetings(program: Program) -> list[NDArray[np.int64]]:
-    """The REDUCEs that meet: for each stage the k-th of every device, by device."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    times: dict[tuple[int, int], int] = {}
-    for index in np.flatnonzero(program.action == Action.REDUCE).tolist():
-        stage = int(program.schedule.ops.stage[program.first_op[index]])
-        key = stage, int(program.device[index])
-        times[key] = times.get(key, -1) + 1
-        groups.setdefault((stage, times[key]), []).append(index)
-    device = program.device
+    """The REDUCEs and TIEs that meet, by device.
+
+    Of each stage, and each tie, the k-th of every device.
+    """
+    groups: dict[tuple[int, int, int], list[int]] = {}
+    times: dict[tuple[int, int, int], int] = {}
+    action, device = program.action, program.device
+    ties = ties_of(program)
+    for index in np.flatnonzero(np.isin(action, (Action.REDUCE, Action.TIE))).tolist():
+        of = ties.get(index)
+        if of is None:
+            of = int(program.schedule.ops.stage[program.first_op[index]])
+        what, where = int(action[index]), int(device[index])
+        times[what, of, where] = nth = times.get((what, of, where), -1) + 1
+        groups.setdefault((what, of, nth), []).append(index)
     return [
         np.array(sorted(group, key=lambda i: int(device[i])), dtype=np.int64)
         for group in groups.values()
     ]
 
 
+def ties_of(program: Program) -> dict[int, int]:
+    """The tie of each TIE, which is that of what it writes; -1 where that is none."""
+    result = {}
+    for index in np.flatnonzero(program.action == Action.TIE).tolist():
+        written = program.buffers[program.writes[index]]
+        sums = written[written[:, 0] == BufferKind.TIED, 2].tolist()
+        result[index] = sums[0] if len(sums) == len(written) == 1 else -1
+    return result
+
+
 def _alone(program: Program) -> Iterator[Finding]:
     """A REDUCE waits for one on every device that holds the stage."""
     pipes = program.schedule.placement.pipes
     for group in meetings(program):
+        if program.action[group[0]] != Action.REDUCE:
+            continue
         stage = int(program.schedule.ops.stage[program.first_op[group[0]]])
         homes = sorted({pipe[stage] for pipe in pipes})
         there = program.device[group].tolist()
@@ -171,4 +190,39 @@ def _alone(program: Program) -> Iterator[Finding]:
                 f"{', '.join(map(str, homes))}",
                 found=f"it on {', '.join(map(str, there))}",
                 remedy="Give each replica its REDUCE: the others wait for it",
+            )
+
+
+def _untied(program: Program) -> Iterator[Finding]:
+    """Each device that holds a stage of a tie has the tie's TIE, and once."""
+    schedule, device = program.schedule, program.device
+    there: dict[int, list[int]] = {number: [] for number in range(len(schedule.ties))}
+    for index, number in ties_of(program).items():
+        if number in there:
+            there[number].append(int(device[index]))
+            continue
+        yield Finding(
+            "tie",
+            int(device[index]),
+            None,
+            None,
+            expected="a TIE that writes one sum, that of a tie of the schedule",
+            found=f"instruction {index} writes "
+            f"{', '.join(map(str, program[index].writes)) or 'nothing'}",
+            remedy="Let it write the tied buffer of its device",
+        )
+    for number, devices in there.items():
+        tie = schedule.ties[number]
+        homes = list(homes_of(schedule, tie))
+        if sorted(devices) != homes:
+            yield Finding(
+                "tie",
+                homes[0],
+                None,
+                None,
+                expected=f"the sum of tie {named(tie)} once on each of devices "
+                f"{', '.join(map(str, homes))}",
+                found=f"it on {', '.join(map(str, sorted(devices))) or 'none'}",
+                remedy="Give each device one TIE of it: the others wait for it, and "
+                "each adds the sum to the gradient",
             )

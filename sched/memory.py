@@ -58,6 +58,7 @@ _CLASS = {
     BufferKind.OUTPUT_GRAD: "boundary",
     BufferKind.INPUT_GRAD: "boundary",
     BufferKind.GRADIENT: "boundary",  # in name only: it is resident, and left out
+    BufferKind.TIED: "boundary",  # likewise
     BufferKind.HOST: HOST,
     BufferKind.OFFLOADED: "offloaded",
 }

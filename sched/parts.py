@@ -137,6 +137,8 @@ def _name(trace: Trace, instruction: int, action: int, place: int, kinds: bool) 
         return f"stage {place} {'&'.join(sorted(op.kind.name for op in ops))}"
     if action == Action.REDUCE:
         return f"reduction of stage {place}"
+    if action == Action.TIE:
+        return f"sums of ties on device {trace.program.streams[place].device}"
     stream = program.streams[place]
     match action:
         case Action.SEND:

@@ -22,7 +22,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched.ir import Op, Schedule, Skip
+from pipeproof.sched.ir import Op, Schedule, Skip, Tie
+from pipeproof.sched.ties import named
 
 Column = NDArray[np.int32]
 
@@ -42,6 +43,8 @@ class Action(IntEnum):
     """Move a buffer to the host or another device's memory, or back from there."""
     REDUCE = 5
     """Sum gradients over the devices that hold replicas of a stage."""
+    TIE = 6
+    """Sum the gradients of what stages share over these stages and their devices."""
 
 
 class StreamKind(IntEnum):
@@ -120,6 +123,8 @@ class BufferKind(IntEnum):
     """A copy on the host."""
     OFFLOADED = 9
     """A copy of another device's, in this one's memory."""
+    TIED = 10
+    """What a TIE summed; lives on after the step, in the place of a gradient."""
 
 
 class MessageKind(IntEnum):
@@ -138,10 +143,12 @@ class Buffer:
         kind: what it holds.
         device: where it lies; for a HOST, whose it is.
         stage, micro_batch, slice: what it belongs to; micro_batch is -1 for a
-            GRADIENT, which belongs to all.
+            GRADIENT or a TIED, which belongs to all. For a TIED, `stage` is the
+            number of its tie.
         takes_over: the buffer whose slot it fills, once that one is freed, or -1.
         skip: the stages at both ends of the skip connection that its content goes
             over, if it goes over one.
+        tie: the stages whose gradients a TIED sums.
     """
 
     index: int
@@ -152,9 +159,12 @@ class Buffer:
     slice: int
     takes_over: int
     skip: Skip | None = None
+    tie: Tie | None = None
 
     def __str__(self) -> str:
         name = self.kind.name.lower()
+        if self.tie is not None:
+            return f"{name} {named(self.tie)}"
         if self.micro_batch < 0:
             return f"{name} {self.stage}"
         place = f"{self.stage}" if self.skip is None else "{}→{}".format(*self.skip)
@@ -321,6 +331,8 @@ class Instruction:
         """The op or the message it is about."""
         if self.ops:
             return "&".join(map(str, self.ops))
+        if self.action == Action.TIE:
+            return f"tie {' '.join(named(b.tie) for b in self.writes if b.tie)}"
         return f"{self.action.name.lower()} {self.message or self.reads[0]}"
 
 
@@ -333,7 +345,7 @@ class Program:
         streams: in the order in which every rank creates them.
         stream, action: int32, int8 per instruction.
         first_op, op_count: int32 and, where that suffices, int8: the instruction's ops
-            in `schedule.ops`; 0 of them for instructions about messages.
+            in `schedule.ops`; 0 of them for instructions about messages and ties.
         message: int32 per instruction, -1 for none.
         waits_for: instructions on other streams that must be done before.
         storage: its messages and buffers.
@@ -386,6 +398,8 @@ class Program:
         """One buffer, spelled out."""
         kind, *rest = self.buffers[index].tolist()
         buffer, skips = Buffer(index, BufferKind(kind), *rest), self.buffer_skips
+        if kind == BufferKind.TIED and 0 <= buffer.stage < len(self.schedule.ties):
+            return replace(buffer, tie=self.schedule.ties[buffer.stage])
         if not len(skips) or skips[index] < 0:
             return buffer
         return replace(buffer, skip=self.schedule.skips[int(skips[index])])

@@ -22,6 +22,7 @@ from pipeproof.sched.certificate import (
     ASSUMPTIONS,
     OF_SLICES,
     OF_STEPS,
+    OF_TIES,
     SHOWN,
     Certificate,
     Chain,
@@ -35,9 +36,10 @@ from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.kernels import levels
 from pipeproof.sched.legal import illegal, slots
 from pipeproof.sched.lower import lower
-from pipeproof.sched.matching import meetings, misgrouped, mismatches
+from pipeproof.sched.matching import meetings, misgrouped, mismatches, ties_of
 from pipeproof.sched.program import Action, BufferKind, Program
 from pipeproof.sched.races import races
+from pipeproof.sched.tied import buffers_of, tied
 from pipeproof.sched.updates import updates
 from pipeproof.sched.walk import Walk
 
@@ -77,9 +79,11 @@ def prove(program: Program | Schedule) -> Certificate | Refutation:
     if found := races(program, waiting, level, order):
         return Refutation(schedule, found)
     partners = {i: tuple(g.tolist()) for g in meetings(program) for i in g.tolist()}
-    walk = Walk(program, slots(program).tolist(), partners)
+    walk = Walk(program, slots(program).tolist(), partners, ties_of(program))
     walk.run(order.tolist())
     trees, findings = _gradients(program, walk)
+    sums, wrong = tied(program, walk)
+    findings += wrong
     findings += tuple(updates(program, walk))
     if findings:
         first = walk.difference
@@ -91,12 +95,14 @@ def prove(program: Program | Schedule) -> Certificate | Refutation:
         _assumptions(schedule),
         trees,
         tuple(walk.peaks),
+        sums,
     )
 
 
 def _assumptions(schedule: Schedule) -> tuple[str, ...]:
     of_slices = OF_SLICES if schedule.slices > 1 else ()
-    return ASSUMPTIONS + of_slices + (OF_STEPS if schedule.has(Kind.STEP) else ())
+    of_steps = OF_STEPS if schedule.has(Kind.STEP) else ()
+    return ASSUMPTIONS + of_slices + of_steps + (OF_TIES if schedule.ties else ())
 
 
 def _order(
@@ -115,9 +121,7 @@ def _gradients(
 ) -> tuple[tuple[tuple[Chain, ...], ...], tuple[Finding, ...]]:
     """Each stage's reduction tree, and what is wrong with its gradient."""
     schedule = program.schedule
-    numbers = np.flatnonzero(program.buffers[:, 0] == BufferKind.GRADIENT)
-    rows = zip(program.buffers[numbers, 1:3].tolist(), numbers.tolist())
-    accumulators = {(stage, device): number for (device, stage), number in rows}
+    accumulators = buffers_of(program, BufferKind.GRADIENT)
     ops = schedule.ops
     reduced = set(ops.stage[ops.kind == Kind.REDUCE].tolist())
     trees, findings = [], []

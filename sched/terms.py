@@ -10,13 +10,18 @@ input x and the keys and values of earlier slices, for one micro-batch and slice
                        last comes what skip connections brought
     skip(k, act)       what it hands on over skip connection k
     out(act)           its output, the next stage's input
+    loss(m, q, out)    what the last stage makes of its output and the targets
+    weighed(m, q, loss)  that times the weight of the micro-batch and slice, w_m / Σw
+    dloss(weighed)     the gradient of the last stage's output, which so has it once
     dx(s, act, g)      the gradient of its input, from that of its output
     dskip(k, act, g)   that of what skip connection k brought
     and(g, …)          gradients of an output and of what went over skips
     stash(old, act, g) what is left for the weights' gradient, once g is known
-    grad(s, stash, x)  the gradient of the weights
+    grad(s, stash, x, …)  the gradient of the weights; last comes what skips brought
     add(sum, grad)     an accumulator after one more of them
     sum(chain, …)      accumulators of all replicas, reduced
+    part(chain, …)     of what stages share, those of one device's stages, added up
+    tie(k, part, …)    and these of all devices: the gradient of what tie k shares
 
 A whole backward is I and W at once, so both ways of writing it are one term.
 """
@@ -30,7 +35,7 @@ from pipeproof.sched.ir import Schedule, Skip
 Key = tuple[object, ...]
 
 NOTHING = 0
-"""The term of an operand that there is not: a first slice's keys, a loss's gradient."""
+"""The term of an operand that there is not: a first slice's keys."""
 
 
 @dataclass
@@ -51,6 +56,16 @@ class Terms:
         if number == len(self.keys):
             self.keys.append(key)
         return number
+
+    def of_loss(self, micro_batch: int, part: int, act: int) -> int:
+        """The gradient that a backward of the last stage starts from.
+
+        The forward that made `act` took the loss of its output, with targets and
+        weight of its own micro-batch and slice.
+        """
+        out = self.make("out", act)
+        loss = self.make("loss", micro_batch, part, out)
+        return self.make("dloss", self.make("weighed", micro_batch, part, loss))
 
     def chain(self, term: int) -> list[int]:
         """What an accumulator added up, in order; it may begin with what is no sum."""
@@ -138,7 +153,9 @@ class Reference:
                 self.skip_inputs[k][row] = terms.make("skip", k, act)
 
     def _backward(self, terms: Terms, micro_batch: int, part: int) -> None:
-        g, row = NOTHING, self.row(micro_batch, part)
+        row = self.row(micro_batch, part)
+        last = self.activations[self.at(self.stages - 1, micro_batch, part)]
+        g = terms.of_loss(micro_batch, part, last)
         for stage in reversed(range(self.stages)):
             place = self.at(stage, micro_batch, part)
             act = self.activations[place]
@@ -148,10 +165,12 @@ class Reference:
             if part + 1 < self.slices:
                 g = terms.make("with", g, self._passed_on(terms, place + self.stages))
             self.stashes[place] = terms.make("stash", act, act, g)
+            coming = self.coming(stage)
+            brought = [self.skip_inputs[k][row] for k in coming]
             self.gradients[place] = terms.make(
-                "grad", stage, self.stashes[place], self.inputs[place]
+                "grad", stage, self.stashes[place], self.inputs[place], *brought
             )
-            for k in self.coming(stage):
+            for k in coming:
                 self.skip_grads[k][row] = terms.make("dskip", k, act, g)
             g = terms.make("dx", stage, act, g)
 

@@ -16,9 +16,10 @@ step other than 0. Each op stands once; `2REDUCE` and `2STEP` once on each devic
 `(0F1&3B0)` is an overlap group. With more than one pipe a
 line `pipes: 0-3 | 4-7` says which micro-batches travel which. Where OFFLOADs go to
 another device's memory, `offload-to: 1 host` says for each device to which. Where
-stages hand tensors straight to later ones, `skips: 0>3 1>3` says which. Blank lines
-and lines that open with `#` are skipped; `slices` and `steps` default to 1,
-`offload-to` to the host for all, `skips` to none.
+stages hand tensors straight to later ones, `skips: 0>3 1>3` says which; where they
+share parameters, `ties: 0=3`. Blank lines and lines that open with `#` are skipped;
+`slices` and `steps` default to 1, `offload-to` to the host for all, `skips` and `ties`
+to none.
 
 Reading never runs code, accepts ASCII only (but in the name), and bounds every
 size before it allocates.
@@ -45,7 +46,8 @@ from pipeproof.sched.ir import (
     check_name,
 )
 from pipeproof.sched.placement import Placement
-from pipeproof.sched.skips import Skip, format_skips, parse_skips
+from pipeproof.sched.skips import format_skips, parse_skips
+from pipeproof.sched.ties import format_ties, parse_ties
 
 HOST = "host"
 MAX_TEXT_BYTES = 1 << 26
@@ -66,6 +68,7 @@ _KEYS = (
     "pipes",
     "offload-to",
     "skips",
+    "ties",
 )
 
 
@@ -86,6 +89,8 @@ def format_schedule(schedule: Schedule) -> str:
         head.append(f"offload-to: {' '.join(words)}")
     if schedule.skips:
         head.append(f"skips: {format_skips(schedule.skips)}")
+    if schedule.ties:
+        head.append(f"ties: {format_ties(schedule.ties)}")
     rows = [
         " ".join([f"device {device} |", *words_of(schedule.row(device))])
         for device in range(schedule.devices)
@@ -196,7 +201,10 @@ def _assemble(header: dict[str, tuple[int, str]], rows: list[Ops]) -> Schedule:
         placement = Placement.parse(value, devices)
     pipe_of = _parse_pipes(header, len(placement.pipes), micro_batches * steps)
     offload_to = _parse_offload_to(header, devices)
-    skips = _parse_skips(header)
+    number, value = header.get("skips", (0, ""))
+    skips = parse_skips(value, f"line {number}: skips")
+    number, value = header.get("ties", (0, ""))
+    ties = parse_ties(value, f"line {number}: ties")
     with _at_line(line):
         return Schedule.of(
             rows,
@@ -208,6 +216,7 @@ def _assemble(header: dict[str, tuple[int, str]], rows: list[Ops]) -> Schedule:
             pipe_of=pipe_of,
             offload_to=offload_to,
             skips=skips,
+            ties=ties,
         )
 
 
@@ -270,13 +279,6 @@ def _parse_offload_to(
                 f"{where}: expected a device or {HOST!r}, found {word[:40]!r}"
             )
     return [None if word == HOST else int(word) for word in words]
-
-
-def _parse_skips(header: dict[str, tuple[int, str]]) -> tuple[Skip, ...]:
-    if "skips" not in header:
-        return ()
-    line, value = header["skips"]
-    return parse_skips(value, f"line {line}: skips")
 
 
 def parse_row(number: int, line: str, start: int) -> Ops:

@@ -3,7 +3,8 @@
 Each instruction reads what its buffers hold and not what it is called: an op finds
 its operands by what kind of buffer they are, in an overlap group by whose. Its own
 stage, micro-batch and slice say only what a runtime takes from them: whose weights,
-which rows of the batch and targets, which random numbers. A slot holds one content.
+which rows of the batch and targets, which random numbers, and in the last stage's
+forward which weight of the loss. A slot holds one content.
 Reading it under the name of a buffer that has been freed, overwritten, or not yet
 written gives a term that is equal to no other.
 """
@@ -60,7 +61,9 @@ class Walk:
     Args:
         program: without deadlocks and races.
         slots: for each buffer its slot.
-        partners: for each REDUCE those that it meets, itself included, by device.
+        partners: for each REDUCE and TIE those that it meets, itself included, by
+            device.
+        ties: of each TIE, the number of its tie.
 
     Attributes:
         terms: all that occurred.
@@ -77,13 +80,14 @@ class Walk:
         program: Program,
         slots: Sequence[int],
         partners: dict[int, tuple[int, ...]],
+        ties: dict[int, int],
     ) -> None:
         self.terms = Terms()
         self.reference = Reference.of(self.terms, program.schedule)
         self.difference: Difference | None = None
         self.peaks = [0] * program.schedule.devices
         self._program = program
-        self._slots, self._partners = slots, partners
+        self._slots, self._partners, self._ties = slots, partners, ties
         self._reads = program.reads.to_lists()
         self._writes = program.writes.to_lists()
         self._frees = program.frees.to_lists()
@@ -107,6 +111,7 @@ class Walk:
         self._last_stage = program.schedule.stages - 1
         self._last_slice = program.schedule.slices - 1
         self._met: dict[int, int] = {}
+        self._losses: dict[int, int] = {}  # of activations, what a backward starts from
         self.updated: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def run(self, order: Sequence[int]) -> None:
@@ -128,6 +133,8 @@ class Walk:
                 self._arrive(i, self._moved(i))
             elif what == Action.REDUCE:
                 self._reduce(i)
+            elif what == Action.TIE:
+                self._tie(i)
             else:
                 alone = count[i] == 1
                 for kind, s, m, q in every[first[i] : first[i] + count[i]]:
@@ -139,7 +146,7 @@ class Walk:
                 self._free(i, buffer)
 
     def gradient(self, buffer: int) -> int:
-        """The term in an accumulator; one that nothing was added to holds nothing."""
+        """The term in an accumulator, or a tie's sum; nothing where nothing was put."""
         return self._read(buffer) if self._born[buffer] else NOTHING
 
     def _compute(
@@ -194,20 +201,23 @@ class Walk:
             kv = self._carry("forward", device, stage, micro_batch, part - 1)
             act = make("act", stage, micro_batch, part, x, kv, *brought())
             self._carried["forward", device, *here] = act
+            if stage == self._last_stage:
+                self._losses[act] = self.terms.of_loss(micro_batch, part, act)
             write(ACTIVATIONS, act)
             write(STASHES, act)
             write(OUTPUTS, make("out", act))
             for k in self._leaving[stage]:
                 write(OUTPUTS, make("skip", k, act), k)
         elif kind == Kind.W:
-            stash = read(STASHES, reference.stashes[place])
-            brought()
-            add(make("grad", stage, stash, read(INPUTS, reference.inputs[place])))
+            stash, over = read(STASHES, reference.stashes[place]), brought()
+            x = read(INPUTS, reference.inputs[place])
+            add(make("grad", stage, stash, x, *over))
         else:
             act = read(ACTIVATIONS, reference.activations[place])
-            g = NOTHING
             if stage < self._last_stage:
                 g = read(OUTPUT_GRADS, reference.output_grads[place])
+            else:
+                g = self._losses.get(act, NOTHING)
             if leaving := self._leaving[stage]:
                 grads = reference.skip_grads
                 over = [read(OUTPUT_GRADS, grads[k][row], k) for k in leaving]
@@ -221,9 +231,8 @@ class Walk:
             for k in coming:
                 write(INPUT_GRADS, make("dskip", k, act, g), k)
             if kind == Kind.B:
-                brought()
-                x = read(INPUTS, reference.inputs[place])
-                add(make("grad", stage, make("stash", act, act, g), x))
+                came, x = brought(), read(INPUTS, reference.inputs[place])
+                add(make("grad", stage, make("stash", act, act, g), x, *came))
             else:
                 buffer = self._find(writes, STASHES, who)
                 if buffer >= 0:
@@ -270,13 +279,21 @@ class Walk:
             self._write(buffer, term, (i, past))
 
     def _reduce(self, i: int) -> None:
-        """At the last of a stage's REDUCEs, all of them get the sum."""
-        partners = self._partners[i]
         buffer = self._find(self._reads[i], GRADIENTS, None)
         missing = self.terms.make("missing", i)
-        self._met[i] = self.gradient(buffer) if buffer >= 0 else missing
+        self._meet(i, self.gradient(buffer) if buffer >= 0 else missing, "sum")
+
+    def _tie(self, i: int) -> None:
+        """What its stages have so far, in the order in which it reads them."""
+        own = self.terms.make("part", *map(self.gradient, self._reads[i]))
+        self._meet(i, own, "tie", self._ties[i])
+
+    def _meet(self, i: int, own: int, *of: object) -> None:
+        """At the last of those that meet, all of them get the sum."""
+        partners = self._partners[i]
+        self._met[i] = own
         if all(other in self._met for other in partners):
-            total = self.terms.make("sum", *(self._met[other] for other in partners))
+            total = self.terms.make(*of, *(self._met[other] for other in partners))
             for other in partners:
                 for written in self._writes[other]:
                     self._write(written, total, (other, None))

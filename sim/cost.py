@@ -56,6 +56,9 @@ class Cost:
         skip_bytes: what goes over a skip connection, and the gradient of it: one
             number, or one for each of the schedule's skips, in their order. Not
             divided by V.
+        tied_bytes: the gradient of what stages share, which their devices sum at the
+            end of a step: one number, or one for each of the schedule's ties, in
+            their order. Not divided by V. It lies where gradients do.
         stored_bytes: all that a forward keeps where an R rebuilds the rest, the
             stage's input and what skips bring included; default these.
         rebuilt_bytes: what that R adds; default all of the activations that are
@@ -86,6 +89,7 @@ class Cost:
     boundary_bytes: PerStage | None = None
     input_bytes: PerStage | None = None
     skip_bytes: PerStage | None = None
+    tied_bytes: PerStage | None = None
     stored_bytes: PerStage | None = None
     rebuilt_bytes: PerStage | None = None
     workspace_bytes: PerStage | None = None
@@ -258,17 +262,19 @@ class Cost:
         """Bytes that go over each skip connection, for a slice.
 
         Raises:
-            ParameterError: a sequence whose length is not the number of skips.
+            ParameterError: a sequence whose length is not the number of skips, or a
+                number where the schedule has none.
         """
-        skips, value = schedule.skips, self.skip_bytes
-        if not isinstance(value, Sequence):
-            value = [0 if value is None else value] * len(skips)
-        if len(value) != len(skips):
-            raise ParameterError(
-                f"skip_bytes has {len(value)} numbers for {len(skips)} skips: give one "
-                "number, or one per skip of the schedule"
-            )
-        return [divide(plain(number), schedule.slices) for number in value]
+        each = _each("skip_bytes", self.skip_bytes, schedule, "skip", schedule.skips)
+        return [divide(number, schedule.slices) for number in each]
+
+    def per_tie(self, schedule: Schedule) -> list[Number]:
+        """Bytes of the gradient of what each tie's stages share.
+
+        Raises:
+            ParameterError: as `per_skip`.
+        """
+        return _each("tied_bytes", self.tied_bytes, schedule, "tie", schedule.ties)
 
     def sizes(self, program: Program) -> Sizes:
         """What each buffer of a program weighs.
@@ -280,6 +286,29 @@ class Cost:
         from pipeproof.sim.weighing import sizes_of
 
         return sizes_of(self, program)
+
+
+def _each(
+    name: str,
+    value: PerStage | None,
+    schedule: Schedule,
+    what: str,
+    there: Sequence[tuple[int, ...]],
+) -> list[Number]:
+    """One number for each skip or tie of a schedule."""
+    if isinstance(value, Sequence):
+        if len(value) != len(there):
+            raise ParameterError(
+                f"{name} has {len(value)} numbers for {len(there)} {what}s: give one "
+                f"number, or one per {what} of the schedule"
+            )
+        return list(map(plain, value))
+    if value is not None and not there:
+        raise ParameterError(
+            f"{name} is {value}, and {schedule.summary} has no {what}s: leave it out, "
+            f"or give the schedule {what}s (with_{what}s, or `{what}s:` in its file)"
+        )
+    return [plain(0 if value is None else value)] * len(there)
 
 
 def _same(numbers: list[Number]) -> tuple[list[Number], NDArray[np.int32]]:

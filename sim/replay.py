@@ -11,7 +11,7 @@ which are the additions and comparisons of the discrete-event engine, and so its
 times to the last bit. What it waits for is
 
 * the instruction before it on its stream, its `waits_for`, and what its group adds;
-* of a REDUCE, what the other devices' reductions of this stage wait for;
+* of a REDUCE or TIE, what the other devices' of this stage or tie wait for;
 * of a SEND with k buffers, the end of the receive k messages before;
 * of a SEND under rendezvous, what its receive waits for before it is posted. In
   `lower`'s order a SEND stands next to its RECV, so all that is earlier too.

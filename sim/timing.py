@@ -25,11 +25,14 @@ from pipeproof.sched import Action, Program
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, plain, ratio
 from pipeproof.sched.kernels import distinct, run
+from pipeproof.sched.matching import ties_of
 from pipeproof.sched.program import StreamKind
+from pipeproof.sched.ties import homes_of
 from pipeproof.sched.trace import Timetable
 from pipeproof.sched.weights import Sizes
 from pipeproof.sim.cluster import Cluster, Link
 from pipeproof.sim.cost import Cost
+from pipeproof.sim.per_stage import divide
 
 Index = NDArray[np.signedinteger[Any]]
 
@@ -111,6 +114,7 @@ class Timing:
         links = _links(program, cluster)
         spent = [computing(program, cost, cluster)]
         spent += _sending(program, links, sizes) + _copying(program, cluster, sizes)
+        spent += tying(program, cost, cluster)
         under_way = _latencies(program, links)
         used = [
             (number, count)
@@ -257,6 +261,29 @@ def _copying(program: Program, cluster: Cluster, sizes: Sizes) -> list[Prices]:
         ]
         result.append(Prices(away, times, which))
     return result
+
+
+def tying(program: Program, cost: Cost, cluster: Cluster) -> list[Prices]:
+    """How long each TIE takes, alike on all of its devices.
+
+    Of n devices each sends every other one a part of n of its gradient, sums the parts
+    that it gets, and sends that sum to all: two rounds of n - 1 parts, one after the
+    other, over the slowest link between any two of them. It does not contend with
+    other transfers.
+    """
+    schedule = program.schedule
+    if not schedule.ties:
+        return []
+    numbers: list[Number] = []
+    for tie, size in zip(schedule.ties, cost.per_tie(schedule)):
+        homes = list(homes_of(schedule, tie))
+        links = [cluster.link(a, b) for a in homes for b in homes if a != b]
+        part = divide(size, len(homes))
+        rounds = [(len(homes) - 1) * one.occupied(part) + one.latency for one in links]
+        numbers.append(plain(2 * max(rounds, default=0)))
+    ties = ties_of(program)
+    where = np.array(list(ties), dtype=np.int64)
+    return [Prices(where, numbers, np.array(list(ties.values()), dtype=np.int64))]
 
 
 def _latencies(program: Program, links: dict[int, Link]) -> Prices:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeproof.sched import Action, Program
 from pipeproof.sched.groups import Edges, for_all, needs, turns_of_others
+from pipeproof.sched.matching import meetings
 from pipeproof.sched.program import Lists
 from pipeproof.sched.streams import turn_of
 from pipeproof.sim.cluster import Cluster
@@ -66,7 +67,7 @@ def in_program(program: Program, cluster: Cluster) -> Lists:
 def not_in_program(program: Program, cluster: Cluster) -> Edges:
     """Which instruction must end before which may start, beside `waits_for`.
 
-    A REDUCE starts on all devices at once; of k buffers one must be free.
+    A REDUCE, and a TIE, starts on all devices at once; of k buffers one must be free.
     """
     pairs = _meetings(program, cluster)
     if isinstance(cluster.buffering, int):
@@ -93,24 +94,21 @@ def admitted_by_start(program: Program, cluster: Cluster) -> Edges:
 
 
 def _meetings(program: Program, cluster: Cluster) -> list[Edges]:
-    """A REDUCE starts on all devices at once: what one waits for, all wait for."""
-    reducing = np.flatnonzero(program.action == Action.REDUCE)
-    if not len(reducing):
+    """What one of a REDUCE or a TIE waits for, all of it wait for."""
+    if not (meet := np.isin(program.action, (Action.REDUCE, Action.TIE))).any():
         return []
-    stage = program.schedule.ops.stage[program.first_op[reducing]]
-    needs = {index: program.waits_for[index] for index in reducing.tolist()}
+    needs = {index: program.waits_for[index] for index in np.flatnonzero(meet).tolist()}
     turn = _turns(program, cluster)
-    reduces = np.zeros(len(program.streams), dtype=np.bool_)
-    reduces[turn[reducing]] = True
-    members = np.flatnonzero(reduces[turn])
+    sums = np.zeros(len(program.streams), dtype=np.bool_)
+    sums[turn[meet]] = True
+    members = np.flatnonzero(sums[turn])
     members = members[np.argsort(turn[members], kind="stable")]
-    follows = program.action[members[1:]] == Action.REDUCE
-    at = 1 + np.flatnonzero(follows & (turn[members[1:]] == turn[members[:-1]]))
+    follows = meet[members[1:]] & (turn[members[1:]] == turn[members[:-1]])
+    at = 1 + np.flatnonzero(follows)
     for one, following in zip(members[at - 1].tolist(), members[at].tolist()):
         needs[following].append(one)
     result: list[Edges] = []
-    for number in np.unique(stage).tolist():
-        group = reducing[stage == number].tolist()
+    for group in map(np.ndarray.tolist, meetings(program)):
         pairs = [
             (need, other)
             for one in group

@@ -42,6 +42,7 @@ def sizes_of(cost: Cost, program: Program) -> Sizes:
         }
 
     over = cost.per_skip(schedule)
+    cost.per_tie(schedule)  # of what `timing` makes; wrong ones are refused here too
 
     def spread(table: Table) -> NDArray[Any]:
         """The same, whatever there is beside it."""

@@ -16,7 +16,7 @@ from hashlib import md5
 import numpy as np
 
 from pipeproof.sched import Action, BufferKind, Kind, Op, Program, Schedule
-from pipeproof.sched.ir import Skip
+from pipeproof.sched.ir import Skip, Tie
 from pipeproof.sched.program import Buffer, Instruction, Lists, Stored, StreamKind
 
 
@@ -149,7 +149,8 @@ def mutant(program: Program, dice: random.Random) -> tuple[str, Program]:
                 part = dice.choice(waiting)
                 del part.waits[dice.randrange(len(part.waits))]
         case "early reduce":
-            reducing = [i for i, p in enumerate(parts) if p.action == Action.REDUCE]
+            summing = (Action.REDUCE, Action.TIE)
+            reducing = [i for i, p in enumerate(parts) if p.action in summing]
             if reducing:
                 part = parts.pop(dice.choice(reducing))
                 part.waits = part.waits[1:] if dice.random() < 0.5 else []
@@ -177,6 +178,13 @@ def term(*parts: object) -> str:
     return md5(repr(parts).encode()).hexdigest()
 
 
+def of_loss(micro_batch: int, part: int, act: str) -> str:
+    """Where a backward starts: the loss of an output, against these targets, times
+    the weight of this micro-batch and slice."""
+    loss = term("loss", micro_batch, part, term("out", act))
+    return term("dloss", term("weighed", micro_batch, part, loss))
+
+
 def reference(schedule: Schedule) -> list[list[str]]:
     """For each stage the gradient terms of an unpipelined step, sorted."""
     result: list[list[str]] = [[] for _ in range(schedule.stages)]
@@ -193,13 +201,15 @@ def reference(schedule: Schedule) -> list[list[str]]:
         over_dx: dict[tuple[Skip, int], str] = {}
         for q in reversed(range(schedule.slices)):
             for s in range(last, -1, -1):
-                g: tuple[object, ...] = (dx.get((s + 1, q)), dx.get((s, q + 1)))
+                above = dx[s + 1, q] if s < last else of_loss(m, q, act[s, q])
+                g: tuple[object, ...] = (above, dx.get((s, q + 1)))
                 g += ([over_dx[k, q] for k in out_of(schedule, s)],)
                 dx[s, q] = term("dx", s, act[s, q], *g)
                 for k in into(schedule, s):
                     over_dx[k, q] = term("dskip", k, act[s, q], *g)
                 stash = term("stash", act[s, q], act[s, q], *g)
-                result[s].append(term("grad", s, stash, x[s, q]))
+                came = [term("skip", k, act[k[0], q]) for k in into(schedule, s)]
+                result[s].append(term("grad", s, stash, x[s, q], came))
     return list(map(sorted, result))
 
 
@@ -221,7 +231,7 @@ ROLES = {
     "grad": (BufferKind.GRADIENT,),
 }
 
-ADDED_TO = (BufferKind.GRADIENT, BufferKind.WEIGHT_STASH)
+ADDED_TO = (BufferKind.GRADIENT, BufferKind.WEIGHT_STASH, BufferKind.TIED)
 """What an op changes where it lies, when it ends."""
 
 Content = str | tuple[object, ...] | None
@@ -256,6 +266,7 @@ class Play:
     """One run in one random order; `contents` is what is left.
 
     `spoiled`: a buffer was touched while a send read it or another wrote it.
+    `updates`: by stage and device, the gradient that each STEP read.
     """
 
     def __init__(self, program: Program, dice: random.Random) -> None:
@@ -266,6 +277,7 @@ class Play:
         self.holder: dict[int, int] = {}
         self.contents: dict[int, Content] = {}
         self.carried: dict[tuple[object, ...], str] = {}
+        self.updates: dict[tuple[int, int], list[Content]] = {}
         self.spoiled = False
         self.started: set[int] = set()
         self.done: set[int] = set()
@@ -273,10 +285,11 @@ class Play:
         self.link_of: dict[int, tuple[tuple[int, int] | None, int]] = {}
         self.sent: dict[tuple[int, int] | None, list[int]] = defaultdict(list)
         self.received: dict[tuple[int, int] | None, list[int]] = defaultdict(list)
-        self.reduces: dict[tuple[int, int], list[int]] = defaultdict(list)
+        self.losses: dict[str, str] = {}
+        self.meets: dict[tuple[object, int], list[int]] = defaultdict(list)
         self.before: dict[int, int] = {}
         last: dict[int, int] = {}
-        times: dict[tuple[int, int], int] = defaultdict(int)
+        times: dict[tuple[object, int], int] = defaultdict(int)
         for i, instruction in enumerate(self.instructions):
             number = int(program.stream[i])
             if number in last:
@@ -288,9 +301,9 @@ class Play:
                 row = (self.sent if sends else self.received)[stream.link]
                 self.link_of[i] = stream.link, len(row)
                 row.append(i)
-            if instruction.action == Action.REDUCE:
-                key = instruction.ops[0].stage, stream.device
-                self.reduces[key[0], times[key]].append(i)
+            if instruction.action in (Action.REDUCE, Action.TIE):
+                key = self.sum_of(i)[0], stream.device
+                self.meets[key[0], times[key]].append(i)
                 times[key] += 1
         self.needs = [self.needs_of(i) for i in range(len(self.instructions))]
 
@@ -335,16 +348,30 @@ class Play:
         row = (self.received if sends else self.sent)[link]
         return row[place] if place < len(row) else None
 
+    def sum_of(self, i: int) -> tuple[object, tuple[int, ...]]:
+        """What a REDUCE or a TIE sums, and the stages."""
+        it = self.instructions[i]
+        if it.action == Action.REDUCE:
+            return it.ops[0].stage, (it.ops[0].stage,)
+        (tie,) = [buffer.tie for buffer in it.writes]
+        assert tie is not None
+        return tie, tie
+
+    def meeting(self, i: int) -> list[int]:
+        """The REDUCEs or TIEs that meet an instruction, by device."""
+        (group,) = [group for group in self.meets.values() if i in group]
+        return sorted(group, key=lambda j: self.instructions[j].stream.device)
+
     def may_end(self, i: int) -> bool:
         match self.instructions[i].action:
             case Action.RECV:
                 return self.other(i) in self.started
             case Action.SEND:
                 return not self.rendezvous or self.other(i) in self.started
-            case Action.REDUCE:
-                stage = self.instructions[i].ops[0].stage
-                (group,) = [g for g in self.reduces.values() if i in g]
-                homes = {pipe[stage] for pipe in self.program.schedule.placement.pipes}
+            case Action.REDUCE | Action.TIE:
+                group, (_, stages) = self.meeting(i), self.sum_of(i)
+                pipes = self.program.schedule.placement.pipes
+                homes = {pipe[stage] for pipe in pipes for stage in stages}
                 there = {self.instructions[j].stream.device for j in group}
                 return homes == there and self.started.issuperset(group)
         return True
@@ -392,9 +419,11 @@ class Play:
                 assert other is not None
                 values = self.operands[other]
             case Action.REDUCE:
-                (group,) = [g for g in self.reduces.values() if i in g]
-                group = sorted(group, key=lambda j: self.instructions[j].stream.device)
-                values = [("sum", *(self.accumulator(j) for j in group))]
+                values = [("sum", *map(self.accumulator, self.meeting(i)))]
+            case Action.TIE:  # each adds the sum to what its device has
+                total = tuple(tuple(self.operands[j]) for j in self.meeting(i))
+                old = self.contents.get(self.slot[it.writes[0].index])
+                values = [(*(old if isinstance(old, tuple) else ()), total)]
         if it.action != Action.COMPUTE:
             for number, buffer in enumerate(it.writes):
                 gone = term("missing", i, number)
@@ -447,7 +476,9 @@ class Play:
                 old = self.contents.get(self.slot[buffer], ())
                 put("grad", (*(old if isinstance(old, tuple) else (old,)), gradient))
 
-        if kind in (Kind.F, Kind.R):
+        if kind == Kind.STEP:
+            self.updates.setdefault((s, device), []).append(get("grad"))
+        elif kind in (Kind.F, Kind.R):
             brought = find(it.writes, "input") is not None
             x = term("batch", m, q) if brought else get("input")
             put("input", x)
@@ -455,16 +486,19 @@ class Play:
             over = [get("input", k) for k in into(self.program.schedule, s)]
             act = term("act", s, m, q, x, kv, over)
             self.carried["kv", device, s, m, q] = act
+            self.losses[act] = of_loss(m, q, act)
             put("act", act)
             put("stash", act)
             put("out", term("out", act))
             for k in out_of(self.program.schedule, s):
                 put("out", term("skip", k, act), k)
         elif kind == Kind.W:
-            add(term("grad", s, get("stash"), get("input")))
+            came = [get("input", k) for k in into(self.program.schedule, s)]
+            add(term("grad", s, get("stash"), get("input"), came))
         else:
             act = str(get("act"))
-            g = get("g") if s < self.program.schedule.stages - 1 else None
+            last = s == self.program.schedule.stages - 1
+            g = self.losses.get(act) if last else get("g")
             later = self.carried.get(("dkv", device, s, m, q + 1))
             more = [get("g", k) for k in out_of(self.program.schedule, s)]
             dx = term("dx", s, act, g, later, more)
@@ -473,11 +507,9 @@ class Play:
             for k in into(self.program.schedule, s):
                 put("dx", term("dskip", k, act, g, later, more), k)
             if kind == Kind.B:
-                add(
-                    term(
-                        "grad", s, term("stash", act, act, g, later, more), get("input")
-                    )
-                )
+                stash = term("stash", act, act, g, later, more)
+                came = [get("input", k) for k in into(self.program.schedule, s)]
+                add(term("grad", s, stash, get("input"), came))
             elif (buffer := find(it.writes, "stash")) is not None:
                 old = self.read(buffer)
                 put("stash", term("stash", old, act, g, later, more))
@@ -499,6 +531,9 @@ def computes_the_gradient(program: Program, dice: random.Random) -> bool:
             found = run.read(buffer)
             if not isinstance(found, tuple):
                 return False
+            steps = [found] if schedule.has(Kind.STEP) else []
+            if run.updates.get((stage, device), []) != steps:
+                return False
             if stage in reduced:
                 if found[:1] != ("sum",):
                     return False
@@ -508,4 +543,24 @@ def computes_the_gradient(program: Program, dice: random.Random) -> bool:
                 found = tuple(t for part in parts for t in part)  # type: ignore
             if sorted(map(str, found)) != wanted:
                 return False
+    return all(sums_once(run, tie, n) for n, tie in enumerate(schedule.ties))
+
+
+def sums_once(run: Play, tie: Tie, number: int) -> bool:
+    """Whether each device of a tie has the sum once, of all that its stages have."""
+    pipe, buffers = run.program.schedule.placement.pipes[0], run.program.buffers
+    wanted = []
+    for stage in tie:
+        mine = buffers[:, :3] == (BufferKind.GRADIENT, pipe[stage], stage)
+        (buffer,) = np.flatnonzero(mine.all(1)).tolist()
+        wanted.append(run.read(buffer))
+    for device in {pipe[stage] for stage in tie}:
+        mine = buffers[:, :3] == (BufferKind.TIED, device, number)
+        (buffer,) = np.flatnonzero(mine.all(1)).tolist()
+        found = run.read(buffer)
+        if not isinstance(found, tuple) or len(found) != 1:
+            return False
+        parts = [part for of_device in found[0] for part in of_device]
+        if sorted(map(str, parts)) != sorted(map(str, wanted)):
+            return False
     return True

@@ -22,8 +22,9 @@ from pipeproof.sched import (
     Program,
     Schedule,
     overlap,
+    with_steps,
 )
-from pipeproof.sched.ir import STAGE_KINDS, Skip
+from pipeproof.sched.ir import STAGE_KINDS, Skip, Tie
 from pipeproof.sched.lower import POLICIES
 from pipeproof.sched.row import Case
 from pipeproof.sim import Cluster, Cost
@@ -212,9 +213,13 @@ def schedules(
     rows: list[list[Op]] = [[] for _ in range(placement.devices)]
     for op in linear_extension(there, placement.stages, q, dice):
         rows[placement.pipes[0][op.stage]].append(op)
-    skips = draw(some_skips(placement.stages))
     return Schedule.of(
-        rows, placement=placement, micro_batches=m, slices=q, skips=skips
+        rows,
+        placement=placement,
+        micro_batches=m,
+        slices=q,
+        skips=draw(some_skips(placement.stages)),
+        ties=draw(some_ties(placement)),
     )
 
 
@@ -224,6 +229,17 @@ def some_skips(stages: int) -> st.SearchStrategy[list[Skip]]:
     if not every:
         return st.just([])
     return st.just([]) | st.lists(st.sampled_from(every), max_size=3, unique=True)
+
+
+def some_ties(placement: Placement) -> st.SearchStrategy[list[Tie]]:
+    """Often none; of stages without replicas."""
+    homes = map(set, zip(*placement.pipes))
+    alone = [stage for stage, home in enumerate(homes) if len(home) == 1]
+    if len(alone) < 2:
+        return st.just([])
+    group = st.sets(st.sampled_from(alone), min_size=2, max_size=3)
+    ties = group.map(lambda stages: tuple(sorted(stages)))
+    return st.just([]) | st.lists(ties, max_size=2, unique=True)
 
 
 def linear_extension(
@@ -284,12 +300,18 @@ def whole_language(draw: st.DrawFn) -> Schedule:
         pipe_of=pipe_of if len(pipes) > 1 else None,
         offload_to=draw(places_for_offloads(first.devices)),
         skips=draw(some_skips(first.stages)),
+        ties=draw(some_ties(Placement(tuple(pipes)))),
     )
     for _ in range(draw(st.integers(0, 3))):
         joined = _join_some(rows_of(schedule), dice)
         trial = schedule.with_rows(_as_ops(joined))
         schedule = trial if runs_through(trial) else schedule
     return schedule
+
+
+def stepping() -> st.SearchStrategy[Schedule]:
+    """Any of them, with STEPs."""
+    return (schedules() | whole_language()).map(with_steps)
 
 
 @st.composite
@@ -392,7 +414,14 @@ def writable(draw: st.DrawFn) -> Schedule:
         pipe_of=of_micro_batch if pipes > 1 else None,
         offload_to=[draw(st.none() | numbers) for _ in range(devices)],
         skips=draw(st.lists(st.tuples(numbers, numbers), max_size=3, unique=True)),
+        ties=draw(ties_of_anything(numbers)),
     )
+
+
+def ties_of_anything(numbers: st.SearchStrategy[int]) -> st.SearchStrategy[list[Tie]]:
+    """Groups of different numbers."""
+    group = st.sets(numbers, min_size=2, max_size=3).map(lambda g: tuple(sorted(g)))
+    return st.lists(group, max_size=2, unique=True)
 
 
 @st.composite

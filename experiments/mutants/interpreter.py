@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from typing import Any
 
-from programs import reference, term
+from programs import of_loss, reference, term
 
 from pipeproof.sched import Kind, Op, Schedule
 
@@ -107,6 +107,7 @@ class Interpreter:
             earlier = kept.get(("kv", device, s, m, q - 1))
             act = term("act", s, m, q, x, earlier, NO_SKIPS)
             kept["x", *of], kept["kv", *of] = x, act
+            kept["loss", *of] = of_loss(m, q, act)
             if kind == Kind.R or (s, m, q) not in self.again:
                 kept["act", *of] = act
             if kind == Kind.F and s + 1 < self.schedule.stages:
@@ -117,7 +118,7 @@ class Interpreter:
             stash, x = kept.pop(("stash", *of), None), kept.pop(("x", *of), None)
             if stash is None or x is None:
                 return False
-            self.sums[s, device].append(term("grad", s, stash, x))
+            self.sums[s, device].append(term("grad", s, stash, x, NO_SKIPS))
             return True
         if kind in (Kind.OFFLOAD, Kind.RELOAD):
             way = ("act", "away") if kind == Kind.OFFLOAD else ("away", "act")
@@ -128,8 +129,8 @@ class Interpreter:
             return True
         act = kept.pop(("act", *of), None)
         last = s == self.schedule.stages - 1
-        g = None if last else self.take(device, "g", s, m, q)
-        if act is None or (g is None and not last):
+        g = kept.get(("loss", *of)) if last else self.take(device, "g", s, m, q)
+        if act is None or g is None:
             return False
         later = kept.get(("dkv", device, s, m, q + 1))
         dx = term("dx", s, act, g, later, NO_SKIPS)
@@ -143,7 +144,7 @@ class Interpreter:
         x = kept.pop(("x", *of), None)
         if x is None:
             return False
-        self.sums[s, device].append(term("grad", s, stash, x))
+        self.sums[s, device].append(term("grad", s, stash, x, NO_SKIPS))
         return True
 
     def reduce(self, device: int, stage: int) -> bool:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from program_edits import edits_of_program
 from programs import computes_the_gradient, slots_of
 from tally import Tallies, Tally
@@ -102,7 +103,8 @@ def well_formed(program: Program) -> bool:
             if buffer.device != stream.device and buffer.kind != BufferKind.OFFLOADED:
                 return False
             ends = program.buffers[[buffer.index, buffer.takes_over]]
-            if buffer.takes_over >= 0 and BufferKind.GRADIENT in ends[:, 0]:
+            sums = np.isin(ends[:, 0], (BufferKind.GRADIENT, BufferKind.TIED))
+            if buffer.takes_over >= 0 and sums.any():
                 return False
         moves = stream.kind in (StreamKind.SEND, StreamKind.RECV)
         if moves != (message is not None) or (

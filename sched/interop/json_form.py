@@ -19,8 +19,9 @@ Ops and the placement are written as in the text form, whose parsers read them
 here too. With more than one pipe, `pipes` names the pipe of each micro-batch. Where
 OFFLOADs go to another device's memory, `offload_to` names that device for each
 device, or null for the host; it may be left out, for the host everywhere. Where
-stages hand tensors straight to later ones, `skips` lists these pairs, `[[0, 3]]`.
-`name`, `slices` and `steps` may be left out, as in the text form.
+stages hand tensors straight to later ones, `skips` lists these pairs, `[[0, 3]]`;
+where they share parameters, `ties` lists these groups, `[[0, 3]]`. `name`, `slices`
+and `steps` may be left out, as in the text form.
 
 Reading is strict: what is not said above is refused, with its place as a path
 such as `$.rows[0][3]`. It never runs code, and sizes are bounded before anything
@@ -35,19 +36,20 @@ from typing import Any, NoReturn
 from pipeproof.sched.errors import ParameterError, ParseError
 from pipeproof.sched.ir import MAX_NUMBER, Ops, Schedule, check_name
 from pipeproof.sched.placement import Placement
-from pipeproof.sched.skips import Skip, listed
+from pipeproof.sched.skips import listed as listed_skips
 from pipeproof.sched.text import (
     MAX_MICRO_BATCHES,
     MAX_TEXT_BYTES,
     parse_row,
     words_of,
 )
+from pipeproof.sched.ties import listed as listed_ties
 
 FORMAT = "pipeproof-schedule"
 VERSION = 1
 
 _REQUIRED = ("format", "version", "devices", "placement", "micro_batches", "rows")
-_OPTIONAL = ("name", "slices", "steps", "pipes", "offload_to", "skips")
+_OPTIONAL = ("name", "slices", "steps", "pipes", "offload_to", "skips", "ties")
 _LONGEST_NUMBER = 20
 
 
@@ -69,6 +71,8 @@ def format_json(schedule: Schedule) -> str:
         head["offload_to"] = schedule.offload_to
     if schedule.skips:
         head["skips"] = schedule.skips
+    if schedule.ties:
+        head["ties"] = schedule.ties
     lines = [f"  {json.dumps(key)}: {json.dumps(head[key])}," for key in head]
     rows = [
         f"    {json.dumps(words_of(schedule.row(device)))}"
@@ -106,7 +110,8 @@ def parse_json(text: str) -> Schedule:
     placement = _placement(form["placement"], devices)
     pipe_of = _pipes(form.get("pipes"), placement, micro_batches * steps)
     offload_to = _offload_to(form.get("offload_to", [None] * devices), devices)
-    skips = _skips(form.get("skips", []))
+    skips = _stages(form, "skips", "pair of stages", listed_skips)
+    ties = _stages(form, "ties", "group of stages", listed_ties)
     try:
         return Schedule.of(
             rows,
@@ -118,6 +123,7 @@ def parse_json(text: str) -> Schedule:
             pipe_of=pipe_of,
             offload_to=offload_to,
             skips=skips,
+            ties=ties,
         )
     except ParameterError as error:
         raise ParseError(f"$: {error}") from None
@@ -240,14 +246,16 @@ def _offload_to(value: Any, devices: int) -> list[int | None]:
     return value
 
 
-def _skips(value: Any) -> tuple[Skip, ...]:
+def _stages(form: dict[str, Any], name: str, what: str, listed: Any) -> Any:
+    """Lists of stages, which `listed` judges."""
+    value = form.get(name, [])
     if type(value) is not list:
-        raise _wrong("$.skips", "a list of pairs of stages", value)
-    for index, pair in enumerate(value):
-        if type(pair) is not list:
-            raise _wrong(f"$.skips[{index}]", "a pair of stages, as [0, 3]", pair)
+        raise _wrong(f"$.{name}", f"a list of {what.replace(' ', 's ', 1)}", value)
+    for index, stages in enumerate(value):
+        if type(stages) is not list:
+            raise _wrong(f"$.{name}[{index}]", f"a {what}, as [0, 3]", stages)
     try:
-        return listed(value, "$.skips")
+        return listed(value, f"$.{name}")
     except ParameterError as error:
         raise ParseError(str(error)) from None
 

@@ -60,6 +60,7 @@ from pipeproof.sched.placement import Placement
 from pipeproof.sched.program import Action, MessageKind, Program
 from pipeproof.sched.skips import format_skips
 from pipeproof.sched.text import MAX_MICRO_BATCHES, MAX_TEXT_BYTES
+from pipeproof.sched.ties import format_ties
 
 MAX_RANKS = 1 << 16
 MAX_STAGES = 1 << 20
@@ -347,6 +348,11 @@ def _sayable(schedule: Schedule) -> None:
         raise UnsupportedError(
             f"{schedule.summary}: torch's CSV has no skip connections, found "
             f"{format_skips(schedule.skips)}; the text form and JSON have"
+        )
+    if schedule.ties:
+        raise UnsupportedError(
+            f"{schedule.summary}: torch's CSV has no ties, found "
+            f"{format_ties(schedule.ties)}; the text form and JSON have"
         )
     kinds = {Kind(kind) for kind in np.unique(schedule.ops.kind).tolist()}
     if others := sorted(kinds - set(_COMPUTE.values())):

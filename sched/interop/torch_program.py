@@ -7,6 +7,11 @@ receives without waiting for them. So each of these waits for the ops ahead of i
 its row, and an op for its own RECV. Links carry no labels: the k-th SEND from one
 rank to another fills what the k-th RECV there was posted for, whatever their names.
 Each tensor has a buffer of its own, as in torch.
+
+torch scales gradients and not losses: REDUCE_GRAD divides a stage's by the number of
+micro-batches. A file in which one is missing where other stages have one, comes twice,
+or does not stand behind all of its stage's backwards never comes here, so that each
+micro-batch's term has its weight once, as in the terms of `prove`.
 """
 
 from __future__ import annotations

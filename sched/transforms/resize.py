@@ -77,6 +77,7 @@ def _resized(schedule: Schedule, rows: list[Ops], pipe_of: Pipes) -> Schedule:
         pipe_of=pipe_of,
         offload_to=schedule.offload_to,
         skips=schedule.skips,
+        ties=schedule.ties,
     )
 
 

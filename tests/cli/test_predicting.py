@@ -117,6 +117,28 @@ def test_skips_of_a_file_have_bytes(tmp_path: Path) -> None:
     assert (run["makespan"], run["peak_bytes"]) == (16, trace.peak_bytes)
 
 
+def test_ties_of_a_file_have_bytes(tmp_path: Path) -> None:
+    schedule = catalog.make("1f1b", devices=3, micro_batches=2).with_ties([(0, 2)])
+    file = tmp_path / "tied.txt"
+    file.write_text(schedule.format(), "utf-8")
+
+    run = of(f"simulate {file} --boundary-bytes 0 --tied-bytes 4 --link-bandwidth 1")
+
+    cost = Cost(boundary_bytes=0, tied_bytes=4)
+    trace = simulate(schedule, cost, Cluster(link_bandwidth=1))
+    free = simulate(schedule.with_ties([]), Cost())
+    assert run["makespan"] == trace.makespan == free.makespan + 4
+
+
+@pytest.mark.parametrize("what", ["skip", "tie"])
+def test_bytes_of_what_there_is_not_are_refused(what: str) -> None:
+    option = {"skip": "--skip-bytes", "tie": "--tied-bytes"}[what]
+    result = call(f"simulate 1f1b -p 3 -m 2 {option} 4 --link-bandwidth 1")
+
+    assert result.exit_code == 2
+    assert f"1f1b(devices=3, micro_batches=2) has no {what}s: leave it" in result.stderr
+
+
 def test_people_read_each_metric_by_its_name() -> None:
     shown = call("simulate 1f1b -p 4 -m 8 --link-latency 1").stdout
 

@@ -53,6 +53,7 @@ class Grid:
         steps: without zeroing gradients.
         mesh: given as a mesh of torch, instead of a number of replicas.
         sharded: by FSDP2 over the replicas.
+        tied: the first and the last stage share their weight.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Grid:
     steps: int = 2
     mesh: bool = False
     sharded: bool = False
+    tied: bool = False
 
     @property
     def schedule(self) -> Schedule:
@@ -75,7 +77,10 @@ class Grid:
 
     def stages(self) -> list[nn.Module]:
         torch.manual_seed(3)
-        return [self.stage(n).double() for n in range(self.schedule.stages)]
+        stages = [self.stage(n).double() for n in range(self.schedule.stages)]
+        if self.tied:
+            stages[-1].load_state_dict(stages[0].state_dict())
+        return stages
 
     def batch(self, replica: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(10 + replica)
@@ -132,6 +137,8 @@ def of_grid(ranks: Ranks, grid: Grid) -> Result:
     """As one of the ranks, replica by replica."""
     replica, device = divmod(ranks.rank, grid.devices)
     stages, schedule, scale = grid.stages(), grid.schedule, grid.scale
+    if grid.tied:
+        stages[-1].linear.weight = stages[0].linear.weight
     given = joined(ranks, grid)
     mine = [n for n in range(len(stages)) if device in holders(schedule, n)]
     if grid.sharded:
@@ -186,13 +193,22 @@ def of_references(grid: Grid) -> Result:
             following = torch.get_rng_state()
             found.append([p.grad for p in ours])
         losses.append(loss)
+        totals = {}
         for p, grads in zip(parameters, zip(*found)):
             total_grad = None
             for grad in grads:
                 if grad is not None:
                     total_grad = grad if total_grad is None else total_grad + grad
+            totals[p] = total_grad
+        if grid.tied:  # each stage's over the replicas, and then those of the stages
+            shared = [stage.linear.weight for stage in (stages[0], stages[-1])]
+            once = totals[shared[0]] + totals[shared[1]]
+            totals |= dict.fromkeys(shared, once)
+        for p, total_grad in totals.items():
             if total_grad is not None:
                 p.grad = total_grad if p.grad is None else p.grad + total_grad
+    if grid.tied:
+        parameters = [p for p in parameters if p is not stages[-1].linear.weight]
     grads = {n: [p.grad for p in s.parameters()] for n, s in enumerate(stages)}
     whole_norm = nn.utils.clip_grad_norm_(parameters, math.inf)
     return Result(losses, grads, float(whole_norm))

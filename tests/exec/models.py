@@ -137,12 +137,17 @@ class TakesOne(nn.Module):
         return x * skip + skip
 
 
-def with_skips(stages: list[nn.Sequential], schedule: Schedule) -> list[nn.Sequential]:
-    """The stages, with units that give and take where the schedule has skips."""
+def as_said(stages: list[nn.Sequential], schedule: Schedule) -> list[nn.Sequential]:
+    """The stages, with units that give and take where the schedule has skips, and
+    one that is in several stages where it has a tie."""
     width, weight = width_of(stages), next(stages[0].parameters())
     for name, (source, target) in enumerate(schedule.skips):
         stages[source].append(GivesOne(f"skip {name}", width).to(weight.dtype))
         stages[target].append(TakesOne(f"skip {name}"))
+    for tie in schedule.ties:
+        unit = nn.Linear(width, width).to(weight.dtype)
+        for stage in tie:
+            stages[stage].append(unit)
     return stages
 
 

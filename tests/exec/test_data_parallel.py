@@ -20,6 +20,8 @@ GRIDS = [
     Grid("gpipe", 1, 2, (3, 5, 2, 9)),
     Grid("1f1b", 2, 4, (8, 8), scale=weigh),
     Grid("interleaved", 2, 4, (11, 7), stage=mixed, mesh=True, sharded=True),
+    Grid("1f1b", 2, 4, (11, 7), stage=plain, tied=True),
+    Grid("interleaved", 2, 4, (5, 9), stage=plain, tied=True),
 ]
 MORE = [
     Grid("gpipe", 2, 3, (5, 5), policy="except-last", scale="sum"),
@@ -33,7 +35,7 @@ MORE = [
 
 def named(grid: Grid) -> str:
     kind = "mesh " * grid.mesh + "sharded " * grid.sharded
-    return f"{kind}{grid.name} {grid.rows}"
+    return f"{kind}{'tied ' * grid.tied}{grid.name} {grid.rows}"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from models import (
     DTYPES,
     EXECUTED,
     against_reference,
+    as_said,
     batch_of,
     close,
     full_batch,
@@ -21,7 +22,6 @@ from models import (
     same,
     schedules,
     small,
-    with_skips,
 )
 from strategies import whole_language
 from torch import nn
@@ -77,9 +77,9 @@ def test_close_to_one_full_batch_dropout_included(
 def test_whatever_can_be_said_is_bitwise_equal_to_the_reference(
     data: st.DataObject, schedule: Schedule, dtype: torch.dtype
 ) -> None:
-    """Pipes, slices, groups, copies, skips, split and recomputed backwards."""
+    """Pipes, slices, groups, copies, skips, ties, split and recomputed backwards."""
     stages = data.draw(models(schedule.stages, dtype, sequence=True))
-    stages = with_skips(stages, schedule)
+    stages = as_said(stages, schedule)
     rows = data.draw(st.integers(schedule.micro_batches, 3 * schedule.micro_batches))
 
     against_reference(stages, schedule, *batch_of(stages, rows, dtype, 5))

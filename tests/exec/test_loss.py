@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeproof.exec import LossError, Pipeline
-from pipeproof.sched import ParameterError, catalog
+from pipeproof.sched import Certificate, ParameterError, catalog, prove
 
 SCHEDULE = catalog.make("1f1b", devices=2, micro_batches=3)
 
@@ -69,6 +70,63 @@ def test_a_callable_weighs_by_the_tokens_that_count() -> None:
         [p.grad for p in nn.ModuleList(stages).parameters()],
         [p.grad for p in nn.ModuleList(twin).parameters()],
     )
+
+
+def total_error(output: Tensor, target: Tensor) -> Tensor:
+    return functional.mse_loss(output, target, reduction="sum")
+
+
+def above_zero(target: Tensor) -> Tensor:
+    return (target > 0).sum()
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize(
+    ("scale", "loss_fn"),
+    [
+        ("rows", functional.mse_loss),
+        ("sum", total_error),
+        (above_zero, functional.mse_loss),
+    ],
+)
+def test_each_term_of_the_certificate_has_its_weight_once(
+    scale: Any, loss_fn: Any, slices: int
+) -> None:
+    """Of uneven micro-batches and slices, bit by bit, in the order that it states."""
+    schedule = SCHEDULE
+    if slices > 1:
+        schedule = catalog.make("seq1f1b", devices=2, micro_batches=3, slices=slices)
+    torch.manual_seed(3)
+    x, y = torch.randn(2, 7, 5, 4, dtype=torch.float64)
+    stages = mlp(2)
+    twin = copy.deepcopy(nn.Sequential(*stages))
+    certificate = prove(schedule)
+    assert isinstance(certificate, Certificate)
+
+    Pipeline(stages, schedule, loss_fn, loss_scale=scale).step(x, y)
+
+    def parts(whole: Tensor) -> dict[tuple[int, int], Tensor]:
+        return {
+            (m, q): part
+            for m, of_m in enumerate(whole.tensor_split(3))
+            for q, part in enumerate(of_m.tensor_split(slices, 1))
+        }
+
+    weight = {
+        "rows": lambda target: float(target.shape[0] * target.shape[1]),
+        "sum": lambda target: None,
+    }.get(scale, lambda target: float(above_zero(target)))
+    weights = {of: weight(part) for of, part in parts(y).items()}
+    for stage, (chain,) in enumerate(certificate.trees):
+        wanted = [torch.zeros(0)] * 2
+        for n, of in enumerate(chain.terms):
+            loss = loss_fn(twin(parts(x)[of]), parts(y)[of])
+            if weights[of] is not None:
+                loss = loss * (weights[of] / sum(weights.values()))
+            terms = torch.autograd.grad(loss, list(twin[stage].parameters()))
+            wanted = [a + b if n else b for a, b in zip(wanted, terms)]
+        found = [p.grad for p in stages[stage].parameters()]
+        assert all(map(torch.equal, found, wanted)), f"stage {stage}"
 
 
 def test_gradients_do_not_depend_on_the_number_of_micro_batches() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from hypothesis import given, settings
-from models import against_reference, batch_of, mlp, with_skips
+from models import against_reference, as_said, batch_of, mlp
 from strategies import schedules, whole_language
 from torch.nn import functional
 
@@ -15,7 +15,7 @@ from pipeproof.sched import Certificate, Schedule, prove
 @settings(max_examples=15)
 @given(schedule=schedules() | whole_language())
 def test_any_schedule_is_proved_and_trains_right(schedule: Schedule) -> None:
-    stages = with_skips(mlp(schedule.stages), schedule)
+    stages = as_said(mlp(schedule.stages), schedule)
     pipeline = Pipeline(stages, schedule, functional.mse_loss)
     assert isinstance(prove(schedule), Certificate)
     assert isinstance(prove(pipeline.program), Certificate)

@@ -31,7 +31,7 @@ from pipeproof.exec.homes import refuse_shared
 from pipeproof.exec.recomputed import recompute_only
 from pipeproof.exec.sharded import check_wrapped
 from pipeproof.exec.stage import Stage
-from pipeproof.exec.ties import _check
+from pipeproof.exec.ties import _refuse_sharded
 from pipeproof.sched import PipeproofError, Schedule, catalog, recompute, with_steps
 
 mse = functional.mse_loss
@@ -222,7 +222,7 @@ def tied_across_devices() -> None:
     second[0].weight = first[0].weight
     homes = {(n, n): Stage(n, s, n, X.device) for n, s in enumerate((first, second))}
     homes[1, 1].device = torch.device("meta")
-    refuse_shared(schedule(), homes)
+    refuse_shared(homes)
 
 
 def changing_what_is_offloaded() -> None:
@@ -351,6 +351,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "skips otherwise": lambda: step(
         stages=mlp(3), plan=schedule(devices=3).with_skips([(0, 2)])
     ),
+    "ties otherwise": lambda: step(
+        stages=tied(), plan=schedule(devices=4).with_ties([(0, 2)])
+    ),
     "batch norm": lambda: defer_batch_norm(nn.SyncBatchNorm(3)),
     "inference mode": in_inference_mode,
     "trace": lambda: trace(Asks(), ["b"]),
@@ -451,13 +454,13 @@ WHERE_RANKS_ARE = {
     "accumulate": ("exec/test_updating.py", "was called with accumulate=True"),
     "keyword missing": ("exec/test_values.py", "which a unit of its stages"),
     "other shapes": ("faults/test_ranks.py", "in the step before, for a batch of"),
+    "tied replicas": ("exec/test_data_parallel.py", "gradient would be reduced twice"),
 }
 
 
 TIES: dict[str, Callable[[], Any]] = {
-    "tied replicas": lambda: _check([(0, 0), (1, 0)], schedule("chimera"), mlp(2)),
     "tied, sharded": lambda: with_sharded(
-        lambda stages: _check([(0, 0), (1, 0)], schedule(), stages)
+        lambda stages: _refuse_sharded((0, 1), stages)
     ),
 }
 
@@ -481,7 +484,7 @@ def test_the_examples_print_what_they_say(capsys: pytest.CaptureFixture[str]) ->
     names = {"__name__": "example"}  # what one makes, the next may use
     torch.manual_seed(0)
 
-    assert len(examples) == 4
+    assert len(examples) == 5
     for example in examples:
         exec(compile(example, "MODELS.md", "exec"), names)
         assert f"It prints `{capsys.readouterr().out.strip()}`" in CHAPTER

@@ -151,5 +151,5 @@ def test_a_norm_that_counts_micro_batches_is_refused() -> None:
 def test_a_parameter_of_two_stages_is_refused() -> None:
     stages = mlp(2)
     stages[1][0].weight = stages[0][0].weight
-    with pytest.raises(ModelError, match="stages 0 and 1 share a parameter of shape"):
+    with pytest.raises(ModelError, match="stages 0 and 1 share a parameter, and"):
         Pipeline(stages, two_pipes(), mse)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import assembled, computes_the_gradient, mutant, parts_of
-from strategies import schedules, whole_language
+from strategies import schedules, stepping, whole_language
 from test_contract import POLICIES, each_row
 
 from pipeproof.sched import (
@@ -28,9 +28,11 @@ from pipeproof.sched import (
 )
 from pipeproof.sched.program import Stream, StreamKind
 from pipeproof.sched.row import Case, Row
+from pipeproof.sched.terms import Reference, Terms
 
 dice = st.randoms(use_true_random=False)
 policies = st.sampled_from(POLICIES)
+anything = schedules() | whole_language() | stepping()
 
 
 def two_devices() -> Program:
@@ -59,7 +61,7 @@ def test_every_schedule_of_the_catalogue_is_proved_in_every_size(
 
 
 @settings(max_examples=40)
-@given(schedule=schedules() | whole_language(), policy=policies, dice=dice)
+@given(schedule=anything, policy=policies, dice=dice)
 def test_any_schedule_is_proved(
     schedule: Schedule, policy: dict[str, Any], dice: random.Random
 ) -> None:
@@ -75,7 +77,7 @@ def test_any_schedule_is_proved(
 
 
 @settings(max_examples=100)
-@given(schedule=schedules() | whole_language(), policy=policies, dice=dice)
+@given(schedule=anything, policy=policies, dice=dice)
 def test_a_mutant_that_is_proved_computes_the_gradient_in_any_order(
     schedule: Schedule, policy: dict[str, Any], dice: random.Random
 ) -> None:
@@ -83,6 +85,43 @@ def test_a_mutant_that_is_proved_computes_the_gradient_in_any_order(
     if prove(edited).ok:
         for _ in range(3):
             assert computes_the_gradient(edited, dice), edit
+
+
+@given(schedule=schedules() | whole_language())
+def test_each_gradient_has_the_weight_of_its_own_loss_once(schedule: Schedule) -> None:
+    """A backward starts from a loss that is weighed, and nothing is weighed again."""
+    terms = Terms()
+    reference = Reference.of(terms, schedule)
+    backward = {"dx", "dskip", "stash", "grad", "with", "and"}
+    found: list[set[tuple[int, int]]] = []
+    for term, key in enumerate(terms.keys):  # each stands behind its operands
+        found.append(set())
+        if key[0] == "dloss":
+            name, m, q, loss = terms.keys[key[1]]
+            assert (name, terms.keys[loss][:3]) == ("weighed", ("loss", m, q))
+            found[-1] = {(m, q)}
+        elif key[0] in backward:
+            # Numbers of stages are those of early terms too, which weigh nothing.
+            found[-1] = set().union(*(found[n] for n in key[1:] if n < term))
+    for place, gradient in enumerate(reference.gradients):
+        m, q = divmod(place // schedule.stages, schedule.slices)
+        later = range(q, schedule.slices)  # whose keys and values are of this one
+        assert found[gradient] == {(m, part) for part in later}
+
+
+def test_a_loss_with_another_weight_is_refuted_in_words() -> None:
+    """What a forward of the last stage is called says whose targets and weight."""
+    program = two_devices()
+    parts = parts_of(program)
+    forward = parts[label(program, "1F1")]
+    forward.first_op = list(program.schedule.ops).index(F(1, 2))
+    refuted = str(prove(assembled(program, parts)))
+
+    assert (
+        "1F2 reads input 1:1, which holds the input of stage 1 for micro-b" in refuted
+    )
+    assert "its loss would count with targets and weight of micro-batch 2" in refuted
+    assert "the gradient of stage 1 lacks micro-batch 1" in refuted
 
 
 def label(program: Program, text: str) -> int:
@@ -103,6 +142,7 @@ def test_a_certificate_in_words() -> None:
         "assuming",
         "  rows of a batch are independent: a stage's output for a row depends on no other",
         "  the loss is a sum, or a weighted mean, over micro-batches",
+        "  the last stage's forward takes the loss of its own output and targets times its own weight w/Σw (rows, 1, or what its targets say), a backward starts from that, and nothing else is scaled",
         "  micro-batches share no state but the weights, which only a STEP changes",
         "  a stage is a deterministic function of weights, input, and random numbers keyed by micro-batch and slice",
         "adding up micro-batches, per parameter and in this order",
@@ -136,7 +176,7 @@ def test_the_order_of_adding_up_in_words(order: list[int], words: str) -> None:
     rows = [[F(s, range(m)), B(s, order)] for s in range(3)]
 
     lines = str(prove(Schedule.of(rows))).splitlines()
-    assert lines[9] == f"  stages 0–2: Σ({words})"
+    assert lines[10] == f"  stages 0–2: Σ({words})"
 
 
 def test_a_sliced_certificate_says_where_keys_and_values_stay() -> None:
@@ -175,7 +215,7 @@ def test_a_refutation_names_the_first_operand_that_differs() -> None:
     assert isinstance(refutation, Refutation)
     assert str(refutation).splitlines() == [
         "1f1b(devices=2, micro_batches=3) breaks 3 rules:",
-        "  device 1, step 0: 1F0 reads input 1:0, which holds the input of stage 1 for micro-batch 1, from 0F1 (2, device 0, compute) → send activation 0→1:0 (3, device 0, send to 1) → recv activation 0→1:0 (1, device 1, receive from 0)",
+        "  device 1, step 0: 1F0 reads input 1:0, which holds the input of stage 1 for micro-batch 1, from 0F1 (2, device 0, compute) → send activation 0→1:0 (3, device 0, send to 1) → recv activation 0→1:0 (1, device 1, receive from 0); its loss would count with targets and weight of micro-batch 0",
         "    device 1 | F0 B0 F1 B1 F2 B2",
         "               ^^",
         "    expected: the input of stage 1 for micro-batch 0",

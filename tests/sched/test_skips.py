@@ -2,6 +2,7 @@
 
 import pytest
 from hypothesis import given
+from programs import assembled, parts_of
 from strategies import whole_language
 
 from pipeproof.sched import (
@@ -184,3 +185,16 @@ def test_says_where_the_json_is_wrong(written: str, message: str) -> None:
 def test_torch_has_none() -> None:
     with pytest.raises(UnsupportedError, match="no skip connections, found 0>2; the"):
         format_torch_csv(three_devices().with_skips([(0, 2)]))
+
+
+def test_a_weights_gradient_needs_what_a_skip_brought() -> None:
+    """It was read behind what had overwritten it, and the gradient's term had it not.
+
+    Found by a mutant: the forward's activations in the slot of what came over.
+    """
+    program = lower(three_devices().with_skips([(0, 2)]))
+    buffers = {str(program.buffer_at(n)): n for n in range(len(program.buffers))}
+    over, kept = buffers["input 0→2:1"], buffers["activation 2:1"]
+    refuted = prove(assembled(program, parts_of(program), {over: kept}))
+
+    assert "2B1 reads input 0→2:1, which activation 2:1 has overwritten" in str(refuted)

@@ -306,7 +306,7 @@ def test_the_chapter_shows_what_is_computed(
     blocks = re.findall(r"```console\n(.*?)```", chapter, flags=re.DOTALL)
 
     assert parse(file).speeds == {3: 0.9}
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         parts = re.split(r"^\$ (.*)\n", block, flags=re.MULTILINE)[1:]
         for command, shown in zip(parts[::2], parts[1::2]):

@@ -52,7 +52,8 @@ def replay(
 ) -> tuple[list[Any], list[Any]]:
     """Every end is max(ready times) + duration, in the program's own order.
 
-    A group is ready when all of it is, and done when all of it is.
+    A group is ready when all of it is, and done when all of it is. So are the TIEs
+    of one tie, which take two rounds over the slowest link.
     """
     start: list[Any] = []
     end: list[Any] = []
@@ -93,6 +94,12 @@ def replay(
                 ready.append(end[before[-cluster.buffering]])
             if link.bandwidth:
                 takes = Fraction(size[instruction.reads[0].index]) / link.bandwidth
+        if instruction.action == Action.TIE:
+            label = instruction.label
+            all_of_it = [j for j in range(len(program)) if program[j].label == label]
+            ready = [time for j in all_of_it for time in ready_at(j)]
+            ready += [end[j] for j in last.get(in_turn, ()) if j in all_of_it]
+            takes = 2 * summing(program, all_of_it, cost, cluster)
         start.append(max(ready, default=0))
         end.append(start[i] + takes)
         if message and instruction.action == Action.RECV:
@@ -100,6 +107,19 @@ def replay(
             end[i] = max(start[i], end[message.send] + link.latency)
         last[in_turn] = [i]
     return start, end
+
+
+def summing(program: Program, ties: list[int], cost: Cost, cluster: Cluster) -> Any:
+    """One round: each device sends its parts one by one to all others."""
+    homes = [int(program.device[i]) for i in ties]
+    size = Fraction(0 if cost.tied_bytes is None else cost.tied_bytes) / len(homes)
+    took: list[Any] = [0]
+    for a in homes:
+        for b in set(homes) - {a}:
+            link = cluster.link(a, b)
+            sends = size / link.bandwidth if link.bandwidth else 0
+            took.append((len(homes) - 1) * sends + link.latency)
+    return max(took)
 
 
 @st.composite
@@ -127,7 +147,9 @@ def test_equals_the_replay_exactly(
     data: st.DataObject, schedule: Schedule, cluster: Cluster, policies: dict[str, Any]
 ) -> None:
     cost = dataclasses.replace(
-        data.draw(costs_of_stages(schedule.stages)), boundary_bytes=3
+        data.draw(costs_of_stages(schedule.stages)),
+        boundary_bytes=3,
+        tied_bytes=5 if schedule.ties else None,
     )
     program = lower(schedule, **policies)
     assume(not hangs(program, cluster))

@@ -98,7 +98,7 @@ def test_all_of_a_file_comes_back() -> None:
 @settings(max_examples=60)
 @given(schedule=schedules(slices=1))
 def test_any_schedule_comes_back_from_both_forms(schedule: Schedule) -> None:
-    plain = recompute(schedule, "never").with_skips([])
+    plain = recompute(schedule, "never").with_skips([]).with_ties([])
     if any(not len(plain.row(device)) for device in range(plain.devices)):
         with pytest.raises(UnsupportedError, match="has no ops"):
             format_torch_csv(plain)

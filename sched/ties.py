@@ -1,0 +1,136 @@
+"""Ties: stages that share parameters, as the embedding and the head of a GPT do.
+
+A schedule says in `ties` which stages do, `ties: 0=3`. Each of them computes its own
+part of the shared parameters' gradient; at the end of a step these are summed, and
+every device that holds one of the stages gets the sum::
+
+    device 0   stage 0   B0 + B1 + B2 ──┐
+                                        ├──▶ sum ──▶ on both
+    device 3   stage 3   B0 + B1 + B2 ──┘
+
+On each device first those of its stages are added up, and then the devices' sums. What
+one tie sums is all that exactly these stages share, however many parameters that is.
+`tying` lowers it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from pipeproof.sched.errors import ParameterError, ParseError
+from pipeproof.sched.ops import Kind
+
+if TYPE_CHECKING:
+    from pipeproof.sched.ir import Schedule
+
+Tie = tuple[int, ...]
+"""Stages that share parameters, ascending; at least two."""
+
+MAX_TIES = 1 << 10
+MAX_TIED = 1 << 16
+"""Stages that all ties name together, at most."""
+MAX_STAGE = 2**31 - 1
+
+_STAGE = "(?:0|[1-9][0-9]{0,9})"
+_WORD = re.compile(rf"{_STAGE}(?:={_STAGE})+", re.ASCII)
+
+
+def listed(ties: Iterable[Any], where: str = "ties") -> tuple[Tie, ...]:
+    """Ties in order, each with its stages in order, as a schedule keeps them.
+
+    Raises:
+        ParameterError: something else than groups of two or more different stages,
+            one twice, or too many.
+    """
+    found: list[Tie] = []
+    total = 0
+    for given in ties:
+        group = tuple(given) if isinstance(given, Sequence) else (given,)
+        if len(group) < 2 or any(
+            type(stage) is not int or not 0 <= stage <= MAX_STAGE for stage in group
+        ):
+            raise ParameterError(
+                f"{where}: expected groups of two stages or more, as (0, 3), found "
+                f"{given!r:.40}"
+            )
+        total += len(group)
+        if len(found) == MAX_TIES or total > MAX_TIED:
+            raise ParameterError(
+                f"{where}: at most {MAX_TIES:,} of {MAX_TIED:,} stages together, got "
+                "more"
+            )
+        found.append(tuple(sorted(group)))
+        if len(set(group)) < len(group):
+            raise ParameterError(f"{where}: {named(found[-1])} names a stage twice")
+    found.sort()
+    for one, other in pairwise(found):
+        if one == other:
+            raise ParameterError(
+                f"{where} name {named(one)} twice: all that the same stages share is "
+                "one tie"
+            )
+    return tuple(found)
+
+
+def named(tie: Tie) -> str:
+    """As the text form writes it."""
+    return "=".join(map(str, tie))
+
+
+def format_ties(ties: Sequence[Tie]) -> str:
+    """As the text form has them."""
+    return " ".join(map(named, ties))
+
+
+def parse_ties(text: str, where: str) -> tuple[Tie, ...]:
+    """What `format_ties` wrote.
+
+    Raises:
+        ParseError: saying where, what was expected and found.
+    """
+    found: list[list[int]] = []
+    for word in text.split():
+        if _WORD.fullmatch(word) is None:
+            raise ParseError(f"{where}: expected ties as 0=3, found {word[:40]!r}")
+        found.append(list(map(int, word.split("="))))
+    try:
+        return listed(found, where)
+    except ParameterError as error:
+        raise ParseError(str(error)) from None
+
+
+def wrong(schedule: Schedule) -> list[tuple[Tie, str, str]]:
+    """Ties that the stages do not allow, with what was found and what to do."""
+    found = []
+    pipes = schedule.placement.pipes
+    ops = schedule.ops
+    stepped = set(ops.stage[ops.kind == Kind.STEP].tolist()) if schedule.ties else set()
+    for tie in schedule.ties:
+        if tie[-1] >= schedule.stages:
+            what = f"there is no stage {tie[-1]}"
+            found.append((tie, what, "Name stages of the schedule, or drop it"))
+            continue
+        if early := sorted(stepped.intersection(tie)):
+            what = f"stage {early[0]} has a STEP, and the sum comes behind it"
+            found.append((tie, what, "Leave out the STEPs, or untie them"))
+            continue
+        for stage in tie:
+            if len(homes := sorted({pipe[stage] for pipe in pipes})) > 1:
+                what = f"stage {stage} has replicas on devices "
+                what += ", ".join(map(str, homes))
+                remedy = "Use a schedule of one pipe, or untie them: the gradient "
+                found.append((tie, what, f"{remedy}would be summed twice"))
+                break
+    return found
+
+
+def homes_of(schedule: Schedule, tie: Tie) -> dict[int, list[int]]:
+    """By device, ascending, the stages of a tie that it holds."""
+    pipe = schedule.placement.pipes[0]
+    found: dict[int, list[int]] = {}
+    for stage in sorted(tie, key=lambda stage: (pipe[stage], stage)):
+        found.setdefault(pipe[stage], []).append(stage)
+    return found
