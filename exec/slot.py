@@ -48,7 +48,7 @@ class Slot:
 
 
 TELLS = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
-"""Whether torch tells what a node's SavedTensors hold: from 2.7 on."""
+"""Whether torch tells what a node's SavedTensors hold; 2.6 does not."""
 
 
 def tensor_of(saved: Any) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Clients of the store at which processes meet, for torch before 2.9 too."""
+"""Clients of the store at which processes meet, for older torch too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def another(store: Store) -> Store:
     Raises:
         ParameterError: a store that this torch makes no other client of.
     """
-    if hasattr(store, "clone"):  # from torch 2.9 on
+    if hasattr(store, "clone"):  # torch 2.6 has none
         clone: Store = store.clone()
         return clone
     match store:
