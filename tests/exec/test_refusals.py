@@ -484,7 +484,7 @@ def test_the_examples_print_what_they_say(capsys: pytest.CaptureFixture[str]) ->
     names = {"__name__": "example"}  # what one makes, the next may use
     torch.manual_seed(0)
 
-    assert len(examples) == 4
+    assert len(examples) == 5
     for example in examples:
         exec(compile(example, "MODELS.md", "exec"), names)
         assert f"It prints `{capsys.readouterr().out.strip()}`" in CHAPTER
