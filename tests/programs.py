@@ -266,6 +266,7 @@ class Play:
     """One run in one random order; `contents` is what is left.
 
     `spoiled`: a buffer was touched while a send read it or another wrote it.
+    `updates`: by stage and device, the gradient that each STEP read.
     """
 
     def __init__(self, program: Program, dice: random.Random) -> None:
@@ -276,6 +277,7 @@ class Play:
         self.holder: dict[int, int] = {}
         self.contents: dict[int, Content] = {}
         self.carried: dict[tuple[object, ...], str] = {}
+        self.updates: dict[tuple[int, int], list[Content]] = {}
         self.spoiled = False
         self.started: set[int] = set()
         self.done: set[int] = set()
@@ -474,7 +476,9 @@ class Play:
                 old = self.contents.get(self.slot[buffer], ())
                 put("grad", (*(old if isinstance(old, tuple) else (old,)), gradient))
 
-        if kind in (Kind.F, Kind.R):
+        if kind == Kind.STEP:
+            self.updates.setdefault((s, device), []).append(get("grad"))
+        elif kind in (Kind.F, Kind.R):
             brought = find(it.writes, "input") is not None
             x = term("batch", m, q) if brought else get("input")
             put("input", x)
@@ -526,6 +530,9 @@ def computes_the_gradient(program: Program, dice: random.Random) -> bool:
             (buffer,) = np.flatnonzero(mine).tolist()
             found = run.read(buffer)
             if not isinstance(found, tuple):
+                return False
+            steps = [found] if schedule.has(Kind.STEP) else []
+            if run.updates.get((stage, device), []) != steps:
                 return False
             if stage in reduced:
                 if found[:1] != ("sum",):

@@ -22,6 +22,7 @@ from pipeproof.sched import (
     Program,
     Schedule,
     overlap,
+    with_steps,
 )
 from pipeproof.sched.ir import STAGE_KINDS, Skip, Tie
 from pipeproof.sched.lower import POLICIES
@@ -306,6 +307,11 @@ def whole_language(draw: st.DrawFn) -> Schedule:
         trial = schedule.with_rows(_as_ops(joined))
         schedule = trial if runs_through(trial) else schedule
     return schedule
+
+
+def stepping() -> st.SearchStrategy[Schedule]:
+    """Any of them, with STEPs."""
+    return (schedules() | whole_language()).map(with_steps)
 
 
 @st.composite

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import assembled, computes_the_gradient, mutant, parts_of
-from strategies import schedules, whole_language
+from strategies import schedules, stepping, whole_language
 from test_contract import POLICIES, each_row
 
 from pipeproof.sched import (
@@ -32,6 +32,7 @@ from pipeproof.sched.terms import Reference, Terms
 
 dice = st.randoms(use_true_random=False)
 policies = st.sampled_from(POLICIES)
+anything = schedules() | whole_language() | stepping()
 
 
 def two_devices() -> Program:
@@ -60,7 +61,7 @@ def test_every_schedule_of_the_catalogue_is_proved_in_every_size(
 
 
 @settings(max_examples=40)
-@given(schedule=schedules() | whole_language(), policy=policies, dice=dice)
+@given(schedule=anything, policy=policies, dice=dice)
 def test_any_schedule_is_proved(
     schedule: Schedule, policy: dict[str, Any], dice: random.Random
 ) -> None:
@@ -76,7 +77,7 @@ def test_any_schedule_is_proved(
 
 
 @settings(max_examples=100)
-@given(schedule=schedules() | whole_language(), policy=policies, dice=dice)
+@given(schedule=anything, policy=policies, dice=dice)
 def test_a_mutant_that_is_proved_computes_the_gradient_in_any_order(
     schedule: Schedule, policy: dict[str, Any], dice: random.Random
 ) -> None:
