@@ -16,6 +16,7 @@ from models import (
     EXECUTED,
     Counts,
     against_reference,
+    as_said,
     batch_of,
     grads,
     mlp,
@@ -23,7 +24,6 @@ from models import (
     same,
     schedules,
     small,
-    with_skips,
 )
 from test_ranks import assert_equal, unpipelined
 from test_skips import Gives, Takes
@@ -77,7 +77,7 @@ def test_any_layers_of_any_schedule_give_the_gradients_of_the_reference(
 ) -> None:
     assume(plan.has(Kind.R))
     stages = data.draw(models(plan.stages, dtype, sequence=plan.slices > 1))
-    stages = with_skips(stages, plan)
+    stages = as_said(stages, plan)
     again = {op.stage for op in plan.ops if op.kind == Kind.R}
     chosen = [
         data.draw(st.sets(st.integers(0, len(stage) - 1))) if number in again else ()
