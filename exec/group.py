@@ -30,6 +30,7 @@ from pipeproof.exec.beats import BETWEEN_STEPS, LOST_S, Beats
 from pipeproof.exec.errors import RankError
 from pipeproof.exec.failure import Failure, Record, failure_of
 from pipeproof.exec.host import host_clock
+from pipeproof.exec.stores import another
 from pipeproof.exec.wires import Pending, TextWire, Wire, gloo
 from pipeproof.sched.errors import ParameterError
 
@@ -119,7 +120,7 @@ class Ranks:
         if key not in cls._of:
             prefix = f"pipeproof/{','.join(map(str, key))}"
             # A client of its own: a beat must not wait for another's blocking call.
-            store = PrefixStore(prefix, _get_default_store().clone())  # type: ignore[attr-defined]
+            store = PrefixStore(prefix, another(_get_default_store()))
             cls._of[key] = cls(store, key.index(me), len(key))
         return cls._of[key]
 

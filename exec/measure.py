@@ -18,14 +18,17 @@ from functools import cache
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from pipeproof.exec import slot
 from pipeproof.exec.skips import gives_of
 from pipeproof.exec.slot import tensor_of
 from pipeproof.exec.stage import StageModule, takes_of, units_of
+from pipeproof.sched.errors import UnsupportedError
 
 
 class ActivationMeter:
@@ -39,6 +42,9 @@ class ActivationMeter:
 
     Args:
         stages: as given to `Pipeline`; all run in this thread.
+
+    Raises, at the first op:
+        UnsupportedError: this torch does not tell what its graph holds; 2.6 does not.
 
     Attributes:
         live: bytes now.
@@ -198,7 +204,16 @@ class _Watch(TorchFunctionMode):
 
 
 def saved_by(node: Node) -> Iterator[Tensor]:
-    """The tensors that a node saved; what hooks of others made of one is not seen."""
+    """The tensors that a node saved; what hooks of others made of one is not seen.
+
+    Raises:
+        UnsupportedError: this torch does not tell.
+    """
+    if not slot.TELLS:
+        raise UnsupportedError(
+            f"torch {torch.__version__} does not tell what its graph holds, and so "
+            "bytes of activations cannot be counted; newer ones do"
+        )
     for name in _attributes(type(node)):
         saved = getattr(node, name)
         for one in saved if isinstance(saved, (tuple, list)) else (saved,):

@@ -14,12 +14,14 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from pipeproof.exec.errors import ModelError
 from pipeproof.exec.replicas import Run
 from pipeproof.exec.stage import StageModule
 from pipeproof.sched import Kind, Schedule
+from pipeproof.sched.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -100,12 +102,21 @@ class Sharded:
 
     Args:
         module: the stage.
+
+    Raises:
+        UnsupportedError: this torch can only average its gradients.
     """
 
     def __init__(self, module: StageModule | None) -> None:
         assert module is not None
         self._roots = _roots(module)
         for root in self._roots:
+            if not hasattr(root, "set_force_sum_reduction_for_comms"):
+                raise UnsupportedError(
+                    f"fully_shard of torch {torch.__version__} averages gradients and "
+                    "cannot be told to add them up, as newer ones can: give the "
+                    "stages unsharded, and data_parallel="
+                )
             root.set_gradient_divide_factor(1.0)
             root.set_force_sum_reduction_for_comms(True)
 

@@ -47,8 +47,14 @@ class Slot:
         return self.tensor
 
 
+TELLS = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
+"""Whether torch tells what a node's SavedTensors hold; 2.6 does not."""
+
+
 def tensor_of(saved: Any) -> Tensor | None:
-    """What one of torch's SavedTensors holds; None where hooks of others keep it."""
+    """What one of torch's SavedTensors holds; None where others keep it, or unknown."""
+    if not TELLS:
+        return None
     if saved.unpack_hook is None:
         held: Tensor | None = saved.data
         return held

@@ -170,7 +170,8 @@ def buffers_are_sound(program: Program) -> None:
         for buffer in freed:
             assert freed_by.setdefault(buffer, i) == i
     for buffer, (kind, *_, takes_over) in enumerate(program.buffers.tolist()):
-        assert (buffer in freed_by) == (kind != BufferKind.GRADIENT)
+        stays = (BufferKind.GRADIENT, BufferKind.TIED)
+        assert (buffer in freed_by) == (kind not in stays)
         if takes_over >= 0:
             assert behind[written_by[buffer]] >> freed_by[takes_over] & 1
     slots = program.buffers[:, 5]

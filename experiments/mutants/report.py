@@ -107,7 +107,7 @@ def main(description: str) -> None:
             arguments.sample,
         ),
         "A program has no scale of its own to get wrong: a forward of the last stage "
-        "takes the loss of the micro-batch that it is called, with its targets and its "
+        "takes the loss of the micro-batch that it names, with its targets and its "
         "weight, so that a wrong scale is an op of another micro-batch, and a missing "
         "or a second one a backward that is missing or comes twice. Both opinions have "
         "the weight in each term. In a CSV it is REDUCE_GRAD that scales.",

@@ -212,7 +212,7 @@ def test_bytes_are_the_predicted_ones(name: str, policy: Any) -> None:
     of = trace.memory().by_class
 
     assert meter.peak == max((of["activations"] + of["stored_inputs"]).tolist())
-    between = simulate(pipeline.schedule, cost).peak_activations[1:3]
+    between = simulate(schedule).peak_activations[1:3]
     assert meter.peak_of[1:3] == [peak * tensor for peak in between]
 
 
