@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from pipeproof.exec import clipping, scaling
 from pipeproof.exec.agreement import routes_of
+from pipeproof.exec.alone import Alone
 from pipeproof.exec.bandwidth import Rates, link_rates
 from pipeproof.exec.batch import (
     NO_KEYWORDS,
@@ -20,14 +22,7 @@ from pipeproof.exec.batch import (
     LossFn,
     LossScale,
     Value,
-    check_pairs,
     check_scale,
-    factors,
-    no_targets,
-    no_unit_takes,
-    size_of,
-    split,
-    split_keywords,
     unmarked,
 )
 from pipeproof.exec.errors import BatchError
@@ -51,7 +46,6 @@ from pipeproof.exec.sharded import check_wrapped
 from pipeproof.exec.skips import Routes
 from pipeproof.exec.stage import StageModule, check_sliced
 from pipeproof.exec.step import Step
-from pipeproof.exec.tensors import placed
 from pipeproof.exec.ties import Shares, shares_of
 from pipeproof.exec.updating import (
     WHOLE_FIRST,
@@ -188,7 +182,7 @@ class Pipeline:
         self._check_finite, self._recomputed = check_finite, recomputed
         self._trace: Trace | None = None
         self._losses: list[Tensor] = []
-        self._ranked: Ranked | None = None
+        self._company: Alone | Ranked
         self._loss_scale = loss_scale
         grid = _grid_of(ranks, data_parallel)
         if grid is not None and len(grid.rows) > 1:
@@ -213,6 +207,7 @@ class Pipeline:
             )
             self._devices = torch_devices(devices, schedule)
             if grid is None:
+                self._company = Alone(schedule, self._devices, loss_scale, self._loss)
                 check_wrapped(list(stages), schedule, None)
                 homes = place(list(stages), schedule, self._devices, routes)
                 if recomputed is not None:
@@ -248,7 +243,7 @@ class Pipeline:
             self._loss,
             self.optimizers,
         )
-        self._ranked = ranked
+        self._company = ranked
         for stage in ranked.homes.values():
             if self.schedule.slices > 1:
                 check_sliced(stage.units)
@@ -346,45 +341,31 @@ class Pipeline:
             )
         if scaler is not None and self.optimizers is not None:
             raise ParameterError(WHOLE_FIRST.format("give no scaler"))
-        batch = Batch(inputs, targets, keywords, scaler, accumulate)
-        if self._ranked is not None:
-            return self._step_of(self._ranked, batch, record)
-        if inputs is None:
+        if inputs is None and isinstance(self._company, Alone):
             raise BatchError("got no batch: only other ranks' parts may be None")
-        with torch.enable_grad(), step_seed(self._devices) as seed:
-            step = self._opened(batch, seed, with_loss=True)
+        batch = Batch(inputs, targets, keywords, scaler, accumulate)
+        company, runtime = self._company, self._runtime
+        with (
+            company.together("the step"),
+            torch.enable_grad(),
+            step_seed(self._devices) as seed,
+        ):
             if record:
-                self._trace = self._timed(step)
+                step, start, end = company.timed_step(runtime, seed, batch)
+                self._trace = self._measured(start, end)
             else:
-                self._runtime.run(step)
-            pass_on(unmarked(inputs), step)
-        if scaler is not None and scaling.overflowed(self._runtime.parameters):
-            scaling.overflow(self._runtime.parameters)
+                step = company.step(runtime, seed, batch)
+            if inputs is not None:
+                pass_on(unmarked(inputs), step)
+            if scaler is not None and company.overflowed(runtime, scaler):
+                scaling.overflow(runtime.parameters)
         self._losses = step.parts
         return step.loss
 
-    def _opened(self, batch: Batch, seed: int, *, with_loss: bool) -> Step:
-        """The batch in parts, each where it is needed."""
-        parts = self.schedule.micro_batches, self.schedule.slices
-        if batch.inputs is None:
-            raise BatchError("got no inputs: only other ranks' may be None")
-        inputs = split("inputs", batch.inputs, *parts)
-        labels = no_targets(*parts)
-        scale: list[list[float | None]] = [[None] * parts[1] for _ in range(parts[0])]
-        if with_loss:
-            self._loss.check(batch.targets)
-        if batch.targets is None:
-            size = size_of("inputs", batch.inputs, parts[1])
-        else:
-            size = check_pairs(batch.inputs, batch.targets, parts[1])
-            labels = split("targets", batch.targets, *parts)
-        if with_loss:
-            scale = factors(labels, self._loss_scale, *size)
-        step = Step(seed, self._sent(inputs, 0), self._sent(labels, -1), scale)
-        step.with_loss = with_loss
-        step.keywords = self._keywords(batch.keywords, size)
-        step.scaler, step.accumulates = batch.scaler, batch.accumulate
-        return step
+    def _measured(self, start: NDArray[Any], end: NDArray[Any]) -> Trace:
+        notes = (SHARED_PROCESSOR,) if self._shared else ()
+        times = Timetable(start, end)
+        return Trace(self.program, times, "measured", _shares(self.program), notes)
 
     @property
     def instructions_s(self) -> float:
@@ -400,9 +381,9 @@ class Pipeline:
 
         Empty in one process.
         """
-        if self._ranked is None:
+        if isinstance(self._company, Alone):
             return {}
-        grid = self._ranked.grid
+        grid = self._company.grid
         with grid.ranks.together("the measurement of its links"):
             return link_rates(grid, self.program, self._devices[grid.device])
 
@@ -442,7 +423,8 @@ class Pipeline:
         Raises:
             BatchError, LossError, ModelError, StepError, RankError: as `step`.
         """
-        if self._ranked is None and targets is None and self._loss.needs_targets:
+        alone = isinstance(self._company, Alone)
+        if alone and targets is None and self._loss.needs_targets:
             raise BatchError("evaluate needs targets; predict does without")
         done = self._forward(Batch(inputs, targets, keywords), with_loss=True)
         self._losses = done.parts
@@ -472,21 +454,18 @@ class Pipeline:
 
     def _forward(self, batch: Batch, *, with_loss: bool) -> Step:
         """The forwards alone."""
+        if batch.inputs is None and isinstance(self._company, Alone):
+            raise BatchError("got no inputs: only other ranks' may be None")
         stages = self._runtime.stages
-        modules = [module for stage in stages for module in stage.modules]
         with (
-            evaluating(modules),
+            self._company.together("the evaluation"),
+            evaluating([module for stage in stages for module in stage.modules]),
             torch.no_grad(),
-            step_seed(list(set(self._devices))) as seed,
+            step_seed(self._devices) as seed,
         ):
-            if self._ranked is not None:
-                with self._ranked.grid.ranks.together("the evaluation"):
-                    return self._ranked.forward(
-                        self._runtime, seed, batch, with_loss=with_loss
-                    )
-            step = self._opened(batch, seed, with_loss=with_loss)
-            self._runtime.forward(step)
-            return step
+            return self._company.forward(
+                self._runtime, seed, batch, with_loss=with_loss
+            )
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """The entries of `model.state_dict()` that belong to the stages here.
@@ -527,73 +506,11 @@ class Pipeline:
         clipping.check_norm(max_norm, norm_type)
         if self.optimizers is not None:
             raise ParameterError(WHOLE_FIRST.format("clip no norm"))
-        parameters = self._runtime.parameters
-        if self._ranked is None:
-            found = clipping.norms(parameters, norm_type)
-        else:
-            with self._ranked.grid.ranks.together("clipping"):
-                found = self._ranked.norms(norm_type)
+        with self._company.together("clipping"):
+            found = self._company.norms(self._runtime, norm_type)
         norm = clipping.total(found, norm_type)
-        clipping.scale(parameters, norm, max_norm)
+        clipping.scale(self._runtime.parameters, norm, max_norm)
         return norm
-
-    def _keywords(
-        self, keywords: Mapping[str, Any], size: tuple[int, int]
-    ) -> dict[torch.device, list[list[dict[str, Any]]]]:
-        """On each device, those of each slice."""
-        if not keywords:
-            return {}
-        taken = self._runtime.takes_keywords
-        if unknown := sorted(keywords.keys() - taken):
-            raise BatchError(no_unit_takes(unknown, taken))
-        parts = self.schedule.micro_batches, self.schedule.slices
-        cut = split_keywords(keywords, *size, parts)
-        return {device: placed(cut, device) for device in set(self._devices)}
-
-    def _step_of(
-        self,
-        ranked: Ranked,
-        batch: Batch,
-        record: bool,
-    ) -> Tensor:
-        """This rank's part of a step."""
-        with (
-            ranked.grid.ranks.together("the step"),
-            torch.enable_grad(),
-            step_seed(list(set(self._devices))) as seed,
-        ):
-            if record:
-                step, start, end = ranked.timed_step(self._runtime, seed, batch)
-                shares = _shares(self.program)
-                self._trace = Trace(
-                    self.program, Timetable(start, end), "measured", shares
-                )
-            else:
-                step = ranked.step(self._runtime, seed, batch)
-            if batch.inputs is not None:
-                pass_on(unmarked(batch.inputs), step)
-            if batch.scaler is not None:
-                scaling.ready(batch.scaler, self._devices[ranked.grid.device])
-                parameters = self._runtime.parameters
-                if ranked.anywhere(scaling.overflowed(parameters)):
-                    scaling.overflow(parameters)
-        self._losses = step.parts
-        return step.loss
-
-    def _sent(self, batch: list[list[Value]], stage: int) -> list[list[Value]]:
-        """Each micro-batch where the first or the last stage of its pipe runs."""
-        pipes = self.schedule.placement.pipes
-        homes = [pipes[pipe][stage] for pipe in self.schedule.pipe_of.tolist()]
-        return [
-            [placed(value, self._devices[home]) for value in slices]
-            for home, slices in zip(homes, batch)
-        ]
-
-    def _timed(self, step: Step) -> Trace:
-        start, end = self._runtime.run_timed(step)
-        notes = (SHARED_PROCESSOR,) if self._shared else ()
-        times = Timetable(np.array(start), np.array(end))
-        return Trace(self.program, times, "measured", _shares(self.program), notes)
 
 
 def _grid_of(ranks: Ranks | Along | bool, data_parallel: Along | int) -> Grid | None:

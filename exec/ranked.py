@@ -13,12 +13,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
-from pipeproof.exec import clipping
+from pipeproof.exec import clipping, scaling
 from pipeproof.exec.agreement import agree, check_given
 from pipeproof.exec.batch import (
     Batch,
@@ -188,12 +190,18 @@ class Ranked:
         self._close(step)
         return step
 
-    def anywhere(self, here: bool) -> bool:
-        """Whether something is so on any rank."""
+    def together(self, what: str) -> AbstractContextManager[None]:
+        """Something that all ranks do; if one fails in it, all end it."""
+        return self._ranks.together(what)
+
+    def overflowed(self, runtime: Runtime, scaler: GradScaler) -> bool:
+        """Whether any gradient of any rank is not finite."""
+        scaling.ready(scaler, self._device)
+        here = scaling.overflowed(runtime.parameters)
         said = self._ranks.exchange(here, "whether the other ranks' gradients overflow")
         return any(said)
 
-    def norms(self, norm_type: float) -> list[float]:
+    def norms(self, runtime: Runtime, norm_type: float) -> list[float]:
         """Of the gradient of each parameter of the model, once, in their order."""
         counted = set(self.ties.elsewhere)
         ours = []

@@ -146,25 +146,24 @@ def meetings(program: Program) -> list[NDArray[np.int64]]:
     """
     groups: dict[tuple[int, int, int], list[int]] = {}
     times: dict[tuple[int, int, int], int] = {}
-    action, device = program.action, program.device
-    ties = ties_of(program)
-    for index in np.flatnonzero(np.isin(action, (Action.REDUCE, Action.TIE))).tolist():
+    ties, device = ties_of(program), program.device_of
+    for index in program.sums.tolist():
         of = ties.get(index)
         if of is None:
             of = int(program.schedule.ops.stage[program.first_op[index]])
-        what, where = int(action[index]), int(device[index])
+        what, where = int(program.action[index]), device(index)
         times[what, of, where] = nth = times.get((what, of, where), -1) + 1
         groups.setdefault((what, of, nth), []).append(index)
     return [
-        np.array(sorted(group, key=lambda i: int(device[i])), dtype=np.int64)
-        for group in groups.values()
+        np.array(sorted(group, key=device), dtype=np.int64) for group in groups.values()
     ]
 
 
 def ties_of(program: Program) -> dict[int, int]:
     """The tie of each TIE, which is that of what it writes; -1 where that is none."""
     result = {}
-    for index in np.flatnonzero(program.action == Action.TIE).tolist():
+    sums = program.sums
+    for index in sums[program.action[sums] == Action.TIE].tolist():
         written = program.buffers[program.writes[index]]
         sums = written[written[:, 0] == BufferKind.TIED, 2].tolist()
         result[index] = sums[0] if len(sums) == len(written) == 1 else -1

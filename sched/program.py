@@ -454,6 +454,10 @@ class Program:
         """The device of each instruction."""
         return np.array([s.device for s in self.streams], dtype=np.int32)[self.stream]
 
+    def device_of(self, index: int) -> int:
+        """The device of one instruction."""
+        return self.streams[int(self.stream[index])].device
+
     @cached_property
     def group(self) -> Column:
         """The group of each instruction; -1 where it has none."""
@@ -479,6 +483,12 @@ class Program:
     def computes(self) -> NDArray[np.int64]:
         """The COMPUTE instructions."""
         return np.flatnonzero(self.action == Action.COMPUTE)
+
+    @cached_property
+    def sums(self) -> NDArray[np.int64]:
+        """The REDUCEs and TIEs, which start on all their devices at once."""
+        action = self.action
+        return np.flatnonzero((action == Action.REDUCE) | (action == Action.TIE))
 
     @cached_property
     def by_stream(self) -> Sequence[NDArray[np.int64]]:

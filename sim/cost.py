@@ -7,7 +7,7 @@ exact results, floats give floats.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any
@@ -174,39 +174,51 @@ class Cost:
             *new_columns((len(computes), np.int32)),
         ]
         (which,) = run(_look_up, columns, results=[6], size=len(computes))
-        if not (program.op_count > 1).any():
+        groups = np.flatnonzero(program.op_count[computes] > 1)
+        if not len(groups):
             return numbers, which
-        first, count = (
-            column[computes] for column in (program.first_op, program.op_count)
-        )
-        place = places[ops.kind * np.int32(cells) + schedule.table.cell]
-        groups = np.flatnonzero(count > 1)
-        # Groups alike in all their ops take equally long.
-        alike = which[groups]
-        for nth in range(1, int(count.max())):
-            there = count[groups] > nth
-            more = place[np.where(there, first[groups] + nth, 0)]
-            _, alike = numbered(alike)
-            alike = alike * (len(numbers) + 1) + np.where(there, more, len(numbers))
-        different, alike = numbered(alike)
+        first = program.first_op[computes[groups]]
+        count = program.op_count[computes[groups]]
+        # Groups whose ops take equally long do too; with an overlap, those of the
+        # same kinds and stages.
+        known = places if self.overlap is None else np.arange(len(places))
+        alike = np.zeros(len(groups), dtype=np.int64)
+        for nth in range(int(count.max())):
+            op = first + np.where(count > nth, nth, 0)
+            here = known[ops.kind[op] * np.int32(cells) + schedule.table.cell[op]]
+            here = np.where(count > nth, here, len(known))
+            _, alike = numbered(alike * (len(known) + 1) + here)
+        different = int(alike.max()) + 1
         which[groups] = len(numbers) + alike
-        example = np.empty(len(different), dtype=np.int64)
-        example[alike[::-1]] = groups[::-1]  # the first
+        example = np.empty(different, dtype=np.int64)
+        example[alike[::-1]] = np.arange(len(groups))[::-1]  # the first
+        joint = self._joint(schedule)
         for group in example.tolist():
             members = range(int(first[group]), int(first[group] + count[group]))
-            parts = [numbers[place[i]] for i in members]
-            numbers.append(self._joint(schedule, members, parts))
+            cell = schedule.table.cell[members.start : members.stop]
+            kinds = ops.kind[members.start : members.stop]
+            parts = [numbers[n] for n in places[kinds * np.int32(cells) + cell]]
+            numbers.append(joint(members, parts))
         return numbers, which
 
-    def _joint(self, schedule: Schedule, members: range, times: list[Any]) -> Number:
-        kinds = sorted(int(schedule.ops.kind[i]) for i in members)
-        pair = kinds in ([Kind.F, Kind.B], [Kind.F, Kind.I, Kind.W])
-        if self.overlap is None or not pair:
-            return plain(sum(times))
-        forward = next(i for i in members if schedule.ops.kind[i] == Kind.F)
-        pipe = int(schedule.pipe_of[schedule.ops.micro_batch[forward]])
-        shares = self.per_stage("overlap", self.overlap, schedule, per_share=True)
-        return divide(shares[pipe][int(schedule.ops.stage[forward])], schedule.slices)
+    def _joint(self, schedule: Schedule) -> Callable[[range, list[Any]], Number]:
+        """How long an overlap group takes, from its ops and their times."""
+        pairs = [Kind.F, Kind.B], [Kind.F, Kind.I, Kind.W]
+        shares: Table = []
+        if self.overlap is not None:
+            value = self.overlap
+            shares = self.per_stage("overlap", value, schedule, per_share=True)
+
+        def joint(members: range, times: list[Any]) -> Number:
+            kinds = sorted(int(schedule.ops.kind[i]) for i in members)
+            if not shares or kinds not in pairs:
+                return plain(sum(times))
+            forward = next(i for i in members if schedule.ops.kind[i] == Kind.F)
+            pipe = int(schedule.pipe_of[schedule.ops.micro_batch[forward]])
+            share = shares[pipe][int(schedule.ops.stage[forward])]
+            return divide(share, schedule.slices)
+
+        return joint
 
     def _times(self, schedule: Schedule) -> dict[Kind, Table]:
         """(pipe, stage) → time, for every kind."""

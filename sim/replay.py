@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched import Action, Program, kernels
+from pipeproof.sched.deps import csr
 from pipeproof.sched.errors import UnsupportedError
 from pipeproof.sched.groups import Edges
 from pipeproof.sched.program import Lists
@@ -164,9 +165,31 @@ def all_waits(program: Program, turn: NDArray[Any], cluster: Cluster) -> Lists:
         after = np.concatenate([after, further[1]])
     if not len(before):
         return waits
-    more = np.cumsum(np.bincount(after + 1, minlength=len(program) + 1))
-    values = np.insert(waits.values, waits.offsets[after + 1], before)
-    return Lists(waits.offsets + more, values)
+    more = csr(len(program), after, before)
+    total = len(waits.values) + len(before)
+    columns: list[NDArray[Any]] = [
+        waits.offsets,
+        waits.values,
+        *more,
+        *kernels.columns((len(program) + 1, waits.offsets.dtype), (total, np.int32)),
+    ]
+    return Lists(*kernels.run(_joined, columns, results=[4, 5], size=total))
+
+
+def _joined(
+    offsets: Any, values: Any, more_at: Any, more: Any, joined_at: Any, joined: Any
+) -> None:
+    """Both lists of each instruction, one behind the other."""
+    filled = 0
+    joined_at[0] = 0
+    for i in range(len(joined_at) - 1):
+        for place in range(offsets[i], offsets[i + 1]):
+            joined[filled] = values[place]
+            filled += 1
+        for place in range(more_at[i], more_at[i + 1]):
+            joined[filled] = more[place]
+            filled += 1
+        joined_at[i + 1] = filled
 
 
 def _posted(

@@ -95,29 +95,27 @@ def admitted_by_start(program: Program, cluster: Cluster) -> Edges:
 
 def _meetings(program: Program, cluster: Cluster) -> list[Edges]:
     """What one of a REDUCE or a TIE waits for, all of it wait for."""
-    if not (meet := np.isin(program.action, (Action.REDUCE, Action.TIE))).any():
+    if not len(program.sums):
         return []
-    needs = {index: program.waits_for[index] for index in np.flatnonzero(meet).tolist()}
+    needs = {index: program.waits_for[index] for index in program.sums.tolist()}
     turn = _turns(program, cluster)
-    sums = np.zeros(len(program.streams), dtype=np.bool_)
-    sums[turn[meet]] = True
-    members = np.flatnonzero(sums[turn])
+    theirs = np.zeros(len(program.streams), dtype=np.bool_)
+    theirs[turn[program.sums]] = True
+    members = np.flatnonzero(theirs[turn])
     members = members[np.argsort(turn[members], kind="stable")]
-    follows = meet[members[1:]] & (turn[members[1:]] == turn[members[:-1]])
-    at = 1 + np.flatnonzero(follows)
+    behind = members[1:]
+    is_sum = np.isin(program.action[behind], (Action.REDUCE, Action.TIE))
+    at = 1 + np.flatnonzero(is_sum & (turn[behind] == turn[members[:-1]]))
     for one, following in zip(members[at - 1].tolist(), members[at].tolist()):
         needs[following].append(one)
-    result: list[Edges] = []
-    for group in map(np.ndarray.tolist, meetings(program)):
-        pairs = [
-            (need, other)
-            for one in group
-            for need in needs[one]
-            if need not in group  # two in one stream can only be in turn
-            for other in group
-            if other != one
-        ]
-        if pairs:
-            ends = np.array(pairs, dtype=np.int64)
-            result.append(for_all(program, ends[:, 0], ends[:, 1]))
-    return result
+    pairs = [
+        (need, other)
+        for group in map(np.ndarray.tolist, meetings(program))
+        for one in group
+        for need in needs[one]
+        if need not in group  # two in one stream can only be in turn
+        for other in group
+        if other != one
+    ]
+    ends = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return [for_all(program, ends[:, 0], ends[:, 1])]
