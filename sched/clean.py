@@ -45,6 +45,8 @@ def clean_levels(schedule: Schedule) -> NDArray[np.int32] | None:
     empty = np.zeros(0, dtype=np.int32)
     homes = np.array(schedule.placement.pipes, dtype=np.int32)
     of_steps = schedule.steps * homes.size
+    sums = len(homes) > 1 or schedule.has(Kind.REDUCE)
+    grouped = bool(ops.joined.any())
     columns: list[NDArray[Any]] = [
         ops.kind,
         ops.stage,
@@ -55,7 +57,7 @@ def clean_levels(schedule: Schedule) -> NDArray[np.int32] | None:
         schedule.pipe_of,
         schedule.row_starts,
         homes.ravel(),
-        np.array([*shape, len(homes), schedule.micro_batches]),
+        np.array([*shape, len(homes), schedule.micro_batches, sums, grouped]),
         *(
             table.by_kind[kind].ravel() if kind in table.by_kind else empty
             for kind in OF_MICRO_BATCHES
@@ -71,7 +73,7 @@ def clean_levels(schedule: Schedule) -> NDArray[np.int32] | None:
     level, done = run(_advance, columns, results=[24, 25], size=len(ops))
     if done[0] != len(ops):
         return None
-    return level[~ops.joined] if ops.joined.any() else level
+    return level[~ops.joined] if grouped else level
 
 
 def _impossible(schedule: Schedule) -> bool:
@@ -119,6 +121,7 @@ def _advance(
     nothing waits for, is passed by and levelled in the end.
     """
     slices, stages, pipes, of_step = shape[1], shape[2], shape[3], shape[4]
+    sums, grouped = shape[5] > 0, shape[6] > 0
     # F, and either B or I and W, of each stage, micro-batch and slice.
     for cell in range(len(forward)):
         one = len(whole) > 0 and whole[cell] >= 0
@@ -141,7 +144,7 @@ def _advance(
         while at[device] < row_starts[device + 1]:
             begin = at[device]
             end = begin + 1
-            while end < row_starts[device + 1] and joined[end]:
+            while grouped and end < row_starts[device + 1] and joined[end]:
                 end += 1
             reached = streams[3 * device]
             missing = -1
@@ -180,19 +183,17 @@ def _advance(
                                 need = whole[other] if len(whole) > 0 else -1
                                 if need < 0:
                                     need = half[other]
-                    elif nth > 0:
-                        break
-                    elif what == _W:
+                    elif nth == 0 and what == _W:
                         own = weight[cell]
                         need = half[cell]
-                    elif what == _R:
+                    elif nth == 0 and what == _R:
                         own = again[cell]
                         need = forward[cell]
-                    elif what == _OFFLOAD:
+                    elif nth == 0 and what == _OFFLOAD:
                         own = away[cell]
                         need = forward[cell]
                         reached = max(reached, streams[3 * device + 1])
-                    else:
+                    elif nth == 0:
                         own = back[cell]
                         need = away[cell]
                         reached = max(reached, streams[3 * device + 2])
@@ -203,7 +204,7 @@ def _advance(
                         reached = max(reached, level[need])
                 if missing >= 0:
                     break
-                pipe = pipe_of[micro_batch[op]]
+                pipe = pipe_of[micro_batch[op]] if pipes > 1 else 0
                 if own != op or home[pipe * stages + stage[op]] != device:
                     return
             if missing >= 0:
@@ -237,7 +238,7 @@ def _advance(
                     count += 1
                     waiting = behind[waiting]
                 level[op] = reached
-                if kind[op] in (_B, _W):
+                if sums and kind[op] in (_B, _W):
                     step = micro_batch[op] // of_step
                     pipe = pipe_of[micro_batch[op]]
                     cell = (step * pipes + pipe) * stages + stage[op]
@@ -250,7 +251,7 @@ def _advance(
             else:
                 streams[3 * device] = reached
     # REDUCEs: one on each device of a stage with replicas, behind its last there.
-    for cell in range(len(reduced)):
+    for cell in range(len(reduced) if sums else 0):
         op = reduced[cell]
         here = home[cell % (pipes * stages)]
         first = cell - cell // stages % pipes * stages
