@@ -153,7 +153,7 @@ class Binder:
             for target, buffer in over:
                 values[buffer] = tensors.handed_on(left[target])
             if last:
-                self.step.outputs[op.micro_batch][op.slice] = output
+                self.step.outputs[op.micro_batch, op.slice] = output
             if not last or self.step.with_loss:
                 output = finish(output)
             if out >= 0:
@@ -434,8 +434,8 @@ class Binder:
         def pass_on(gradient: Any, carried: Any, came: Any) -> None:
             if passed >= 0:
                 values[passed] = gradient
-            elif first and tensors.wants_grad(values[read]):
-                self.step.input_grads[op.micro_batch][op.slice] = gradient
+            elif first and gradient is not None and tensors.wants_grad(values[read]):
+                self.step.input_grads[op.micro_batch, op.slice] = gradient
             for buffer, grads in zip(over, came):
                 values[buffer] = grads
             if of in self._carried:

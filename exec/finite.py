@@ -59,7 +59,7 @@ def looked_at(
         for buffer in made:
             _look("the output", op, tensors.flat(binder.values[buffer]))
         if last:
-            _look("the loss", op, [binder.step.losses[op.micro_batch][op.slice]])
+            _look("the loss", op, [binder.step.losses[op.micro_batch, op.slice]])
 
     def backward() -> None:
         run()
@@ -68,7 +68,7 @@ def looked_at(
         for buffer in made:
             _look("the gradient of the input", op, tensors.flat(binder.values[buffer]))
         if op.stage == 0:
-            given = binder.step.input_grads[op.micro_batch][op.slice]
+            given = binder.step.input_grads.get((op.micro_batch, op.slice))
             _look("the gradient of the input", op, tensors.flat(given))
         for parameter in stage.parameters:
             what = f"the gradient of a parameter of shape {tuple(parameter.shape)}"
