@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from pipeproof.exec.batch import Batch, Weights, no_unit_takes, total_of, unmarked
-from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError
 from pipeproof.exec.grid import Grid
+from pipeproof.exec.homes import holders
 from pipeproof.exec.stage import Stage
 from pipeproof.exec.tensors import flat
 from pipeproof.sched import Schedule

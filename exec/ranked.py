@@ -33,10 +33,10 @@ from pipeproof.exec.batch import (
     total_of,
     weights,
 )
-from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError
 from pipeproof.exec.forms import DTYPES
 from pipeproof.exec.grid import Grid
+from pipeproof.exec.homes import holders
 from pipeproof.exec.links import Links
 from pipeproof.exec.losses import Loss
 from pipeproof.exec.opening import Opening
