@@ -154,49 +154,43 @@ def _advance(
                     return
                 if what == _REDUCE:
                     break
-                own = op
-                for nth in range(4):
-                    need = -1
-                    if what == _F:
-                        if nth == 0:
-                            own = forward[cell]
-                        elif nth == 1 and stage[op] > 0:
-                            need = forward[cell - 1]
-                        elif nth == 2 and part[op] > 0:
-                            need = forward[cell - stages]
-                    elif what in (_B, _I):
-                        if nth == 0:
-                            own = whole[cell] if what == _B else half[cell]
-                            need = forward[cell]
-                            if len(again) > 0 and again[cell] >= 0:
-                                need = again[cell]
-                        elif nth == 3:
-                            if len(back) > 0:
-                                need = back[cell]
-                        else:
-                            other = -1
-                            if nth == 1 and stage[op] < stages - 1:
-                                other = cell + 1
-                            elif nth == 2 and part[op] < slices - 1:
-                                other = cell + stages
-                            if other >= 0:
-                                need = whole[other] if len(whole) > 0 else -1
-                                if need < 0:
-                                    need = half[other]
-                    elif nth == 0 and what == _W:
-                        own = weight[cell]
-                        need = half[cell]
-                    elif nth == 0 and what == _R:
-                        own = again[cell]
-                        need = forward[cell]
-                    elif nth == 0 and what == _OFFLOAD:
-                        own = away[cell]
-                        need = forward[cell]
-                        reached = max(reached, streams[3 * device + 1])
-                    elif nth == 0:
-                        own = back[cell]
-                        need = away[cell]
-                        reached = max(reached, streams[3 * device + 2])
+                own = first = second = third = fourth = -1
+                if what == _F:
+                    own = forward[cell]
+                    if stage[op] > 0:
+                        first = forward[cell - 1]
+                    if part[op] > 0:
+                        second = forward[cell - stages]
+                elif what in (_B, _I):
+                    own = whole[cell] if what == _B else half[cell]
+                    first = forward[cell]
+                    if len(again) > 0 and again[cell] >= 0:
+                        first = again[cell]
+                    if stage[op] < stages - 1:
+                        second = whole[cell + 1] if len(whole) > 0 else -1
+                        if second < 0:
+                            second = half[cell + 1]
+                    if part[op] < slices - 1:
+                        third = whole[cell + stages] if len(whole) > 0 else -1
+                        if third < 0:
+                            third = half[cell + stages]
+                    if len(back) > 0:
+                        fourth = back[cell]
+                elif what == _W:
+                    own = weight[cell]
+                    first = half[cell]
+                elif what == _R:
+                    own = again[cell]
+                    first = forward[cell]
+                elif what == _OFFLOAD:
+                    own = away[cell]
+                    first = forward[cell]
+                    reached = max(reached, streams[3 * device + 1])
+                else:
+                    own = back[cell]
+                    first = away[cell]
+                    reached = max(reached, streams[3 * device + 2])
+                for need in (first, second, third, fourth):
                     if need >= 0:
                         if level[need] < 0:
                             missing = need

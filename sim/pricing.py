@@ -141,10 +141,8 @@ def _same(numbers: list[Number]) -> tuple[list[Number], NDArray[np.int32]]:
 
     Most costs are one number for all stages; Fractions take long to compare.
     """
-    place: dict[int, int] = {}
-    different: list[Number] = []
-    for number in numbers:
-        if place.setdefault(id(number), len(place)) == len(different):
-            different.append(number)
-    which = [place[id(number)] for number in numbers]
-    return different, np.array(which, dtype=np.int32)
+    names = list(map(id, numbers))
+    by_name = dict(zip(names, numbers))
+    place = dict(zip(by_name, range(len(by_name))))
+    which = np.array([place[name] for name in names], dtype=np.int32)
+    return list(by_name.values()), which
