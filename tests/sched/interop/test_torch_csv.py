@@ -33,11 +33,8 @@ from pipeproof.sched import (
     split_backward,
 )
 from pipeproof.sched.interop import torch_csv
-from pipeproof.sched.interop.torch_csv import (
-    format_torch_csv,
-    parse_torch_csv,
-    read_torch_csv,
-)
+from pipeproof.sched.interop.torch_csv import parse_torch_csv, read_torch_csv
+from pipeproof.sched.interop.torch_writer import format_torch_csv
 
 V_SHAPE = Schedule.of(
     [
