@@ -22,7 +22,7 @@ A TIE waits for none of its device's STEPs: those that stand before run meanwhil
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
@@ -235,7 +235,7 @@ class TiedStorage:
         return _longer(self.base.frees, [[] for _ in (*self.sums, *self.steps)])
 
 
-def _behind(column: np.ndarray, more: list[int]) -> np.ndarray:
+def _behind(column: np.ndarray, more: Sequence[int]) -> np.ndarray:
     return np.concatenate([column, np.array(more, dtype=column.dtype)])
 
 

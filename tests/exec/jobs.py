@@ -458,16 +458,18 @@ def clipped(ranks: Ranks | bool, job: Job) -> Clipped:
 
 @dataclass(frozen=True)
 class Tied:
-    """Steps of a model whose first and last stage share their weight.
+    """Steps of a model of which two stages share their weight.
 
     Attributes:
         name, devices: of the schedule.
         told: ranks that are given all stages; the others only have their own.
+        pair: the two.
     """
 
     name: str = "1f1b"
     devices: int = 4
     told: tuple[int, ...] = (0, 1, 2, 3)
+    pair: tuple[int, int] = (0, -1)
 
 
 @dataclass(frozen=True)
@@ -485,13 +487,14 @@ class Trained:
 
 def tied(ranks: Ranks | bool, job: Tied) -> Trained:
     """Three steps with clipping, an optimizer, and gradients over two steps once."""
-    schedule = catalog.make(job.name, devices=job.devices, micro_batches=4)
+    schedule = catalog.make(job.name, devices=job.devices, micro_batches=8)
     torch.manual_seed(0)
     stages = [
         nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()).double()
         for _ in range(schedule.stages)
     ]
-    stages[-1][0].weight = stages[0][0].weight
+    one, other = job.pair
+    stages[other][0].weight = stages[one][0].weight
     mine = list(range(schedule.stages))
     given: list[Any] = list(stages)
     if isinstance(ranks, Ranks):
@@ -730,7 +733,7 @@ def faulty(ranks: Ranks, fault: Fault) -> None:
     here, kind = ranks.rank == fault.rank, fault.kind
     micro_batches = 5 if here and kind == "schedule" else 4
     devices = ranks.size + (kind == "devices")
-    name = "bpipe" if kind == "lender" else "1f1b"
+    name = {"lender": "bpipe", "apart": "interleaved"}.get(kind, "1f1b")
     schedule = catalog.make(name, devices=devices, micro_batches=micro_batches)
     stages: list[Any] = [nn.Linear(WIDTH, WIDTH) for _ in range(schedule.stages)]
     if here and kind in ("stage", "lender", "interrupt", "signal"):
@@ -743,6 +746,8 @@ def faulty(ranks: Ranks, fault: Fault) -> None:
         stages[1].weight = stages[3].weight
         if here:
             nn.init.zeros_(stages[3].weight)
+    elif kind == "apart" and not here:
+        stages[4].weight = stages[0].weight
     elif kind == "data":
         stages[fault.rank] = Dropping()
     loss_fn = bad_loss if kind == "loss" else sum_of_squares
