@@ -130,7 +130,9 @@ class Ranked:
         self._signatures: list[str] = []
         self._decides: tuple[list[Any], str] = [], ""
         self.links = Links(grid, program, device, apart=self.sharded)
-        self.ties = tie_up(grid, schedule, stages, self.homes, shares, device)
+        self.ties = tie_up(
+            grid, schedule, stages, self.homes, shares, device, self.optimizers
+        )
 
     def step(self, runtime: Runtime, seed: int, batch: Batch) -> Step:
         """One step of all ranks.

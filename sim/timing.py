@@ -27,7 +27,7 @@ from pipeproof.sched.exact import Number, plain, ratio
 from pipeproof.sched.kernels import distinct, run
 from pipeproof.sched.matching import ties_of
 from pipeproof.sched.program import StreamKind
-from pipeproof.sched.ties import homes_of
+from pipeproof.sched.ties import homes_of, meets_nobody
 from pipeproof.sched.trace import Timetable
 from pipeproof.sched.weights import Sizes
 from pipeproof.sim.cluster import Cluster, Link
@@ -279,16 +279,16 @@ def tying(program: Program, cost: Cost, cluster: Cluster) -> list[Prices]:
     Of n devices each sends every other one a part of n of its gradient, sums the parts
     that it gets, and sends that sum to all: two rounds of n - 1 parts, one after the
     other, over the slowest link between any two of them. It does not contend with
-    other transfers.
+    other transfers. Devices that each hold all stages of a tie send nothing.
     """
     schedule = program.schedule
     if not schedule.ties:
         return []
     numbers: list[Number] = []
     for tie, size in zip(schedule.ties, cost.per_tie(schedule)):
-        homes = list(homes_of(schedule, tie))
+        homes = [] if meets_nobody(schedule, tie) else list(homes_of(schedule, tie))
         links = [cluster.link(a, b) for a in homes for b in homes if a != b]
-        part = divide(size, len(homes))
+        part = divide(size, max(1, len(homes)))
         rounds = [(len(homes) - 1) * one.occupied(part) + one.latency for one in links]
         numbers.append(plain(2 * max(rounds, default=0)))
     ties = ties_of(program)
