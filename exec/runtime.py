@@ -17,10 +17,11 @@ import torch
 from torch.optim import Optimizer
 
 from pipeproof.exec import tensors
-from pipeproof.exec.bind import Binder, Homes, holders
+from pipeproof.exec.bind import Binder
 from pipeproof.exec.clock import Clock
 from pipeproof.exec.errors import BatchError, RankError, StepError
 from pipeproof.exec.finite import check_before, looked_at
+from pipeproof.exec.homes import holders
 from pipeproof.exec.replicas import Reduction, Run, Sums, add_up
 from pipeproof.exec.sharded import Sharded
 from pipeproof.exec.shared import Shared
@@ -28,6 +29,7 @@ from pipeproof.exec.stash import Copies, Place
 from pipeproof.exec.step import Step
 from pipeproof.exec.ties import NO_SHARES, Shares
 from pipeproof.exec.updating import HALF_UPDATED, in_common, update
+from pipeproof.exec.workspace import Homes, Workspace
 from pipeproof.sched import Action, BufferKind, Kind, Op, Program, Schedule
 from pipeproof.sched.errors import PipeproofError
 from pipeproof.sched.ir import STAGE_KINDS
@@ -119,6 +121,7 @@ class Runtime:
         self.takes_keywords = frozenset[str]().union(
             *(stage.takes_keywords for stage in self.stages)
         )
+        self._kinds = sorted({stage.device.type for stage in self.stages})
         self._transport = transport
         self._reduction, self._lend = reduction, lend
         self._sharded = sharded or {}
@@ -135,7 +138,8 @@ class Runtime:
             if len(holders(schedule, stage)) > 1 or stage in elsewhere
         }
         self._shared = Shared(program, homes, shares, ties, reduction)
-        self._binder = Binder(program, homes, loss_fn)
+        self._space = Workspace(program, homes)
+        self._binder = Binder(self._space, loss_fn)
         self._reader = {} if transport is None else readers(program)
         reductions = np.flatnonzero(program.action == Action.REDUCE).tolist()
         self._last_reduce = {program[i].ops[0].stage: i for i in reductions}
@@ -198,11 +202,8 @@ class Runtime:
     def _begin(self, step: Step) -> None:
         if self._check_finite and torch.is_grad_enabled():
             check_before(self.stages)
-        self._binder.step = step
-        self._binder.autocast = any(
-            torch.is_autocast_enabled(device.type)
-            for device in {stage.device for stage in self.stages}
-        )
+        self._space.step = step
+        self._space.autocast = any(map(torch.is_autocast_enabled, self._kinds))
         for stage in self.stages:
             stage.begin()
         for sharded in self._sharded.values():
@@ -281,7 +282,7 @@ class Runtime:
         return runs, awaited if self._transport is not None else []
 
     def _taking_outputs(self, arriving: list[int], run: Run) -> Run:
-        transport, values = self._transport, self._binder.values
+        transport, values = self._transport, self._space.values
         assert transport is not None
         messages = map(self._program.message_at, arriving)
         pairs = [
@@ -299,7 +300,7 @@ class Runtime:
 
     def _end(self) -> None:
         """Let go of every tensor of the step, whether or not it came to its end."""
-        self._binder.forget()
+        self._space.forget()
         if self._transport is not None:
             self._transport.forget()
         for sums in self._sums.values():
@@ -339,7 +340,7 @@ class Runtime:
         an exchange take first, so neither waits for a receive that comes later.
         """
         program = self._program
-        values, take, finish = self._binder.values, transport.take, transport.finish
+        values, take, finish = self._space.values, transport.take, transport.finish
         recvs = program.recv_of[arriving].tolist()
         pairs = [
             (program.message_at(message), program.writes[recv][0])
@@ -390,8 +391,8 @@ class Runtime:
             return self._bind_step(op, instruction)
         run = self._binder.bind(op, instruction)
         if self._check_finite:
-            stage = self._binder.homes[op.stage, instruction.stream.device]
-            run = looked_at(run, op, instruction, stage, self._binder)
+            stage = self._space.homes[op.stage, instruction.stream.device]
+            run = looked_at(run, op, instruction, stage, self._space)
         if self._last_backward.get(op.stage) == op:
             return self._sharded[op.stage].before_last(run)
         if op.kind not in (Kind.B, Kind.I, Kind.W):
@@ -403,7 +404,7 @@ class Runtime:
         return self._shared.around(op.stage, run)
 
     def _bind_send(self, instruction: Instruction) -> Run:
-        values, message = self._binder.values, instruction.message
+        values, message = self._space.values, instruction.message
         assert message is not None
         read = instruction.reads[0].index
         if self._transport is None:
@@ -418,7 +419,7 @@ class Runtime:
 
     def _bind_putting(self, message: Message, read: int) -> Run:
         """To another device of this process."""
-        values, write = self._binder.values, self._program.writes[message.recv][0]
+        values, write = self._space.values, self._program.writes[message.recv][0]
         target = self._devices[message.target]
         if self._devices[message.source] == target:
 
@@ -434,7 +435,7 @@ class Runtime:
 
     def _bind_handing_over(self, instruction: Instruction) -> Run:
         """What is in the buffers that it reads, in turn, to those that it writes."""
-        values = self._binder.values
+        values = self._space.values
         pairs = [
             (read.index, write.index)
             for read, write in zip(instruction.reads, instruction.writes, strict=True)
@@ -449,7 +450,7 @@ class Runtime:
     def _bind_copy(self, instruction: Instruction) -> Run:
         """OFFLOAD and RELOAD of all that a forward stored, and of its leaves."""
         (op,), device = instruction.ops, instruction.stream.device
-        of, stashes = (op.stage, op.micro_batch, op.slice), self._binder.stashes
+        of, stashes = (op.stage, op.micro_batch, op.slice), self._space.stashes
         hand_over = self._bind_handing_over(instruction)
         target = self._program.schedule.offload_to[device]
         place: Callable[[], Place]
@@ -460,7 +461,7 @@ class Runtime:
             place = partial(Copies, self._devices[device], away)
 
         def offload() -> None:
-            stashes[of].offload(place(), self._binder.leaves(op, instruction))
+            stashes[of].offload(place(), self._space.leaves(op, instruction))
             hand_over()
 
         def reload() -> None:
@@ -490,7 +491,7 @@ class Runtime:
         if optimizer is None or self._last_step[op.stage] != instruction.index:
             return _nothing
         finish, common = partial(self._finish, op.stage), self._common[op.stage]
-        return update(optimizer, self._binder, finish, common)
+        return update(optimizer, self._space, finish, common)
 
     def _finish(self, stage: int) -> None:
         """Return once `.grad` has what others add to a stage's gradient."""
