@@ -28,11 +28,16 @@ def clean_levels(schedule: Schedule) -> NDArray[np.int32] | None:
 
     Returns:
         int32 per lone op or overlap group, as `deps.Order.level`. None for schedules
-        with STEPs too.
+        with STEPs behind sums over devices too.
     """
     ops = schedule.ops
     shape = schedule.all_micro_batches, schedule.slices, schedule.stages
-    if not len(ops) or ops.kind.max() > _REDUCE or _impossible(schedule):
+    if not len(ops) or _impossible(schedule):
+        return None
+    homes = np.array(schedule.placement.pipes, dtype=np.int32)
+    sums = len(homes) > 1 or schedule.has(Kind.REDUCE)
+    steps = schedule.has(Kind.STEP)
+    if steps and (sums or schedule.ties):
         return None
     numbers = ops.micro_batch, ops.slice, ops.stage
     if any(column.max() >= size for column, size in zip(numbers, shape)):
@@ -43,9 +48,7 @@ def clean_levels(schedule: Schedule) -> NDArray[np.int32] | None:
     if Kind.F not in table.by_kind:
         return None
     empty = np.zeros(0, dtype=np.int32)
-    homes = np.array(schedule.placement.pipes, dtype=np.int32)
     of_steps = schedule.steps * homes.size
-    sums = len(homes) > 1 or schedule.has(Kind.REDUCE)
     grouped = bool(ops.joined.any())
     columns: list[NDArray[Any]] = [
         ops.kind,
@@ -57,7 +60,7 @@ def clean_levels(schedule: Schedule) -> NDArray[np.int32] | None:
         schedule.pipe_of,
         schedule.row_starts,
         homes.ravel(),
-        np.array([*shape, len(homes), schedule.micro_batches, sums, grouped]),
+        np.array([*shape, len(homes), schedule.micro_batches, sums, steps, grouped]),
         *(
             table.by_kind[kind].ravel() if kind in table.by_kind else empty
             for kind in OF_MICRO_BATCHES
@@ -121,7 +124,7 @@ def _advance(
     nothing waits for, is passed by and levelled in the end.
     """
     slices, stages, pipes, of_step = shape[1], shape[2], shape[3], shape[4]
-    sums, grouped = shape[5] > 0, shape[6] > 0
+    sums, steps, grouped = shape[5] > 0, shape[6] > 0, shape[7] > 0
     # F, and either B or I and W, of each stage, micro-batch and slice.
     for cell in range(len(forward)):
         one = len(whole) > 0 and whole[cell] >= 0
@@ -152,7 +155,7 @@ def _advance(
                 cell, what = place[op], kind[op]
                 if end > begin + 1 and what > _R:
                     return
-                if what == _REDUCE:
+                if what >= _REDUCE:
                     break
                 own = first = second = third = fourth = -1
                 if what == _F:
@@ -208,7 +211,7 @@ def _advance(
             at[device] = end
             ran += end - begin
             what = kind[begin]
-            if what == _REDUCE:
+            if what >= _REDUCE:
                 step = micro_batch[begin]
                 if (step + 1) * of_step > shape[0]:
                     return
@@ -222,6 +225,7 @@ def _advance(
                         there = True
                 if not there:
                     return
+            if what == _REDUCE:
                 level[begin] = reached
                 continue
             reached += 1
@@ -232,7 +236,7 @@ def _advance(
                     count += 1
                     waiting = behind[waiting]
                 level[op] = reached
-                if sums and kind[op] in (_B, _W):
+                if (sums or steps) and kind[op] in (_B, _W):
                     step = micro_batch[op] // of_step
                     pipe = pipe_of[micro_batch[op]]
                     cell = (step * pipes + pipe) * stages + stage[op]
@@ -244,6 +248,10 @@ def _advance(
                 streams[3 * device + 2] = reached
             else:
                 streams[3 * device] = reached
+    # STEPs: one of each stage, behind its last.
+    for cell in range(len(reduced) if steps else 0):
+        if reduced[cell] < 0 or last[cell] > reduced[cell]:
+            return
     # REDUCEs: one on each device of a stage with replicas, behind its last there.
     for cell in range(len(reduced) if sums else 0):
         op = reduced[cell]
