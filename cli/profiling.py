@@ -35,9 +35,6 @@ from pipeproof.sched import Kind, Program, Schedule, Trace, lower
 from pipeproof.sim import Cost, Link, Measured, cost_of, links_of, simulate, write_cost
 from pipeproof.sim.fit import FIELDS
 
-TIMES = {kind: name for kind, name in FIELDS.items() if kind != Kind.STEP}
-"""What is measured of a Cost; the time of a STEP depends on its optimizer."""
-
 COUNTED = ("activations", "weight_grad_stash", "stored_inputs")
 """Classes of bytes that an ActivationMeter counts."""
 
@@ -111,6 +108,7 @@ def _found(wish: Wish, ranks: Ranks | None) -> Found:
     schedule = wish.schedule
     example = load_example(wish.model, schedule, wish.batch, wish.dtype, wish.seed)
     devices = devices_of(wish.device)
+    optimizers = optimizers_of(example.stages, schedule, lr=0.0)
     taken = profile(
         example.stages,
         schedule,
@@ -120,6 +118,7 @@ def _found(wish: Wish, ranks: Ranks | None) -> Found:
         devices=devices,
         ranks=ranks,
         rounds=wish.rounds,
+        optimizers=optimizers,
     )
     text = f"{schedule.summary}, --model {wish.model}, torch {torch.__version__}"
     pipeline = Pipeline(
@@ -128,7 +127,7 @@ def _found(wish: Wish, ranks: Ranks | None) -> Found:
         example.loss_fn,
         devices,
         ranks=ranks or False,
-        optimizers=optimizers_of(example.stages, schedule, lr=0.0),
+        optimizers=optimizers,
     )
     steps, peak = fresh(pipeline, example, wish.rounds)
     said = [(steps, peak)] if ranks is None else ranks.exchange([steps, peak], "steps")
@@ -146,14 +145,14 @@ def fresh(pipeline: Pipeline, example: Example, rounds: int) -> tuple[list[float
     parameters = [p for stage in example.stages for p in stage.parameters()]
     for _ in range(rounds + 1):
         began = perf_counter()
-        pipeline.step(example.inputs, example.targets, accumulate=True)  # no STEPs
+        pipeline.step(example.inputs, example.targets)
         steps.append(perf_counter() - began)
         for parameter in parameters:
             parameter.grad = None
     with ActivationMeter(example.stages) as meter:
         for value in (example.inputs, example.targets):
             meter.ignore(*(value if isinstance(value, tuple) else (value,)))
-        pipeline.step(example.inputs, example.targets, accumulate=True)
+        pipeline.step(example.inputs, example.targets)
     return steps[1:], meter.peak
 
 
@@ -249,8 +248,17 @@ def _report(schedule: Schedule, found: Found, *, as_json: bool) -> None:
     )
 
 
+def times_of(schedule: Schedule) -> dict[Kind, str]:
+    """The kinds whose time is measured, and what a Cost calls it.
+
+    That of a STEP, which is SGD's, only where there are some.
+    """
+    left_out = set() if schedule.has(Kind.STEP) else {Kind.STEP}
+    return {kind: name for kind, name in FIELDS.items() if kind not in left_out}
+
+
 def _as_json(cost: Cost, schedule: Schedule) -> list[dict[str, Any]]:
-    names = [*TIMES.values(), *bytes_of(())]
+    names = [*times_of(schedule).values(), *bytes_of(())]
     return [
         {name: _of(cost, name, stage) for name in names}
         for stage in range(schedule.stages)
@@ -269,7 +277,7 @@ def _tell(measured: Measured, schedule: Schedule) -> None:
             *(
                 "" if (time := _of(measured.cost, name, stage)) is None
                 else shown(time * 1e3)
-                for name in TIMES.values()
+                for name in times_of(schedule).values()
             ),
             *(
                 f"{_of(measured.cost, name, stage):,}"
@@ -278,7 +286,7 @@ def _tell(measured: Measured, schedule: Schedule) -> None:
         )
         for stage in range(schedule.stages)
     ]  # fmt: skip
-    heads = [f"{kind.name}, ms" for kind in TIMES]
+    heads = [f"{kind.name}, ms" for kind in times_of(schedule)]
     heads += ["activations", "output", "weights"]
     emit_table(f"Measured: {measured.measured}", ("stage", *heads), rows, right=heads)
     for (source, target), link in sorted(measured.links.items()):

@@ -146,7 +146,8 @@ def profile(*, wanted: Wanted, as_json: bool, **rest: Any) -> None:
     The stages run with backwards whole, in halves (I and W) and with recomputation,
     whichever of them the schedule itself has: what is measured does for every
     schedule of the same stages on the same devices. `simulate --cost` and
-    `run --cost` read the file; it is in seconds. STEPs are left out.
+    `run --cost` read the file; it is in seconds. Where the schedule has STEPs, those of
+    SGD are measured too.
 
     Needs torch. In this process, in ranks, or under torchrun, as `run`.
 

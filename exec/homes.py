@@ -85,24 +85,17 @@ def originals(homes: Mapping[tuple[int, int], Stage]) -> list[Stage]:
     return [found[number] for number in sorted(found)]
 
 
-def refuse_shared(homes: Mapping[tuple[int, int], Stage], replicas: int = 1) -> None:
-    """Refuse a parameter of two stages that could not have one gradient."""
+def refuse_shared(homes: Mapping[tuple[int, int], Stage]) -> None:
+    """Refuse a parameter of two stages that lie on different torch devices."""
     owner: dict[int, Stage] = {}
     for stage in homes.values():
         for parameter in stage.parameters:
             first = owner.setdefault(id(parameter), stage)
             if first is stage:
                 continue
-            both = f"stages {first.number} and {stage.number} share a parameter of "
-            both += f"shape {tuple(parameter.shape)}"
             if first.device != stage.device:
                 raise ModelError(
-                    f"{both} across {first.device} and {stage.device}: put both on one "
-                    "device, or untie them"
-                )
-            if replicas > 1:
-                raise ModelError(
-                    f"{both} on one rank, and data_parallel peers reduce each stage's "
-                    "gradient: its gradient would be reduced twice; untie them, or put "
-                    "the stages on different ranks"
+                    f"stages {first.number} and {stage.number} share a parameter of "
+                    f"shape {tuple(parameter.shape)} across {first.device} and "
+                    f"{stage.device}: put both on one device, or untie them"
                 )

@@ -32,7 +32,6 @@ from pipeproof.exec.homes import (
     check_count,
     originals,
     place,
-    refuse_shared,
     torch_devices,
 )
 from pipeproof.exec.input_grads import pass_on
@@ -45,7 +44,7 @@ from pipeproof.exec.sharded import check_wrapped
 from pipeproof.exec.skips import Routes
 from pipeproof.exec.stage import StageModule, check_sliced
 from pipeproof.exec.step import Losses, Step, ToldLosses
-from pipeproof.exec.ties import Shares, shares_of
+from pipeproof.exec.ties import Shares, check_alike, shares_of, words_of
 from pipeproof.exec.updating import (
     WHOLE_FIRST,
     Optimizers,
@@ -134,7 +133,8 @@ class Pipeline:
         optimizers: where the schedule has STEPs (`with_steps`), one for each stage, of
             its own parameters; None for a stage that learns nothing, and for other
             ranks'. As soon as a stage's gradient is whole, its optimizer's `step` is
-            called, then its `zero_grad`.
+            called, then its `zero_grad`. What stages share is in each one's, with the
+            same numbers.
         recomputed: what of a stage an R of the schedule runs again, where that is not
             all of it, while the rest keeps its activations: a function of a module,
             as `lambda module: isinstance(module, Block)`; or for each stage the
@@ -149,9 +149,8 @@ class Pipeline:
     Raises:
         ScheduleError: `check` has findings.
         ModelError: another number of stages than the schedule's, an empty one, or
-            one that shares a parameter across devices, or across stages where
-            several devices hold one; with slices, a unit that mixes positions and
-            takes no carry.
+            one that shares a parameter across devices; with slices, a unit that
+            mixes positions and takes no carry.
         ParameterError: another number of devices, an unknown loss scale, or
             recomputed layers that are not there or that no R runs again.
         UnsupportedError: ops that are not lowered to a program yet.
@@ -212,6 +211,9 @@ class Pipeline:
                 homes = place(list(stages), schedule, self._devices, routes)
                 if recomputed is not None:
                     recompute_only(homes, list(stages), schedule, recomputed)
+                stepped = updated_by(optimizers, originals(homes))
+                if stepped:
+                    check_alike(shares, words_of(originals(homes), stepped))
                 self._runtime = Runtime(
                     self.program,
                     homes,
@@ -219,7 +221,7 @@ class Pipeline:
                     self._devices,
                     shares=shares,
                     check_finite=check_finite,
-                    optimizers=updated_by(optimizers, originals(homes)),
+                    optimizers=stepped,
                 )
             else:
                 self._join(grid, list(stages), routes, shares)
@@ -247,7 +249,6 @@ class Pipeline:
         for stage in ranked.homes.values():
             if self.schedule.slices > 1:
                 check_sliced(stage.units)
-        refuse_shared(ranked.homes, len(grid.rows))
         if self._recomputed is not None:
             recompute_only(
                 ranked.homes, stages, self.schedule, self._recomputed, ranked.sharded

@@ -1,18 +1,14 @@
 """What a schedule's stages take: traces of steps with each kind of op, and bytes.
 
-A schedule has only some kinds of op. So the same stages also run variants of it, on
-the same batch, in turn with it:
-
-    whole        F B        backwards whole
-    halves       F I W      each W behind the next I, so that no pair runs as one
-    recomputed   F R B      where nothing is offloaded
-
+The stages run `variants` of the schedule, in turn and on the same batch;
 `pipeproof.sim.profile` makes costs of the traces.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -21,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from pipeproof.exec import tensors
@@ -34,16 +31,9 @@ from pipeproof.exec.pipeline import Pipeline
 from pipeproof.exec.skips import Routes, Values, gives_of, handed_over, parted
 from pipeproof.exec.split import Splitter
 from pipeproof.exec.stage import StageModule, takes_carry, takes_of, units_of
-from pipeproof.sched import (
-    Kind,
-    Op,
-    ParameterError,
-    Schedule,
-    Trace,
-    recompute,
-    reduce_gradients,
-)
-from pipeproof.sched.ir import BESIDE_KINDS
+from pipeproof.exec.updating import Optimizers, check_optimizers
+from pipeproof.exec.variants import variants
+from pipeproof.sched import Kind, ParameterError, Schedule, Trace
 
 WARM_UP = 2
 """Steps of each variant before those that count."""
@@ -91,25 +81,6 @@ class Profile:
     link_rates: Rates
 
 
-def variants(schedule: Schedule) -> dict[str, Schedule]:
-    """The schedule with backwards whole, in halves, and with recomputation.
-
-    Raises:
-        ParameterError: several steps.
-    """
-    if schedule.steps > 1:
-        raise ParameterError(
-            f"{schedule.summary}: a profile takes a schedule of one step, got "
-            f"{schedule.steps}"
-        )
-    whole = _of_rows(schedule, _whole)
-    halves = _of_rows(whole, _halves)
-    if schedule.has(Kind.REDUCE):
-        whole, halves = reduce_gradients(whole), reduce_gradients(halves)
-    again = recompute(whole, "always")
-    return {"whole": whole, "halves": halves, "recomputed": again}
-
-
 def profile(
     stages: Sequence[StageModule | None] | nn.Sequential,
     schedule: Schedule,
@@ -121,10 +92,12 @@ def profile(
     loss_scale: LossScale = "rows",
     ranks: Ranks | None = None,
     rounds: int = 5,
+    optimizers: Optimizers | None = None,
 ) -> Profile:
     """Measure what a schedule's stages take; all ranks call it, and get the same.
 
-    Gradients are left as they were; running statistics see the batch.
+    Gradients, weights and what optimizers keep are left as they were; running
+    statistics see the batch.
 
     Args:
         stages: as for `Pipeline`, as are the others.
@@ -136,16 +109,29 @@ def profile(
         loss_scale: likewise.
         ranks: likewise.
         rounds: measured steps of each variant.
+        optimizers: as for `Pipeline`, to measure the schedule's STEPs too; without,
+            they are left out.
 
     Raises:
-        ParameterError: fewer than one round, or as `variants`.
+        ParameterError: fewer than one round, optimizers for a schedule without STEPs,
+            or as `variants`.
     """
     if rounds < 1:
         raise ParameterError(f"rounds must be at least 1, got {rounds}")
-    given: dict[str, Any] = {"devices": devices, "loss_scale": loss_scale}
+    steps = optimizers is not None
+    if steps:
+        check_optimizers(optimizers, schedule)
     pipelines = [
-        Pipeline(stages, variant, loss_fn, ranks=ranks or False, **given)
-        for variant in variants(schedule).values()
+        Pipeline(
+            stages,
+            variant,
+            loss_fn,
+            devices,
+            loss_scale=loss_scale,
+            ranks=ranks or False,
+            optimizers=optimizers if variant.has(Kind.STEP) else None,
+        )
+        for variant in variants(schedule, steps=steps).values()
     ]
     mine = [
         number
@@ -158,9 +144,6 @@ def profile(
         for unit in units_of(_there(stages[n]))
         for p in unit.parameters()
     ]
-    before = [p.grad for p in parameters]
-    for parameter in parameters:
-        parameter.grad = None
     seen, routes = {n: _Seen() for n in mine}, pipelines[0].routes
     hooks = [hook for n in mine for hook in seen[n].hooks(_there(stages[n]), n, routes)]
     labels = None
@@ -168,10 +151,12 @@ def profile(
         parts = schedule.micro_batches, schedule.slices
         labels = split("targets", targets, *parts)[0][0]
     traces, outside = [], []
-    try:
-        pipelines[0].step(inputs, targets)
+    own = [optimizers[n] for n in mine] if optimizers is not None else []
+    with ExitStack() as hooked, _as_they_were(parameters, own):
         for hook in hooks:
-            hook.remove()
+            hooked.callback(hook.remove)
+        pipelines[0].step(inputs, targets)
+        hooked.close()
         for round_ in range(-WARM_UP, rounds):
             for pipeline in pipelines:
                 began = perf_counter()
@@ -188,12 +173,35 @@ def profile(
             for n in mine
         }
         rates = pipelines[0].link_rates()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, grad in zip(parameters, before):
-            parameter.grad = grad
     return _agreed(ranks, schedule, traces, found, median(outside), rates)
+
+
+@contextmanager
+def _as_they_were(
+    parameters: Sequence[nn.Parameter], optimizers: Iterable[Optimizer | None]
+) -> Iterator[None]:
+    """Without gradients meanwhile; what steps change is put back in the end.
+
+    Args:
+        parameters: each with its gradient.
+        optimizers: that step, with their state and these parameters' values.
+    """
+    stepping = [optimizer for optimizer in optimizers if optimizer is not None]
+    states = [copy.deepcopy(optimizer.state_dict()) for optimizer in stepping]
+    values = [p.detach().clone() for p in parameters] if stepping else []
+    grads = [p.grad for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, grad in zip(parameters, grads):
+            parameter.grad = grad
+        with torch.no_grad():
+            for parameter, value in zip(parameters, values):
+                parameter.copy_(value)
+        for optimizer, state in zip(stepping, states):
+            optimizer.load_state_dict(state)
 
 
 def _agreed(
@@ -359,40 +367,3 @@ def _leaf(leaf: Any) -> Any:
 
 def _bytes(found: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in found)
-
-
-Rows = Callable[[Sequence[Op]], list[Op]]
-
-
-def _of_rows(schedule: Schedule, change: Rows) -> Schedule:
-    return schedule.with_rows(
-        [change(list(schedule.row(device))) for device in range(schedule.devices)]
-    )
-
-
-def _whole(row: Sequence[Op]) -> list[Op]:
-    """Only forwards and backwards, each of these where the gradient goes on."""
-    dropped = (*BESIDE_KINDS, Kind.R, Kind.W, Kind.STEP)
-    return [
-        op._replace(kind=Kind.B) if op.kind == Kind.I else op
-        for op in row
-        if op.kind not in dropped
-    ]
-
-
-def _halves(row: Sequence[Op]) -> list[Op]:
-    """Each B as its I, and its W behind the next I."""
-    result: list[Op] = []
-    waiting: Op | None = None
-    last = max((n for n, op in enumerate(row) if op.kind == Kind.B), default=-1)
-    for place, op in enumerate(row):
-        if op.kind != Kind.B:
-            result.append(op)
-            continue
-        result.append(op._replace(kind=Kind.I))
-        if waiting is not None:
-            result.append(waiting)
-        waiting = op._replace(kind=Kind.W)
-        if place == last:
-            result.append(waiting)
-    return result

@@ -128,7 +128,9 @@ class Ranked:
         self.sharded = {n: Sharded(stages[n]) for n in mine if is_sharded(stages[n])}
         self._opening = Opening(grid, schedule, self.homes.values(), device)
         self.links = Links(grid, program, device, apart=self.sharded)
-        self.ties = tie_up(grid, schedule, stages, self.homes, shares, device)
+        self.ties = tie_up(
+            grid, schedule, stages, self.homes, shares, device, self.optimizers
+        )
 
     def step(self, runtime: Runtime, seed: int, batch: Batch) -> Step:
         """One step of all ranks.

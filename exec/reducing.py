@@ -31,7 +31,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Backend
 
 from pipeproof.exec.group import Ranks
-from pipeproof.exec.replicas import Owner, Sums, accumulate
+from pipeproof.exec.replicas import Accumulate, Owner, Sums, accumulate
 from pipeproof.exec.wires import NEVER
 
 Gradients = list[Tensor | None]
@@ -66,15 +66,18 @@ class Reducer:
         """Whose gradients are summed."""
         return frozenset(self._groups)
 
-    def begin(self, index: int, stage: int, sums: Sums) -> None:
+    def begin(
+        self, index: int, stage: int, sums: Sums, add: Accumulate = accumulate
+    ) -> None:
         """Start to sum.
 
         Args:
             index: of the instruction.
-            stage: whose gradient.
+            stage: (or tie) whose gradient.
             sums: of this rank; taken over.
+            add: adds the total to what the parameters have.
         """
-        reduction = _Reduction(index, sums.stage, sums.taken(), self._groups[stage])
+        reduction = _Reduction(index, stage, sums, self._groups[stage], add)
         if self._device.type == "cuda":
             reduction.event = torch.cuda.current_stream(self._device).record_event()
         if not self._begun:
@@ -85,17 +88,17 @@ class Reducer:
         self._queue.put(reduction)
 
     def complete(self, stage: int) -> None:
-        """Wait for the sum of a stage that was begun, and add it to `.grad`.
+        """Wait for the sum of a stage (or tie) that was begun, and add it.
 
         Raises:
             RankError: as `Ranks.wait`.
         """
         for one in self._begun:
-            if one.stage.number == stage:
+            if one.number == stage:
                 self._add(one)
 
     def finish(self) -> None:
-        """Wait for all sums, and add each to `.grad`.
+        """Wait for all sums, and add each.
 
         Raises:
             RankError: as `Ranks.wait`.
@@ -121,7 +124,7 @@ class Reducer:
             for grad in one.grads:
                 if grad is not None:
                     grad.record_stream(compute)
-        accumulate(one.stage.parameters, one.grads)
+        one.add(one.stage.parameters, one.grads)
         one.added = True
 
     def forget(self) -> None:
@@ -137,19 +140,28 @@ class Reducer:
 class _Reduction:
     """One stage's, under way.
 
-    Attributes:
+    Args:
         index: of the instruction.
+        number: of the stage, or tie.
+        sums: of this rank; taken over.
+        group: of the ranks that hold it.
+        add: adds the total to what the parameters have.
+
+    Attributes:
         stage: whose parameters.
         grads: of this rank, and in the end the sums.
-        group: of the ranks that hold it.
         event: on a GPU, when the gradients, and in the end the sums, are there.
         done: set at the end.
-        added: whether `.grad` has the sums.
+        added: whether they are.
         error: why there are no sums.
     """
 
-    def __init__(self, index: int, stage: Owner, grads: Gradients, group: Any) -> None:
-        self.index, self.stage, self.grads, self.group = index, stage, grads, group
+    def __init__(
+        self, index: int, number: int, sums: Sums, group: Any, add: Accumulate
+    ) -> None:
+        self.index, self.number, self.group, self.add = index, number, group, add
+        self.stage: Owner = sums.stage
+        self.grads: Gradients = sums.taken()
         self.event: torch.cuda.Event | None = None
         self.done = threading.Event()
         self.error: Exception | None = None

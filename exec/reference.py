@@ -70,9 +70,9 @@ def reference(
     stages this is a loop of `loss.backward()`; `Pipeline.step` equals it bit by
     bit. Where several devices hold a stage, each one's are added up so, then these
     sums in the order of the devices; where several stages share a parameter, each
-    stage's, then these sums in the order of the stages on each device, and of the
-    devices. The forwards run in the order of the first stage's, which is what decides
-    running statistics.
+    stage's, then these sums in the order of the stages whose first device is the same,
+    and of these devices. The forwards run in the order of the first stage's, which is
+    what decides running statistics.
 
     Args:
         stages: as for `Pipeline`, all on one device; pass a deep copy of those
@@ -354,8 +354,8 @@ def _add_up(
         chains = [[grads[of][place] for of in chain] for chain in order[use.stage]]
         if use.leaf is not use.parameter:
             devices = shared.setdefault(id(use.parameter), {})
-            home = schedule.placement.pipes[0][use.stage]
-            devices.setdefault(home, []).append(_sum(chains[0]))
+            first = min(pipe[use.stage] for pipe in schedule.placement.pipes)
+            devices.setdefault(first, []).append(_sum(map(_sum, chains)))
             continue
         once = [_sum(map(_sum, chains))]
         for grad in once if len(chains) > 1 else chains[0]:

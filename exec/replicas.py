@@ -27,6 +27,9 @@ from pipeproof.exec.stage import Stage, StageModule
 
 Run = Callable[[], None]
 
+Accumulate = Callable[[Sequence[Tensor], Sequence[Tensor | None]], None]
+"""Adds gradients to those that parameters have."""
+
 
 class Owner(Protocol):
     """A stage, or what else has parameters whose gradients are summed."""
@@ -80,6 +83,17 @@ class Sums:
             parameter.grad, grads[number] = grads[number], parameter.grad
 
 
+def accumulate(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Add to `.grad`, as a backward does; what is given may become it."""
+    for parameter, grad in zip(parameters, grads, strict=True):
+        if grad is None:
+            continue
+        if parameter.grad is None:
+            parameter.grad = grad
+        else:
+            parameter.grad += grad
+
+
 class Reduction(Protocol):
     """Sums gradients of stages, or of ties, over the processes that hold them."""
 
@@ -87,27 +101,27 @@ class Reduction(Protocol):
     def stages(self) -> frozenset[int]:
         """Whose, by number."""
 
-    def begin(self, index: int, stage: int, sums: Sums) -> None:
-        """Take over what is summed here; `.grad` has the total after the step."""
+    def begin(
+        self, index: int, stage: int, sums: Sums, add: Accumulate = accumulate
+    ) -> None:
+        """Take over what is summed here; `add` gets the total, sooner or later."""
 
     def complete(self, stage: int) -> None:
-        """Return once `.grad` has the total of a stage."""
-
-    def finish(self) -> None:
-        """Have the totals of all that has begun in `.grad`."""
+        """Return once the total of a stage, if it has begun, is added."""
 
 
-def add_up(parts: Sequence[Sums]) -> None:
+def add_up(parts: Sequence[Sums], add: Accumulate) -> None:
     """REDUCE: the sums of all devices, in their order, once to the user's `.grad`.
 
     Args:
         parts: of the devices, in ascending order; used up.
+        add: adds them.
     """
     stage = parts[0].stage
     assert isinstance(stage, Stage)
     parameters = stage.original.parameters
     found = list(zip(*(part.taken() for part in parts)))
-    accumulate(parameters, list(map(_total, parameters, found)))
+    add(parameters, list(map(_total, parameters, found)))
 
 
 def _total(parameter: Tensor, found: Sequence[Tensor | None]) -> Tensor | None:
@@ -118,17 +132,6 @@ def _total(parameter: Tensor, found: Sequence[Tensor | None]) -> Tensor | None:
     for grad in there[1:]:
         total += grad.to(parameter.device)
     return total
-
-
-def accumulate(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Add to `.grad`, as a backward does; what is given may become it."""
-    for parameter, grad in zip(parameters, grads, strict=True):
-        if grad is None:
-            continue
-        if parameter.grad is None:
-            parameter.grad = grad
-        else:
-            parameter.grad += grad
 
 
 class Replica(Stage):

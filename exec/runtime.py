@@ -28,7 +28,7 @@ from pipeproof.exec.shared import Shared
 from pipeproof.exec.stash import Copies, Place
 from pipeproof.exec.step import Step
 from pipeproof.exec.ties import NO_SHARES, Shares
-from pipeproof.exec.updating import HALF_UPDATED, update
+from pipeproof.exec.updating import HALF_UPDATED, in_common, update
 from pipeproof.exec.workspace import Homes, Workspace
 from pipeproof.sched import Action, BufferKind, Kind, Op, Program, Schedule
 from pipeproof.sched.errors import PipeproofError
@@ -137,7 +137,7 @@ class Runtime:
             for (stage, device), home in homes.items()
             if len(holders(schedule, stage)) > 1 or stage in elsewhere
         }
-        self._shared = Shared(program, homes, shares, ties, reduction, elsewhere)
+        self._shared = Shared(program, homes, shares, ties, reduction)
         self._space = Workspace(program, homes)
         self._binder = Binder(self._space, loss_fn)
         self._reader = {} if transport is None else readers(program)
@@ -147,6 +147,8 @@ class Runtime:
         steps = np.flatnonzero(program.op_kind == Kind.STEP)
         steps = steps[np.isin(program.device[steps], list(mine))].tolist()
         self._last_step = {program[i].ops[0].stage: i for i in steps}
+        originals = {stage.original for stage in self.stages}
+        self._common = in_common(originals, self._optimizers)
         self.here = np.flatnonzero(np.isin(program.device, list(mine))).tolist()
         self._runs: list[tuple[int, Run]] = [
             (index, self._bind(program[index])) for index in self.here
@@ -303,7 +305,7 @@ class Runtime:
             self._transport.forget()
         for sums in self._sums.values():
             sums.begin()
-        self._shared.forget()
+        self._shared.begin()
 
     def _device(self, index: int) -> torch.device:
         return self._devices[int(self._program.device[index])]
@@ -475,21 +477,27 @@ class Runtime:
         reduction = self._reduction
         if reduction is not None and op.stage in reduction.stages:
             sums = self._sums[op.stage, instruction.stream.device]
-            return partial(reduction.begin, instruction.index, op.stage, sums)
+            add = self._shared.onto(op.stage)
+            return partial(reduction.begin, instruction.index, op.stage, sums, add)
         last = self._last_reduce[op.stage] == instruction.index
         if len(held_by) == 1 or not last:
             return _nothing
         parts = [self._sums[op.stage, device] for device in held_by]
-        return partial(add_up, parts)
+        return partial(add_up, parts, self._shared.onto(op.stage))
 
     def _bind_step(self, op: Op, instruction: Instruction) -> Run:
         """The last STEP of a stage in this process, whose module the user has once."""
-        optimizer, reduction = self._optimizers.get(op.stage), self._reduction
+        optimizer = self._optimizers.get(op.stage)
         if optimizer is None or self._last_step[op.stage] != instruction.index:
             return _nothing
-        summed = reduction is not None and op.stage in reduction.stages
-        finish = reduction.complete if reduction is not None and summed else None
-        return update(optimizer, self._space, op.stage, finish)
+        finish, common = partial(self._finish, op.stage), self._common[op.stage]
+        return update(optimizer, self._space, finish, common)
+
+    def _finish(self, stage: int) -> None:
+        """Return once `.grad` has what others add to a stage's gradient."""
+        if self._reduction is not None:
+            self._reduction.complete(stage)
+        self._shared.complete(stage)
 
 
 def _last_backwards(schedule: Schedule, stages: Iterable[int]) -> dict[int, Op]:

@@ -14,11 +14,12 @@ Copies that start alike, with optimizers that are alike, so stay alike bit by bi
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from pipeproof.exec.errors import ModelError, RankError
 from pipeproof.exec.grid import Grid
@@ -26,9 +27,10 @@ from pipeproof.exec.homes import holders
 from pipeproof.exec.reducing import Reducer
 from pipeproof.exec.sharded import is_sharded
 from pipeproof.exec.stage import Stage, StageModule, units_of
-from pipeproof.exec.updating import refuse_tied
-from pipeproof.sched import Schedule
-from pipeproof.sched.ties import Tie, format_ties
+from pipeproof.exec.updating import how_updated
+from pipeproof.sched import Kind, Schedule
+from pipeproof.sched.ties import Tie, format_ties, held_by, meets_nobody
+from pipeproof.sched.transforms.step import steps_behind_sums
 
 Place = tuple[int, int]
 """Stage, and which of its parameters."""
@@ -59,8 +61,10 @@ class Shares:
     def onto(self, schedule: Schedule) -> Schedule:
         """The schedule, of a model whose stages share this.
 
+        Its STEPs are moved to where they can wait for the sums.
+
         Raises:
-            ModelError: it says others, or has replicas of a stage that shares.
+            ModelError: it says others.
         """
         if schedule.ties and schedule.ties != self.ties:
             raise ModelError(
@@ -68,15 +72,9 @@ class Shares:
                 f"stages {format_ties(self.ties) or 'none'}: leave them out of the "
                 "schedule, and it gets the stages'"
             )
-        for tie in self.ties:
-            refuse_tied(schedule, f"stages {in_words(tie)} share a parameter")
-            if any(len(holders(schedule, stage)) > 1 for stage in tie):
-                raise ModelError(
-                    f"stages {in_words(tie)} share a parameter, and several devices "
-                    "hold replicas of a stage: its gradient would be reduced twice; "
-                    "untie them, or use a schedule of one pipe"
-                )
-        return schedule.with_ties(self.ties) if self.ties else schedule
+        if schedule.ties or not self.ties:
+            return schedule
+        return steps_behind_sums(schedule.with_ties(self.ties))
 
 
 NO_SHARES = Shares()
@@ -124,6 +122,38 @@ class Ties:
     elsewhere: frozenset[int]
 
 
+def check_alike(shares: Shares, words: Mapping[int, Sequence[str]]) -> None:
+    """Refuse what the optimizers of the stages that share it would update apart.
+
+    Args:
+        shares: of all stages.
+        words: for each stage, what updates each of its parameters.
+
+    Raises:
+        ModelError: it is not the same for all of them.
+    """
+    for group in shares.groups:
+        if len(different := sorted({words[stage][n] for stage, n in group})) > 1:
+            raise ModelError(
+                f"stages {in_words(stages_of(group))} share a parameter, and their "
+                f"optimizers would update it differently: {' or '.join(different)}; "
+                "give both the same kind, with the same numbers"
+            )
+
+
+def words_of(
+    stages: Iterable[Stage], optimizers: Mapping[int, Optimizer]
+) -> dict[int, list[str]]:
+    """What updates each parameter of these stages, for `check_alike`."""
+    return {
+        stage.number: [
+            how_updated(parameter, optimizers.get(stage.number))
+            for parameter in stage.parameters
+        ]
+        for stage in stages
+    }
+
+
 def tie_up(
     grid: Grid,
     schedule: Schedule,
@@ -131,6 +161,7 @@ def tie_up(
     homes: Mapping[tuple[int, int], Stage],
     shares: Shares,
     device: torch.device,
+    optimizers: Mapping[int, Optimizer],
 ) -> Ties:
     """Connect ranks whose stages share parameters, and compare these.
 
@@ -141,29 +172,48 @@ def tie_up(
         homes: the stages that this rank runs, as for `Runtime`.
         shares: of all stages.
         device: where this rank's tensors lie.
+        optimizers: of the stages here, where there are STEPs.
 
     Raises:
-        ModelError: what is shared is sharded.
+        ModelError: what is shared is sharded, is several parameters on this rank, or
+            has optimizers that differ.
         RankError: copies with different values.
     """
     own = {number: stage.parameters for (number, _), stage in homes.items()}
     members, elsewhere = {}, set[int]()
     for number, tie in enumerate(schedule.ties):
-        ranks = sorted({grid.row[holders(schedule, stage)[0]] for stage in tie})
-        if len(ranks) == 1:
-            continue
         _refuse_sharded(tie, stages)
-        groups = shares.of(tie)
         here = [
             [own[stage][place] for stage, place in group if stage in own]
-            for group in groups
+            for group in shares.of(tie)
         ]
+        _refuse_several(grid, tie, here)
+        held = held_by(schedule, tie)
+        ranks = [grid.row[home] for home in held]
+        if len(ranks) == 1:
+            continue
         _compare(grid, tie, here)
-        if grid.ranks.rank in ranks:
+        if grid.device not in held:
+            continue
+        if holders(schedule, tie[0])[0] != grid.device:
+            elsewhere.update(id(copy) for copies in here for copy in copies)
+        if not meets_nobody(schedule, tie):
             members[number] = grid.ranks.collective(ranks, device)
-            if tie[0] not in own:
-                elsewhere.update(id(copy) for copies in here for copy in copies)
+    if schedule.ties and schedule.has(Kind.STEP):
+        words = words_of(homes.values(), optimizers)
+        said = grid.ranks.exchange(list(words.items()), "how the others update them")
+        check_alike(shares, dict(of for of_rank in said for of in of_rank))
     return Ties(Reducer(members, device, grid.ranks), frozenset(elsewhere))
+
+
+def _refuse_several(
+    grid: Grid, tie: Tie, here: Sequence[Sequence[nn.Parameter]]
+) -> None:
+    if any(len(set(map(id, copies))) > 1 for copies in here):
+        raise ModelError(
+            f"stages {in_words(tie)} share a parameter on another rank, and on rank "
+            f"{grid.ranks.rank} each has its own: let them share it there too"
+        )
 
 
 def _compare(grid: Grid, tie: Tie, here: Sequence[Sequence[nn.Parameter]]) -> None:

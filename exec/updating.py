@@ -7,17 +7,24 @@ A STEP comes when the stage's gradient of the batch is whole: behind the last of
 backwards, and behind the sum over the devices and processes that hold it. It calls the
 optimizer's `step`, then its `zero_grad`. Stages are updated one by one, so whatever
 needs the gradients of all of them first has no place in such a schedule.
+
+What stages share is in the optimizer of each. Between ranks each updates its own copy,
+by the same sum and so alike; on one rank the first stage's does, once, and the others
+have its state, so that what they save is what ranks would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Protocol
 
+from torch import nn
 from torch.optim import Optimizer
 
 from pipeproof.exec.errors import ModelError
+from pipeproof.exec.replicas import Run
 from pipeproof.exec.stage import Stage
 from pipeproof.exec.step import Step
 from pipeproof.sched import Kind, ParameterError, Schedule
@@ -138,52 +145,88 @@ def in_words(optimizer: Optimizer | None) -> str:
     if not isinstance(optimizer, Optimizer):
         return type(optimizer).__name__
     groups = [
-        {name: value for name, value in group.items() if name != "params"}
-        | {"parameters": len(group["params"])}
+        _numbers(group) | {"parameters": len(group["params"])}
         for group in optimizer.param_groups
     ]
     return f"{type(optimizer).__name__} {groups}"
 
 
-def update(
-    optimizer: Optimizer,
-    of: HasStep,
-    stage: int,
-    finish: Callable[[int], None] | None,
-) -> Callable[[], None]:
+def how_updated(parameter: nn.Parameter, optimizer: Optimizer | None) -> str:
+    """What updates a parameter, and by which numbers."""
+    if optimizer is None or not parameter.requires_grad:
+        return "nothing"
+    for group in optimizer.param_groups:
+        if any(parameter is other for other in group["params"]):
+            return f"{type(optimizer).__name__} {_numbers(group)}"
+    return "nothing"
+
+
+def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+@dataclass(frozen=True)
+class Common:
+    """What a stage shares with others of its process, each with an optimizer of it.
+
+    Attributes:
+        earlier: with an earlier stage, whose optimizer updates it.
+        later: with a later stage, and that stage's optimizer, which is to know what
+            this one's keeps of it: moments, say.
+    """
+
+    earlier: tuple[nn.Parameter, ...]
+    later: tuple[tuple[nn.Parameter, Optimizer], ...]
+
+
+def in_common(
+    stages: Iterable[Stage], optimizers: Mapping[int, Optimizer]
+) -> dict[int, Common]:
+    """By stage, what it shares.
+
+    Args:
+        stages: of this process, the user's own.
+        optimizers: of these, by stage.
+    """
+    first: dict[int, int] = {}
+    earlier: dict[int, list[nn.Parameter]] = {}
+    later: dict[int, list[tuple[nn.Parameter, Optimizer]]] = {}
+    for stage in sorted(stages, key=lambda stage: stage.number):
+        for parameter in stage.parameters if stage.number in optimizers else ():
+            owner = first.setdefault(id(parameter), stage.number)
+            if owner != stage.number:
+                pair = parameter, optimizers[stage.number]
+                earlier.setdefault(stage.number, []).append(parameter)
+                later.setdefault(owner, []).append(pair)
+    return {
+        number: Common(tuple(earlier.get(number, ())), tuple(later.get(number, ())))
+        for number in optimizers
+    }
+
+
+def update(optimizer: Optimizer, of: HasStep, finish: Run, common: Common) -> Run:
     """What a STEP does.
 
     Args:
         optimizer: of the stage.
         of: knows the step under way.
-        stage: its number.
-        finish: waits for the sum of a stage's gradient over processes, if that is
-            one.
+        finish: waits for what others add to the stage's gradient.
+        common: what it shares here.
     """
 
     def step() -> None:
         if of.step.accumulates:
             return
-        if finish is not None:
-            finish(stage)
+        finish()
+        grads = [parameter.grad for parameter in common.earlier]
+        for parameter in common.earlier:
+            parameter.grad = None
         optimizer.step()
         optimizer.zero_grad()
+        for parameter, grad in zip(common.earlier, grads):
+            parameter.grad = grad
+        for parameter, other in common.later:
+            if parameter in optimizer.state:
+                other.state[parameter] = optimizer.state[parameter]
 
     return step
-
-
-def refuse_tied(schedule: Schedule, both: str) -> None:
-    """Refuse a parameter of two stages that STEPs would update apart.
-
-    Args:
-        schedule: that the stages run in.
-        both: which share what.
-
-    Raises:
-        ModelError: there are STEPs.
-    """
-    if schedule.has(Kind.STEP):
-        raise ModelError(
-            f"{both}, and a STEP of one of them would update it by half its gradient: "
-            "untie them, or leave the STEPs out, and step the optimizers yourself"
-        )

@@ -321,15 +321,14 @@ def _skips(judge: Judge) -> Iterator[Finding]:
 
 
 def _ties(judge: Judge) -> Iterator[Finding]:
-    """Stages that share parameters are there, and each on one device."""
+    """Stages that share parameters are there."""
     for tie, found, remedy in ties.wrong(judge.schedule):
         yield Finding(
             "ties",
             None,
             None,
             None,
-            expected=f"ties of stages of 0 … {judge.schedule.stages - 1}, each on one "
-            "device",
+            expected=f"ties of stages of 0 … {judge.schedule.stages - 1}",
             found=f"{ties.named(tie)}: {found}",
             remedy=remedy,
         )

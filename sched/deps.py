@@ -191,6 +191,27 @@ def _of_stages(table: OpTable) -> list[tuple[Index, Index]]:
                 device = schedule.device_of_op
                 before = before[device[before] == device[after]]
         pairs.append((before, np.full(len(before), after)))
+    return pairs + (_of_ties(schedule) if schedule.ties else [])
+
+
+def _of_ties(schedule: Schedule) -> list[tuple[Index, Index]]:
+    """All that adds to a tie's stages, and to others of the device → STEP of one."""
+    ops, device = schedule.ops, schedule.device_of_op
+    of_stage = ops.kind == Kind.REDUCE
+    adds = np.flatnonzero(of_stage | (ops.kind == Kind.B) | (ops.kind == Kind.W))
+    step = np.where(of_stage, 1, schedule.micro_batches)[adds]
+    step = ops.micro_batch[adds] // step
+    pairs: list[tuple[Index, Index]] = []
+    for after in np.flatnonzero(ops.kind == Kind.STEP).tolist():
+        own = int(ops.stage[after])
+        ties = [tie for tie in schedule.ties if own in tie]
+        if not ties:
+            continue
+        waited = np.isin(ops.stage[adds], [stage for tie in ties for stage in tie])
+        waited |= device[adds] == device[after]
+        waited &= (ops.stage[adds] != own) & (step == ops.micro_batch[after])
+        before = adds[waited]
+        pairs.append((before, np.full(len(before), after)))
     return pairs
 
 

@@ -1,4 +1,4 @@
-"""The first operand that differs from an unpipelined step's, in words."""
+"""Operands that differ from an unpipelined step's, in words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pipeproof.sched.deadlock import named
 from pipeproof.sched.findings import Finding
 from pipeproof.sched.ir import Kind
 from pipeproof.sched.program import Program
-from pipeproof.sched.walk import Difference, Past, Walk
+from pipeproof.sched.walk import Difference, Operand, Past, Walk
 
 SHOWN = 8
 """Moves of a tensor that a message spells out."""
@@ -21,12 +21,8 @@ def told(program: Program, walk: Walk, first: Difference) -> Finding:
         kinds = " or ".join(kind.name.lower() for kind in first.kinds)
         found = f"{first.op} finds no {kinds} among the buffers it reads"
     else:
-        buffer = program.buffer_at(first.buffer)
-        holds = _holds(program, walk, first.found, names)
-        found = f"{first.op} reads {buffer}, which {holds}"
-        # What lies there now says nothing about a read that did not find it.
-        if walk.terms.keys[first.found][0] not in ("freed", "overwritten", "unwritten"):
-            found += _history(program, first.past)
+        operand = Operand(first.buffer, first.found, first.past)
+        found = f"{first.op} reads {held(program, walk, operand, names)}"
     if first.op.kind in (Kind.F, Kind.R) and first.op.stage == last:
         row = walk.reference.row(first.op.micro_batch, first.op.slice)
         found += "; its loss would count with targets and weight of "
@@ -41,6 +37,24 @@ def told(program: Program, walk: Walk, first: Difference) -> Finding:
         remedy=f"Look at instruction {first.instruction} and at what it reads; all "
         "before it is as in unpipelined training",
     )
+
+
+def held(program: Program, walk: Walk, operand: Operand, names: dict[int, str]) -> str:
+    """A buffer that was read, what it held, and how that came there.
+
+    Args:
+        program: whose.
+        walk: in which it was read.
+        operand: in a buffer that there is.
+        names: of terms.
+    """
+    buffer = program.buffer_at(operand.buffer)
+    words = f"{buffer}, which {_holds(program, walk, operand.term, names)}"
+    # What lies there now says nothing about a read that did not find it.
+    gone = ("freed", "overwritten", "unwritten")
+    if walk.terms.keys[operand.term][0] in gone:
+        return words
+    return words + _history(program, operand.past)
 
 
 def _holds(program: Program, walk: Walk, term: int, names: dict[int, str]) -> str:

@@ -34,7 +34,7 @@ from pipeproof.sched.layout import BEFORE, BEHIND, lay_out
 from pipeproof.sched.nodes import Nodes, Streams
 from pipeproof.sched.program import Lists, Program
 from pipeproof.sched.storage import LoweredStorage
-from pipeproof.sched.tying import with_sums
+from pipeproof.sched.tying import with_sums, without_them
 
 Transfers = Literal["overlapped", "blocking"]
 Receives = Literal["early", "late"]
@@ -76,6 +76,16 @@ def lower(
             raise ParameterError(f"{name} must be {known}, got {value!r}")
     schedule.report.raise_if_bad()
     _supported(schedule)
+    if not schedule.ties:
+        return _lowered(schedule, transfers, receives, messages)
+    program = _lowered(without_them(schedule), transfers, receives, messages)
+    return with_sums(program, schedule, blocking=transfers == "blocking")
+
+
+def _lowered(
+    schedule: Schedule, transfers: Transfers, receives: Receives, messages: Messages
+) -> Program:
+    """The program of a clean schedule without the sums of its ties."""
     table = schedule.table
     nodes = Nodes.of(schedule)
     streams = Streams.of(schedule)
@@ -95,7 +105,7 @@ def lower(
         blocking=blocking,
         late=late,
     )
-    program = Program(
+    return Program(
         schedule,
         streams.streams,
         layout.stream,
@@ -107,7 +117,6 @@ def lower(
         LoweredStorage(schedule, hops, layout, took),
         Lists.of([]) if together is None else groups_of(together, layout),
     )
-    return with_sums(program) if schedule.ties else program
 
 
 def _supported(schedule: Schedule) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeproof.sched.findings import Finding
 from pipeproof.sched.program import Action, BufferKind, Program, StreamKind
-from pipeproof.sched.ties import homes_of, named
+from pipeproof.sched.ties import homes_of, meets_nobody, named
 
 
 class _Side(NamedTuple):
@@ -142,18 +142,22 @@ def _by_link(program: Program, side: _Side) -> NDArray[np.int32]:
 def meetings(program: Program) -> list[NDArray[np.int64]]:
     """The REDUCEs and TIEs that meet, by device.
 
-    Of each stage, and each tie, the k-th of every device.
+    Of each stage, and each tie, the k-th of every device. A TIE of a device that holds
+    all stages of a tie, as all of its devices do, is alone.
     """
-    groups: dict[tuple[int, int, int], list[int]] = {}
+    groups: dict[tuple[int, int, int, int], list[int]] = {}
     times: dict[tuple[int, int, int], int] = {}
-    ties, device = ties_of(program), program.device_of
+    schedule, device = program.schedule, program.device_of
+    ties = ties_of(program)
+    alone = [meets_nobody(schedule, tie) for tie in schedule.ties]
     for index in program.sums.tolist():
         of = ties.get(index)
+        apart = of is not None and 0 <= of < len(alone) and alone[of]
         if of is None:
-            of = int(program.schedule.ops.stage[program.first_op[index]])
+            of = int(schedule.ops.stage[program.first_op[index]])
         what, where = int(program.action[index]), device(index)
         times[what, of, where] = nth = times.get((what, of, where), -1) + 1
-        groups.setdefault((what, of, nth), []).append(index)
+        groups.setdefault((what, of, nth, where if apart else -1), []).append(index)
     return [
         np.array(sorted(group, key=device), dtype=np.int64) for group in groups.values()
     ]

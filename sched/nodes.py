@@ -60,7 +60,9 @@ class Nodes:
     @cached_property
     def beside(self) -> NDArray[np.bool_]:
         """Whether each runs beside the compute stream."""
-        return np.isin(self.kind, BESIDE_KINDS)
+        beside = np.zeros(len(Kind), dtype=np.bool_)
+        beside[list(BESIDE_KINDS)] = True
+        return beside[self.kind]
 
     @cached_property
     def previous(self) -> Index:

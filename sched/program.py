@@ -29,7 +29,7 @@ Column = NDArray[np.int32]
 
 
 class Action(IntEnum):
-    """What an instruction does."""
+    """What an instruction does; the sums over devices come last."""
 
     COMPUTE = 0
     """Run an op, or an overlap group of them, on the compute stream."""
@@ -487,8 +487,7 @@ class Program:
     @cached_property
     def sums(self) -> NDArray[np.int64]:
         """The REDUCEs and TIEs, which start on all their devices at once."""
-        action = self.action
-        return np.flatnonzero((action == Action.REDUCE) | (action == Action.TIE))
+        return np.flatnonzero(self.action >= Action.REDUCE)
 
     @cached_property
     def by_stream(self) -> Sequence[NDArray[np.int64]]:

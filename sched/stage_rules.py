@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipeproof.sched.findings import Finding
-from pipeproof.sched.ir import STAGE_KINDS, Kind, Op
+from pipeproof.sched.ir import STAGE_KINDS, Kind, Op, Schedule
 from pipeproof.sched.judge import Judge
+from pipeproof.sched.ties import named, tied_stages, ties_of_stage
 
 
 def reduced(judge: Judge) -> Iterator[Finding]:
@@ -72,7 +73,10 @@ def updated(judge: Judge) -> Iterator[Finding]:
 
 
 def stages_last(judge: Judge) -> Iterator[Finding]:
-    """REDUCE comes after a stage's last backward on its device, STEP after both."""
+    """REDUCE comes after a stage's last backward on its device, STEP after both.
+
+    The STEP of a stage that is in a tie comes after all that its device does.
+    """
     schedule, ops = judge.schedule, judge.schedule.ops
     stage_ops = np.flatnonzero(np.isin(ops.kind, list(STAGE_KINDS)))
     finished = judge.table.get(Kind.B, Kind.W)
@@ -81,9 +85,14 @@ def stages_last(judge: Judge) -> Iterator[Finding]:
         for index in stage_ops.tolist()
         if ops.kind[index] == Kind.REDUCE
     }
+    tied, last_of_all = tied_stages(schedule), _last_of_devices(schedule)
     for index in stage_ops.tolist():
         op, device = ops[index], int(schedule.device_of_op[index])
         name = judge.name(index)
+        if op.kind == Kind.STEP and op.stage in tied:
+            if last_of_all[device] > index:
+                yield _too_early(judge, index, last_of_all[device])
+            continue
         first = op.micro_batch * schedule.micro_batches
         own = finished[first : first + schedule.micro_batches, :, op.stage]
         own = own[own >= 0]
@@ -99,3 +108,26 @@ def stages_last(judge: Judge) -> Iterator[Finding]:
                 found=f"{name} runs before {judge.name(last)} of its stage",
                 remedy=f"Move {name} behind step {schedule.locate(last)[1]}",
             )
+
+
+def _last_of_devices(schedule: Schedule) -> list[int]:
+    """Of each device the last op that is no STEP; -1 where it has none."""
+    others = np.flatnonzero(schedule.ops.kind != Kind.STEP)
+    last = np.full(schedule.devices, -1, dtype=np.int64)
+    np.maximum.at(last, schedule.device_of_op[others], others)
+    return [int(index) for index in last]
+
+
+def _too_early(judge: Judge, index: int, last: int) -> Finding:
+    """The STEP of a stage that is in a tie, with more than STEPs behind it."""
+    schedule, op = judge.schedule, judge.schedule.ops[index]
+    ties = [named(schedule.ties[n]) for n in ties_of_stage(schedule, op.stage)]
+    return judge.at(
+        "order",
+        index,
+        expected=f"{judge.name(index)} behind all but STEPs of its device: it waits "
+        f"for the sum of {', '.join(ties)}, and so for other devices",
+        found=f"{judge.name(index)} runs before {judge.name(last)}",
+        remedy=f"Move it behind step {schedule.locate(last)[1]} (with_steps puts it "
+        "there, if the schedule has its ties before)",
+    )

@@ -44,7 +44,7 @@ def tied(
                 findings.append(_no_sum(tie, homes))
                 continue
         findings += _unequal(schedule, tie, shares)
-        trees.append(tuple(map(Share, homes, shares)))
+        trees.append(tuple(Share(*of) for of in zip(homes, shares) if of[1]))
     return tuple(trees), tuple(findings)
 
 

@@ -10,18 +10,24 @@ every device that holds one of the stages gets the sum::
 
 On each device first those of its stages are added up, and then the devices' sums. What
 one tie sums is all that exactly these stages share, however many parameters that is.
-`tying` lowers it.
+Where a stage has replicas, a REDUCE sums its gradient over these before, and the first
+of its devices adds the sum::
+
+    device 0   stage 0   B0 + B2 ──┐ REDUCE of stage 0 ──▶ on both ──┐ + of stage 1
+    device 3   stage 0   B1 + B3 ──┘                                 └▶ on 0, 1, 2, 3
+
+A STEP of a stage that shares waits for the sum, and so for other devices: it stands
+behind all that its device computes, with nothing but STEPs behind it. `tying` lowers
+it.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from pipeproof.sched.errors import ParameterError, ParseError
-from pipeproof.sched.ops import Kind
+from pipeproof.sched.errors import ParameterError
+from pipeproof.sched.stage_words import StageWords
 
 if TYPE_CHECKING:
     from pipeproof.sched.ir import Schedule
@@ -32,10 +38,11 @@ Tie = tuple[int, ...]
 MAX_TIES = 1 << 10
 MAX_TIED = 1 << 16
 """Stages that all ties name together, at most."""
-MAX_STAGE = 2**31 - 1
 
-_STAGE = "(?:0|[1-9][0-9]{0,9})"
-_WORD = re.compile(rf"{_STAGE}(?:={_STAGE})+", re.ASCII)
+_WORDS = StageWords(
+    "ties", "=", many=True, once="all that the same stages share is one tie"
+)
+named, format_ties = _WORDS.named, _WORDS.format
 
 
 def listed(ties: Iterable[Any], where: str = "ties") -> tuple[Tie, ...]:
@@ -48,14 +55,7 @@ def listed(ties: Iterable[Any], where: str = "ties") -> tuple[Tie, ...]:
     found: list[Tie] = []
     total = 0
     for given in ties:
-        group = tuple(given) if isinstance(given, Sequence) else (given,)
-        if len(group) < 2 or any(
-            type(stage) is not int or not 0 <= stage <= MAX_STAGE for stage in group
-        ):
-            raise ParameterError(
-                f"{where}: expected groups of two stages or more, as (0, 3), found "
-                f"{given!r:.40}"
-            )
+        group = _WORDS.stages(given, where)
         total += len(group)
         if len(found) == MAX_TIES or total > MAX_TIED:
             raise ParameterError(
@@ -65,24 +65,7 @@ def listed(ties: Iterable[Any], where: str = "ties") -> tuple[Tie, ...]:
         found.append(tuple(sorted(group)))
         if len(set(group)) < len(group):
             raise ParameterError(f"{where}: {named(found[-1])} names a stage twice")
-    found.sort()
-    for one, other in pairwise(found):
-        if one == other:
-            raise ParameterError(
-                f"{where} name {named(one)} twice: all that the same stages share is "
-                "one tie"
-            )
-    return tuple(found)
-
-
-def named(tie: Tie) -> str:
-    """As the text form writes it."""
-    return "=".join(map(str, tie))
-
-
-def format_ties(ties: Sequence[Tie]) -> str:
-    """As the text form has them."""
-    return " ".join(map(named, ties))
+    return _WORDS.each_once(found, where)
 
 
 def parse_ties(text: str, where: str) -> tuple[Tie, ...]:
@@ -91,46 +74,55 @@ def parse_ties(text: str, where: str) -> tuple[Tie, ...]:
     Raises:
         ParseError: saying where, what was expected and found.
     """
-    found: list[list[int]] = []
-    for word in text.split():
-        if _WORD.fullmatch(word) is None:
-            raise ParseError(f"{where}: expected ties as 0=3, found {word[:40]!r}")
-        found.append(list(map(int, word.split("="))))
-    try:
-        return listed(found, where)
-    except ParameterError as error:
-        raise ParseError(str(error)) from None
+    return _WORDS.parse(text, where, listed)
 
 
 def wrong(schedule: Schedule) -> list[tuple[Tie, str, str]]:
     """Ties that the stages do not allow, with what was found and what to do."""
-    found = []
-    pipes = schedule.placement.pipes
-    ops = schedule.ops
-    stepped = set(ops.stage[ops.kind == Kind.STEP].tolist()) if schedule.ties else set()
-    for tie in schedule.ties:
-        if tie[-1] >= schedule.stages:
-            what = f"there is no stage {tie[-1]}"
-            found.append((tie, what, "Name stages of the schedule, or drop it"))
-            continue
-        if early := sorted(stepped.intersection(tie)):
-            what = f"stage {early[0]} has a STEP, and the sum comes behind it"
-            found.append((tie, what, "Leave out the STEPs, or untie them"))
-            continue
-        for stage in tie:
-            if len(homes := sorted({pipe[stage] for pipe in pipes})) > 1:
-                what = f"stage {stage} has replicas on devices "
-                what += ", ".join(map(str, homes))
-                remedy = "Use a schedule of one pipe, or untie them: the gradient "
-                found.append((tie, what, f"{remedy}would be summed twice"))
-                break
-    return found
+    return [
+        (tie, f"there is no stage {tie[-1]}", "Name stages of the schedule, or drop it")
+        for tie in schedule.ties
+        if tie[-1] >= schedule.stages
+    ]
 
 
 def homes_of(schedule: Schedule, tie: Tie) -> dict[int, list[int]]:
-    """By device, ascending, the stages of a tie that it holds."""
-    pipe = schedule.placement.pipes[0]
+    """By device, ascending, the stages of a tie whose gradients it adds.
+
+    Each device that holds one of them is there, for it gets the sum. A stage is added
+    by the first device that holds it; where each holds all of them, each adds them up
+    by itself, and they need not meet.
+    """
+    held = held_by(schedule, tie)
+    if meets_nobody(schedule, tie):
+        return {device: list(tie) for device in held}
+    left = set(tie)
     found: dict[int, list[int]] = {}
-    for stage in sorted(tie, key=lambda stage: (pipe[stage], stage)):
-        found.setdefault(pipe[stage], []).append(stage)
+    for device, stages in held.items():
+        found[device] = [stage for stage in stages if stage in left]
+        left -= set(stages)
     return found
+
+
+def held_by(schedule: Schedule, tie: Tie) -> dict[int, list[int]]:
+    """By device, ascending, the stages of a tie that it holds, replicas included."""
+    found: dict[int, set[int]] = {}
+    for pipe in schedule.placement.pipes:
+        for stage in tie:
+            found.setdefault(pipe[stage], set()).add(stage)
+    return {device: sorted(found[device]) for device in sorted(found)}
+
+
+def meets_nobody(schedule: Schedule, tie: Tie) -> bool:
+    """Whether each device that holds a stage of a tie holds all of them."""
+    return all(len(held) == len(tie) for held in held_by(schedule, tie).values())
+
+
+def ties_of_stage(schedule: Schedule, stage: int) -> list[int]:
+    """The numbers of the ties that a stage is in."""
+    return [number for number, tie in enumerate(schedule.ties) if stage in tie]
+
+
+def tied_stages(schedule: Schedule) -> set[int]:
+    """All that are in a tie."""
+    return {stage for tie in schedule.ties for stage in tie}

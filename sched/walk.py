@@ -12,7 +12,7 @@ written gives a term that is equal to no other.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeproof.sched.ir import Kind, Op
 from pipeproof.sched.program import Action, BufferKind, Program
@@ -32,6 +32,36 @@ Kinds = tuple[BufferKind, ...]
 Past = tuple[int, "Past | None"]
 """The instruction that wrote a content, and of one that only moved it, the past of
 what it moved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """What an op has read.
+
+    Attributes:
+        buffer: its number; -1 where it found none.
+        term: the content.
+        past: how that came there.
+    """
+
+    buffer: int
+    term: int
+    past: Past | None
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a STEP has read.
+
+    Attributes:
+        instruction: of it.
+        gradient: of its stage.
+        sums: of ties, by their number.
+    """
+
+    instruction: int
+    gradient: Operand
+    sums: dict[int, Operand]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +101,7 @@ class Walk:
         difference: the first, or None.
         peaks: for each device the most buffers alive at once during the walk,
             without gradients and what lies on the host.
-        updated: by stage and device, of each STEP the instruction and the gradient
-            that it read.
+        updated: by stage and device, what each STEP read.
     """
 
     def __init__(
@@ -112,7 +141,7 @@ class Walk:
         self._last_slice = program.schedule.slices - 1
         self._met: dict[int, int] = {}
         self._losses: dict[int, int] = {}  # of activations, what a backward starts from
-        self.updated: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self.updated: dict[tuple[int, int], list[Update]] = {}
 
     def run(self, order: Sequence[int]) -> None:
         """All instructions, in an order that streams, waits and messages allow."""
@@ -299,10 +328,21 @@ class Walk:
                     self._write(written, total, (other, None))
 
     def _update(self, i: int, stage: int, device: int) -> None:
-        buffer = self._find(self._reads[i], GRADIENTS, None)
-        missing = self.terms.make("missing", i)
-        gradient = self.gradient(buffer) if buffer >= 0 else missing
-        self.updated.setdefault((stage, device), []).append((i, gradient))
+        found = self._find(self._reads[i], GRADIENTS, None)
+        gradient = self._operand(i, found)
+        if found >= 0:  # one that nothing was added to is a sum of nothing
+            gradient = replace(gradient, term=self.gradient(found))
+        sums = {
+            self._owners[buffer][0]: self._operand(i, buffer)
+            for buffer in self._reads[i]
+            if self._kinds[buffer] == BufferKind.TIED
+        }
+        done = self.updated.setdefault((stage, device), [])
+        done.append(Update(i, gradient, sums))
+
+    def _operand(self, i: int, buffer: int) -> Operand:
+        term = self._read(buffer) if buffer >= 0 else self.terms.make("missing", i)
+        return Operand(buffer, term, self._past_of(buffer))
 
     def _read(self, buffer: int) -> int:
         slot = self._slots[buffer]

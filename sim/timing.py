@@ -12,7 +12,7 @@ a byte.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -27,7 +27,7 @@ from pipeproof.sched.exact import Number, plain, ratio
 from pipeproof.sched.kernels import distinct, run
 from pipeproof.sched.matching import ties_of
 from pipeproof.sched.program import StreamKind
-from pipeproof.sched.ties import homes_of
+from pipeproof.sched.ties import homes_of, meets_nobody
 from pipeproof.sched.trace import Timetable
 from pipeproof.sched.weights import Sizes
 from pipeproof.sim.cluster import Cluster, Link
@@ -181,10 +181,17 @@ def _spread(
     short = np.min_scalar_type(-len(place))
     which = np.zeros(size, dtype=short)
     for some, table in zip(prices, tables):
-        which[some.where] = np.array(table, dtype=short)[some.which]
+        if any(table):
+            columns = [some.where, some.which, np.array(table, dtype=short), which]
+            (which,) = run(_put, columns, results=[3], size=len(some.where))
     times = np.empty(len(place), dtype=dtype)
     times[:] = list(place)
     return times, which
+
+
+def _put(where: Any, which: Any, table: Any, result: Any) -> None:
+    for place in range(len(where)):
+        result[where[place]] = table[which[place]]
 
 
 def computing(program: Program, cost: Cost, cluster: Cluster) -> Prices:
@@ -236,6 +243,9 @@ def _copying(program: Program, cluster: Cluster, sizes: Sizes) -> list[Prices]:
         for number, stream in enumerate(program.streams)
         if stream.link is not None and stream.kind in BETWEEN_DEVICES
     }
+    ways = [*links.values(), cluster.host_link]
+    if all(way.bandwidth is None for way in ways) and _free(w.latency for w in ways):
+        return []
     copies = np.flatnonzero(program.action == Action.COPY)
     between = np.zeros(len(program.streams), dtype=np.bool_)
     between[list(links)] = True
@@ -269,16 +279,16 @@ def tying(program: Program, cost: Cost, cluster: Cluster) -> list[Prices]:
     Of n devices each sends every other one a part of n of its gradient, sums the parts
     that it gets, and sends that sum to all: two rounds of n - 1 parts, one after the
     other, over the slowest link between any two of them. It does not contend with
-    other transfers.
+    other transfers. Devices that each hold all stages of a tie send nothing.
     """
     schedule = program.schedule
     if not schedule.ties:
         return []
     numbers: list[Number] = []
     for tie, size in zip(schedule.ties, cost.per_tie(schedule)):
-        homes = list(homes_of(schedule, tie))
+        homes = [] if meets_nobody(schedule, tie) else list(homes_of(schedule, tie))
         links = [cluster.link(a, b) for a in homes for b in homes if a != b]
-        part = divide(size, len(homes))
+        part = divide(size, max(1, len(homes)))
         rounds = [(len(homes) - 1) * one.occupied(part) + one.latency for one in links]
         numbers.append(plain(2 * max(rounds, default=0)))
     ties = ties_of(program)
@@ -292,10 +302,15 @@ def _latencies(program: Program, links: dict[int, Link]) -> Prices:
         links[stream].latency if stream in links else 0
         for stream in range(len(program.streams))
     ]
-    if all(type(number) is int and number == 0 for number in numbers):
+    if _free(numbers):
         return Prices(np.zeros(0, dtype=np.int64), [], np.zeros(0, dtype=np.int64))
     sends = np.flatnonzero(program.action == Action.SEND)
     return Prices(program.message[sends], numbers, program.stream[sends])
+
+
+def _free(latencies: Iterable[Number]) -> bool:
+    """Whether nothing takes time, nor makes it a float or a Fraction."""
+    return all(type(number) is int and number == 0 for number in latencies)
 
 
 def _links(program: Program, cluster: Cluster) -> dict[int, Link]:

@@ -266,7 +266,8 @@ class Play:
     """One run in one random order; `contents` is what is left.
 
     `spoiled`: a buffer was touched while a send read it or another wrote it.
-    `updates`: by stage and device, the gradient that each STEP read.
+    `updates`: by stage and device, the gradient that each STEP read, and the sums of
+    its ties, by their number.
     """
 
     def __init__(self, program: Program, dice: random.Random) -> None:
@@ -277,7 +278,9 @@ class Play:
         self.holder: dict[int, int] = {}
         self.contents: dict[int, Content] = {}
         self.carried: dict[tuple[object, ...], str] = {}
-        self.updates: dict[tuple[int, int], list[Content]] = {}
+        self.updates: dict[
+            tuple[int, int], list[tuple[Content, dict[int, Content]]]
+        ] = {}
         self.spoiled = False
         self.started: set[int] = set()
         self.done: set[int] = set()
@@ -302,8 +305,11 @@ class Play:
                 self.link_of[i] = stream.link, len(row)
                 row.append(i)
             if instruction.action in (Action.REDUCE, Action.TIE):
-                key = self.sum_of(i)[0], stream.device
-                self.meets[key[0], times[key]].append(i)
+                of, stages = self.sum_of(i)
+                key = of, stream.device
+                if instruction.action == Action.TIE and self.has_all(stages):
+                    of = of, stream.device  # needs nobody
+                self.meets[of, times[key]].append(i)
                 times[key] += 1
         self.needs = [self.needs_of(i) for i in range(len(self.instructions))]
 
@@ -373,8 +379,16 @@ class Play:
                 pipes = self.program.schedule.placement.pipes
                 homes = {pipe[stage] for pipe in pipes for stage in stages}
                 there = {self.instructions[j].stream.device for j in group}
-                return homes == there and self.started.issuperset(group)
+                alone = self.instructions[i].action == Action.TIE
+                alone = alone and self.has_all(stages)
+                return (alone or homes == there) and self.started.issuperset(group)
         return True
+
+    def has_all(self, stages: tuple[int, ...]) -> bool:
+        """Whether each device that holds one of the stages holds all of them."""
+        pipes = self.program.schedule.placement.pipes
+        homes = [{pipe[stage] for pipe in pipes} for stage in stages]
+        return all(home == homes[0] for home in homes)
 
     def read(self, buffer: int) -> Content:
         slot = self.slot[buffer]
@@ -477,7 +491,12 @@ class Play:
                 put("grad", (*(old if isinstance(old, tuple) else (old,)), gradient))
 
         if kind == Kind.STEP:
-            self.updates.setdefault((s, device), []).append(get("grad"))
+            sums = {
+                b.stage: self.operands[i][place[b.index]]
+                for b in it.reads
+                if b.kind == BufferKind.TIED
+            }
+            self.updates.setdefault((s, device), []).append((get("grad"), sums))
         elif kind in (Kind.F, Kind.R):
             brought = find(it.writes, "input") is not None
             x = term("batch", m, q) if brought else get("input")
@@ -531,7 +550,12 @@ def computes_the_gradient(program: Program, dice: random.Random) -> bool:
             found = run.read(buffer)
             if not isinstance(found, tuple):
                 return False
-            steps = [found] if schedule.has(Kind.STEP) else []
+            sums = {
+                number: run.read(tied_buffer(program, number, device))
+                for number, tie in enumerate(schedule.ties)
+                if stage in tie
+            }
+            steps = [(found, sums)] if schedule.has(Kind.STEP) else []
             if run.updates.get((stage, device), []) != steps:
                 return False
             if stage in reduced:
@@ -547,20 +571,28 @@ def computes_the_gradient(program: Program, dice: random.Random) -> bool:
 
 
 def sums_once(run: Play, tie: Tie, number: int) -> bool:
-    """Whether each device of a tie has the sum once, of all that its stages have."""
-    pipe, buffers = run.program.schedule.placement.pipes[0], run.program.buffers
+    """Whether each device of a tie has the sum once, of all that its stages have.
+
+    A stage that several devices hold has on each of them what its REDUCE summed.
+    """
+    pipes, buffers = run.program.schedule.placement.pipes, run.program.buffers
     wanted = []
     for stage in tie:
-        mine = buffers[:, :3] == (BufferKind.GRADIENT, pipe[stage], stage)
+        mine = buffers[:, :3] == (BufferKind.GRADIENT, pipes[0][stage], stage)
         (buffer,) = np.flatnonzero(mine.all(1)).tolist()
         wanted.append(run.read(buffer))
-    for device in {pipe[stage] for stage in tie}:
-        mine = buffers[:, :3] == (BufferKind.TIED, device, number)
-        (buffer,) = np.flatnonzero(mine.all(1)).tolist()
-        found = run.read(buffer)
+    for device in {pipe[stage] for pipe in pipes for stage in tie}:
+        found = run.read(tied_buffer(run.program, number, device))
         if not isinstance(found, tuple) or len(found) != 1:
             return False
         parts = [part for of_device in found[0] for part in of_device]
         if sorted(map(str, parts)) != sorted(map(str, wanted)):
             return False
     return True
+
+
+def tied_buffer(program: Program, number: int, device: int) -> int:
+    """Where a device has the sum of a tie."""
+    mine = program.buffers[:, :3] == (BufferKind.TIED, device, number)
+    (buffer,) = np.flatnonzero(mine.all(1)).tolist()
+    return buffer

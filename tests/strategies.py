@@ -219,7 +219,7 @@ def schedules(
         micro_batches=m,
         slices=q,
         skips=draw(some_skips(placement.stages)),
-        ties=draw(some_ties(placement)),
+        ties=draw(some_ties(placement.stages)),
     )
 
 
@@ -231,13 +231,11 @@ def some_skips(stages: int) -> st.SearchStrategy[list[Skip]]:
     return st.just([]) | st.lists(st.sampled_from(every), max_size=3, unique=True)
 
 
-def some_ties(placement: Placement) -> st.SearchStrategy[list[Tie]]:
-    """Often none; of stages without replicas."""
-    homes = map(set, zip(*placement.pipes))
-    alone = [stage for stage, home in enumerate(homes) if len(home) == 1]
-    if len(alone) < 2:
+def some_ties(stages: int) -> st.SearchStrategy[list[Tie]]:
+    """Often none."""
+    if stages < 2:
         return st.just([])
-    group = st.sets(st.sampled_from(alone), min_size=2, max_size=3)
+    group = st.sets(st.sampled_from(range(stages)), min_size=2, max_size=3)
     ties = group.map(lambda stages: tuple(sorted(stages)))
     return st.just([]) | st.lists(ties, max_size=2, unique=True)
 
@@ -300,7 +298,7 @@ def whole_language(draw: st.DrawFn) -> Schedule:
         pipe_of=pipe_of if len(pipes) > 1 else None,
         offload_to=draw(places_for_offloads(first.devices)),
         skips=draw(some_skips(first.stages)),
-        ties=draw(some_ties(Placement(tuple(pipes)))),
+        ties=draw(some_ties(first.stages)),
     )
     for _ in range(draw(st.integers(0, 3))):
         joined = _join_some(rows_of(schedule), dice)
@@ -310,9 +308,8 @@ def whole_language(draw: st.DrawFn) -> Schedule:
 
 
 def stepping() -> st.SearchStrategy[Schedule]:
-    """Any of them, with STEPs, and without ties: no STEP waits for their sums."""
-    every = schedules() | whole_language()
-    return every.map(lambda schedule: with_steps(schedule.with_ties([])))
+    """Any of them, with STEPs."""
+    return (schedules() | whole_language()).map(with_steps)
 
 
 @st.composite

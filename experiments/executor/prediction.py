@@ -27,7 +27,7 @@ from torch.nn import functional
 from pipeproof.cli.profiling import bytes_of, peaks_of, predicted
 from pipeproof.exec import ActivationMeter, Pipeline, Ranks, launch, profile
 from pipeproof.exec.examples import Block
-from pipeproof.exec.profile import variants
+from pipeproof.exec.variants import variants
 from pipeproof.sched import Schedule, catalog, recompute
 from pipeproof.sim import Measured, cost_of, links_of
 

@@ -7,7 +7,6 @@ as its program, is taken.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -18,6 +17,7 @@ from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, is_number, plain
 from pipeproof.sched.ir import BESIDE_KINDS, Kind, Schedule
 from pipeproof.sched.lower import lower
+from pipeproof.sched.matching import meetings
 from pipeproof.sched.program import Action
 from pipeproof.sched.transforms.list_order import orders
 from pipeproof.sched.transforms.op_graph import Graph
@@ -163,22 +163,18 @@ def _makespan(
     stream_free: list[Any] = [0] * len(program.streams)
     waits, first = program.waits_for.to_lists(), program.first_op.tolist()
     count, action = program.op_count.tolist(), program.action.tolist()
-    send_of, kinds = program.send_of.tolist(), schedule.ops.kind
+    send_of = program.send_of.tolist()
     stream, message = program.stream.tolist(), program.message.tolist()
-    reducers = Counter(schedule.ops.stage[kinds == Kind.REDUCE].tolist())
-    meeting: dict[int, list[int]] = defaultdict(list)
+    met = {i: group.tolist() for group in meetings(program) for i in group.tolist()}
     for i in range(len(program)):  # each comes after all that it waits for
         start = max([stream_free[stream[i]], *(ends[before] for before in waits[i])])
         if action[i] == Action.RECV:
             start = max(start, ends[send_of[message[i]]] + link_latency)
         ends[i] = start + sum(durations[first[i] : first[i] + count[i]])
         stream_free[stream[i]] = ends[i]
-        if action[i] == Action.REDUCE:  # starts on all its devices at once
-            stage = int(schedule.ops.stage[first[i]])
-            meeting[stage].append(i)
-            if len(meeting[stage]) == reducers[stage]:
-                last = max(ends[j] for j in meeting[stage])
-                for j in meeting[stage]:
-                    ends[j] = stream_free[stream[j]] = last
+        if i in met and i == max(met[i]):  # starts on all its devices at once
+            last = max(ends[j] for j in met[i])
+            for j in met[i]:
+                ends[j] = stream_free[stream[j]] = last
     latest: Number = max(ends, default=0)
     return latest

@@ -6,6 +6,7 @@ import numpy as np
 
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.ir import Kind, Op, Ops, Schedule, op
+from pipeproof.sched.ties import tied_stages
 from pipeproof.sched.transforms.reduce import LAST
 
 
@@ -15,11 +16,12 @@ def with_steps(schedule: Schedule) -> Schedule:
     It stands behind the stage's last B or W on the device, so that a device updates
     its weights while others still drain. Where a REDUCE sums the gradient, it stands
     behind the last op of the device's next stage to finish, whose work hides the sum.
+    That of a stage which is in a tie waits for other devices, and stands at the end.
     Stages that have one keep it where it is.
 
     Args:
         schedule: of one step; with `reduce_gradients` before, where there will be
-            data-parallel peers.
+            data-parallel peers, and with its ties.
 
     Raises:
         ParameterError: several steps.
@@ -29,6 +31,7 @@ def with_steps(schedule: Schedule) -> Schedule:
             f"{schedule.summary}: with_steps takes a schedule of one step, got "
             f"{schedule.steps}"
         )
+    tied = tied_stages(schedule)
     rows = []
     for device in range(schedule.devices):
         held = {
@@ -39,8 +42,26 @@ def with_steps(schedule: Schedule) -> Schedule:
         }
         row = schedule.row(device)
         stepped = set(row.stage[row.kind == Kind.STEP].tolist())
-        rows.append(_stepped(row, held, held - stepped))
+        missing = held - stepped
+        last = [op(Kind.STEP, stage) for stage in sorted(missing & tied)]
+        rows.append([*_stepped(row, held, missing - tied), *last])
     return schedule.with_rows(rows)
+
+
+def steps_behind_sums(schedule: Schedule) -> Schedule:
+    """With the STEPs of stages that are in ties where they can wait for the sums.
+
+    Behind all other ops of their device, in their order; what has them there is
+    returned as it is.
+    """
+    tied = tied_stages(schedule)
+    rows = []
+    for device in range(schedule.devices):
+        row = schedule.row(device)
+        waits = (row.kind == Kind.STEP) & np.isin(row.stage, list(tied))
+        rows.append([row.take(~waits), row.take(waits)])
+    moved = schedule.with_rows(rows)
+    return schedule if moved == schedule else moved
 
 
 def _stepped(row: Ops, held: set[int], missing: set[int]) -> list[Op | Ops]:

@@ -83,10 +83,23 @@ def test_a_run_is_written_beside_what_was_predicted(
     assert sorted(arrows) == sorted(e["id"] for e in events if e["ph"] == "f")
 
 
+def test_a_profile_with_steps(tmp_path: Path) -> None:
+    path = tmp_path / "cost.json"
+
+    found = of(f"profile 1f1b -p 2 -m 4 --with-steps --rounds 1 -o {path}")
+
+    steps = [stage["step"] for stage in found["stages"]]
+    assert min(steps) > 0
+    assert list(read_cost(path).cost.step) == steps
+    told = call("profile 1f1b -p 2 -m 2 --with-steps --rounds 1").output
+    assert "STEP, ms" in told
+
+
 def test_a_profile_in_one_process() -> None:
     found = of("profile zb-h1 -p 2 -m 4 --rounds 1")
 
     assert len(found["predicted_peak_bytes"]) == 1
+    assert "step" not in found["stages"][0]
     assert found["measured_step"] > 0
 
 

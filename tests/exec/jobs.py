@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import signal
@@ -42,7 +43,7 @@ from pipeproof.exec.homes import holders
 from pipeproof.exec.launch import launch
 from pipeproof.exec.profile import Profile
 from pipeproof.exec.tensors import flat
-from pipeproof.sched import Schedule, Trace, catalog, recompute
+from pipeproof.sched import Schedule, Trace, catalog, recompute, with_steps
 from pipeproof.sched.lower import Messages
 from pipeproof.sched.program import Message
 
@@ -396,14 +397,34 @@ def small_stages(number: int) -> list[nn.Module]:
     ]
 
 
-def profiled(ranks: Ranks | None, name: str) -> Profile:
+def profiled(ranks: Ranks | None, name: str, steps: bool = False) -> Profile:
+    """Leaves all as it was: gradients, and with STEPs weights and moments."""
     schedule = catalog.make(name, devices=2, micro_batches=2)
+    schedule = with_steps(schedule) if steps else schedule
     stages, x = small_stages(schedule.stages), torch.randn(6, 8)
     stages[0][0].weight.grad = torch.ones(8, 8)
-    found = profile(stages, schedule, functional.mse_loss, x, x, ranks=ranks, rounds=1)
+    optimizers = [torch.optim.Adam(stage.parameters(), lr=0.1) for stage in stages]
+    optimizers[0].step()
+    before = copy.deepcopy([*stages, *optimizers])
+    found = profile(
+        stages,
+        schedule,
+        functional.mse_loss,
+        x,
+        x,
+        ranks=ranks,
+        rounds=1,
+        optimizers=optimizers if steps else None,
+    )
+    for now, was in zip([*stages, *optimizers], before):
+        torch.testing.assert_close(now.state_dict(), was.state_dict(), rtol=0, atol=0)
     assert stages[0][0].weight.grad.sum() == 64, "gradients are as they were"
     assert stages[1][0].weight.grad is None
     return found
+
+
+def profiled_with_steps(ranks: Ranks | None, name: str) -> Profile:
+    return profiled(ranks, name, steps=True)
 
 
 @dataclass(frozen=True)
@@ -458,16 +479,18 @@ def clipped(ranks: Ranks | bool, job: Job) -> Clipped:
 
 @dataclass(frozen=True)
 class Tied:
-    """Steps of a model whose first and last stage share their weight.
+    """Steps of a model of which two stages share their weight.
 
     Attributes:
         name, devices: of the schedule.
         told: ranks that are given all stages; the others only have their own.
+        pair: the two.
     """
 
     name: str = "1f1b"
     devices: int = 4
     told: tuple[int, ...] = (0, 1, 2, 3)
+    pair: tuple[int, int] = (0, -1)
 
 
 @dataclass(frozen=True)
@@ -485,13 +508,14 @@ class Trained:
 
 def tied(ranks: Ranks | bool, job: Tied) -> Trained:
     """Three steps with clipping, an optimizer, and gradients over two steps once."""
-    schedule = catalog.make(job.name, devices=job.devices, micro_batches=4)
+    schedule = catalog.make(job.name, devices=job.devices, micro_batches=8)
     torch.manual_seed(0)
     stages = [
         nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()).double()
         for _ in range(schedule.stages)
     ]
-    stages[-1][0].weight = stages[0][0].weight
+    one, other = job.pair
+    stages[other][0].weight = stages[one][0].weight
     mine = list(range(schedule.stages))
     given: list[Any] = list(stages)
     if isinstance(ranks, Ranks):
@@ -730,7 +754,7 @@ def faulty(ranks: Ranks, fault: Fault) -> None:
     here, kind = ranks.rank == fault.rank, fault.kind
     micro_batches = 5 if here and kind == "schedule" else 4
     devices = ranks.size + (kind == "devices")
-    name = "bpipe" if kind == "lender" else "1f1b"
+    name = {"lender": "bpipe", "apart": "interleaved"}.get(kind, "1f1b")
     schedule = catalog.make(name, devices=devices, micro_batches=micro_batches)
     stages: list[Any] = [nn.Linear(WIDTH, WIDTH) for _ in range(schedule.stages)]
     if here and kind in ("stage", "lender", "interrupt", "signal"):
@@ -743,6 +767,8 @@ def faulty(ranks: Ranks, fault: Fault) -> None:
         stages[1].weight = stages[3].weight
         if here:
             nn.init.zeros_(stages[3].weight)
+    elif kind == "apart" and not here:
+        stages[4].weight = stages[0].weight
     elif kind == "data":
         stages[fault.rank] = Dropping()
     loss_fn = bad_loss if kind == "loss" else sum_of_squares

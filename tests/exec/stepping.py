@@ -31,21 +31,29 @@ class Stepping:
         name, devices: of the schedule.
         replicas: pipelines side by side.
         sharded: by FSDP2 over the replicas.
+        tied: the first and the last stage share a weight.
     """
 
     name: str
     devices: int
     replicas: int = 1
     sharded: bool = False
+    tied: bool = False
 
     @property
     def grid(self) -> Grid:
         """Sums, so that no row weighs."""
-        rows, stage = (5, 8)[: self.replicas], plain if self.sharded else attentive
-        rows = rows if self.replicas > 1 else (9,)
-        mesh = self.sharded
+        rows = (5, 8) if self.replicas > 1 else (9,)
         return Grid(
-            self.name, self.devices, 4, rows, "never", stage, "sum", 1, mesh, mesh
+            self.name,
+            self.devices,
+            4,
+            rows,
+            stage=plain if self.sharded or self.tied else attentive,
+            scale="sum",
+            mesh=self.sharded,
+            sharded=self.sharded,
+            tied=self.tied,
         )
 
     @property
@@ -58,7 +66,7 @@ class Stepping:
 
     def __str__(self) -> str:
         words = f"{self.name} on {self.devices} × {self.replicas}"
-        return words + " sharded" * self.sharded
+        return words + " sharded" * self.sharded + " tied" * self.tied
 
 
 def stepped_on_ranks(ranks: Ranks, job: Stepping) -> dict[int, str]:
@@ -67,6 +75,8 @@ def stepped_on_ranks(ranks: Ranks, job: Stepping) -> dict[int, str]:
     given = joined(ranks, grid)
     replica, device = divmod(ranks.rank, job.devices)
     stages = grid.stages()
+    if job.tied:
+        stages[-1].linear.weight = stages[0].linear.weight
     mine = [n for n in range(len(stages)) if device in holders(schedule, n)]
     if job.sharded:
         from torch.distributed.fsdp import fully_shard
@@ -97,7 +107,10 @@ def stepped_on_ranks(ranks: Ranks, job: Stepping) -> dict[int, str]:
 
 
 def of_references(job: Stepping) -> dict[int, str]:
-    """The same in one process, of plain loops, whose gradients are added up."""
+    """The same in one process, of plain loops, whose gradients are added up.
+
+    What is tied is two parameters here, each of which gets the sum of both gradients.
+    """
     grid = job.grid
     stages = grid.stages()
     optimizer = Adam([p for s in stages for p in s.parameters()], 0.1, foreach=False)
@@ -120,6 +133,11 @@ def of_references(job: Stepping) -> dict[int, str]:
         parameters = [p for stage in stages for p in stage.parameters()]
         for p, first, *others in zip(parameters, *found):
             p.grad = sum(others, start=first)
+        if job.tied:
+            weights = [stage.linear.weight for stage in (stages[0], stages[-1])]
+            total = weights[0].grad + weights[1].grad
+            for weight in weights:
+                weight.grad = total
         optimizer.step()
         optimizer.zero_grad()
     return {n: _weights(stage) for n, stage in enumerate(stages)}
@@ -148,6 +166,10 @@ def spoiled(ranks: Ranks, kind: str) -> str:
     if kind == "tied":
         stages[3].weight = stages[0].weight
     optimizers: Any = [SGD(stage.parameters(), lr=0.1) for stage in stages]
+    if kind == "tied" and here:
+        optimizers[0] = None  # not its own
+    if kind == "tied" and ranks.rank == 3:
+        optimizers[3] = SGD(stages[3].parameters(), lr=0.1, momentum=0.9)
     if kind == "raises" and here:
         optimizers[1] = Broken(stages[1].parameters())
     elif kind == "other" and ranks.rank == 0:

@@ -96,6 +96,11 @@ def test_targets_of_another_batch(do: Do) -> None:
             "stages 1 and 3 share a parameter, and its copies on",
         ),
         (
+            Fault("apart", 0),
+            "stages 0 and 4 share a parameter on another rank, and on rank 0 each has "
+            "its own: let them share it there too",
+        ),
+        (
             Fault("data", 0),
             "activation 0→1:0 is [1, 4] of float32, and was [2, 4] of float32 in the "
             "step before, for a batch of the same shapes",

@@ -6,20 +6,24 @@ from itertools import pairwise
 
 import pytest
 import torch
-from jobs import Do, profiled, small_stages
+from jobs import Do, profiled, profiled_with_steps, small_stages
 from torch.nn import functional
 
 from pipeproof.exec import profile
-from pipeproof.exec.profile import variants
-from pipeproof.sched import CATALOG, Kind, ParameterError, catalog, check
+from pipeproof.exec.variants import variants
+from pipeproof.sched import CATALOG, Kind, ParameterError, catalog, check, with_steps
+from pipeproof.sim import cost_of
 
 
 @pytest.mark.parametrize("name", CATALOG)
 def test_variants_of_every_row(name: str) -> None:
     schedule = catalog.make(name, devices=4, micro_batches=8)
 
-    found = variants(schedule)
+    found = variants(schedule, steps=True)
 
+    assert found["whole"].has(Kind.STEP)
+    assert variants(schedule)["whole"] != found["whole"]
+    assert with_steps(variants(schedule)["whole"]) == found["whole"]
     assert all(check(variant).ok for variant in found.values())
     assert all(v.placement == schedule.placement for v in found.values())
     assert found["whole"].has(Kind.B)
@@ -55,9 +59,24 @@ def test_bytes_are_those_of_the_tensors(do: Do) -> None:
         assert len(found.traces) == 3
 
 
+def test_steps_are_measured_with_their_optimizers(do: Do) -> None:
+    """And weights, moments and gradients are then what they were."""
+    across = do(profiled_with_steps, "zb-v", 2)
+    for found in (profiled_with_steps(None, "zb-v"), *across):
+        whole, *others = (trace.program for trace in found.traces)
+        assert whole.schedule.has(Kind.STEP)
+        assert not any(program.schedule.has(Kind.STEP) for program in others)
+        cost = cost_of(found.traces)
+        assert len(cost.step) == 4
+        assert min(cost.step) > 0
+        assert cost_of(found.traces[1:]).step == 0
+
+
 def test_refusals() -> None:
     schedule = catalog.make("1f1b", devices=2, micro_batches=2)
     x = torch.ones(2, 8)
 
     with pytest.raises(ParameterError, match="rounds must be at least 1, got 0"):
         profile(small_stages(2), schedule, functional.mse_loss, x, x, rounds=0)
+    with pytest.raises(ParameterError, match="micro_batches=2\\) has none: add them"):
+        profile(small_stages(2), schedule, None, x, None, optimizers=[None, None])

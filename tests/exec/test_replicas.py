@@ -10,7 +10,7 @@ from models import against_reference, batch_of, grads, mlp, same
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeproof.exec import ModelError, Pipeline
+from pipeproof.exec import ModelError, Pipeline, reference
 from pipeproof.sched import Schedule, catalog
 
 mse = functional.mse_loss
@@ -148,8 +148,31 @@ def test_a_norm_that_counts_micro_batches_is_refused() -> None:
     against_reference(stages, two_pipes(), *batch())
 
 
-def test_a_parameter_of_two_stages_is_refused() -> None:
-    stages = mlp(2)
-    stages[1][0].weight = stages[0][0].weight
-    with pytest.raises(ModelError, match="stages 0 and 1 share a parameter, and"):
-        Pipeline(stages, two_pipes(), mse)
+@pytest.mark.parametrize("devices", [["cpu"], ["cpu", "cpu:0"]])
+@pytest.mark.parametrize("before", [False, True])
+def test_replicas_may_share_a_parameter(devices: list[str], before: bool) -> None:
+    """REDUCE sums each stage's gradient, and one TIE these, once to `.grad`."""
+    stages, (x, y) = mlp(2), batch()
+    stages[1][0].weight = weight = stages[0][0].weight
+    if before:
+        weight.grad = torch.full_like(weight, 0.1)
+    twins = copy.deepcopy(stages)
+    if before:
+        twins[0][0].weight.grad = torch.full_like(weight, 0.1)
+    pipeline = Pipeline(stages, two_pipes(), mse, devices=devices)
+    for _ in range(2):
+        pipeline.step(x, y)
+        reference(twins, two_pipes(), mse, x, y)
+
+    assert pipeline.schedule.ties == ((0, 1),)
+    assert same(grads(stages), grads(twins))
+
+
+@pytest.mark.parametrize("name", ["chimera", "dualpipe", "gems"])
+@pytest.mark.parametrize("pair", [(0, 3), (0, 1), (1, 2)])
+def test_every_way_that_replicas_lie(name: str, pair: tuple[int, int]) -> None:
+    schedule = catalog.make(name, devices=4, micro_batches=8)
+    stages = mlp(4)
+    stages[pair[1]][0].weight = stages[pair[0]][0].weight
+
+    against_reference(stages, schedule, *batch_of(stages, 11, torch.float64))

@@ -114,6 +114,9 @@ def test_a_step_that_breaks_off_leaves_what_was_there(fails: bool) -> None:
         Tied("interleaved", 2, told=(0, 1)),
         Tied("interleaved", 4, told=(2,)),
         Tied("zb-v", 2, told=()),
+        Tied("chimera", 4),
+        Tied("chimera", 4, told=(1,), pair=(0, 1)),
+        Tied("dualpipe", 4, pair=(1, 3)),
     ],
     ids=str,
 )
@@ -122,10 +125,10 @@ def test_tied_ranks_train_as_one_process(job: Tied, do: Do) -> None:
     found = do(tied, job, job.devices)
 
     expected = tied(False, job)
-    last = len(expected.weights) - 1
-    copies = [x.weights[n] for x in found for n in (0, last) if n in x.weights]
-    assert len(copies) == 2
-    assert torch.equal(*copies)
+    pair = {n % len(expected.weights) for n in job.pair}
+    copies = [x.weights[n] for x in found for n in pair if n in x.weights]
+    assert len(copies) in (2, 4)
+    assert all(torch.equal(copies[0], copy) for copy in copies)
     for of_rank in found:
         assert of_rank.norms == found[0].norms
         assert of_rank.norms == expected.norms

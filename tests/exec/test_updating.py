@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import Do
-from models import DTYPES, EXECUTED, batch_of, mlp, models, schedules, small
+from models import DTYPES, EXECUTED, as_said, batch_of, mlp, models, schedules, small
 from stepping import Stepping, of_references, spoiled, stepped_on_ranks
+from strategies import stepping
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, Adam, Optimizer
@@ -28,6 +29,7 @@ from pipeproof.sched import (
 )
 
 mse = functional.mse_loss
+slow = pytest.mark.slow
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -101,6 +103,22 @@ def test_any_model_and_schedule(
     assert equal(trained(stages, schedule, batches), expected)
 
 
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), schedule=stepping(), dtype=st.sampled_from(DTYPES))
+def test_whatever_can_be_said_trains_as_its_reference(
+    data: st.DataObject, schedule: Schedule, dtype: torch.dtype
+) -> None:
+    """Ties and replicas, together and alone, too."""
+    stages = data.draw(models(schedule.stages, dtype, sequence=True))
+    stages = as_said(stages, schedule)
+    rows = 2 * schedule.micro_batches + 1
+    batches = [batch_of(stages, rows, dtype, 5) for _ in range(2)]
+
+    expected = stepped(copy.deepcopy(stages), schedule, batches)
+
+    assert equal(trained(stages, schedule, batches), expected)
+
+
 def plan(devices: int = 2, micro_batches: int = 3) -> Schedule:
     return with_steps(
         catalog.make("1f1b", devices=devices, micro_batches=micro_batches)
@@ -159,6 +177,57 @@ def test_a_stage_that_learns_nothing_needs_no_optimizer() -> None:
     assert equal(weights(stages), weights(twins))
 
 
+def tied(stages: int) -> list:
+    """The first and the last stage share a weight."""
+    found = mlp(stages)
+    found[-1][0].weight = found[0][0].weight
+    return found
+
+
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb-v", "chimera", "dualpipe"])
+def test_tied_stages_train_as_their_reference(name: str) -> None:
+    """Also where gradients of a step before are in `.grad` already."""
+    schedule = with_steps(catalog.make(name, devices=4, micro_batches=8))
+    stages = tied(schedule.stages)
+    twins = copy.deepcopy(stages)
+    optimizers = adam(stages)
+    pipeline = Pipeline(stages, schedule, mse, optimizers=optimizers)
+    assert pipeline.schedule.ties == ((0, schedule.stages - 1),)
+    own = adam(twins)
+    for number in range(3):
+        for accumulate in (True, False):
+            x, y = batch(9 + number)
+            pipeline.step(x, y + accumulate, accumulate=accumulate)
+            reference(twins, schedule, mse, x, y + accumulate)
+        for optimizer in own:
+            assert optimizer is not None
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert equal(weights(stages), weights(twins))
+    assert stages[-1][0].weight is stages[0][0].weight
+
+
+def test_one_optimizer_updates_what_is_shared_and_all_have_its_state() -> None:
+    """The first stage's, though the last one's STEP comes first here."""
+    schedule = catalog.make("interleaved", devices=1, micro_batches=2)
+    ties = with_steps(schedule.with_ties([(0, schedule.stages - 1)]))
+    row = list(ties.row(0))
+    backwards = ties.with_rows([[*row[:-2], row[-1], row[-2]]])
+    stages = tied(schedule.stages)
+    weight, twins = stages[0][0].weight, copy.deepcopy(stages)
+    optimizers = adam(stages)
+    Pipeline(stages, backwards, mse, optimizers=optimizers).step(*batch())
+
+    first, last = optimizers[0], optimizers[-1]
+    assert first is not None
+    assert last is not None
+    assert first.state[weight]["step"] == 1
+    assert last.state[weight] is first.state[weight]
+    assert weight.grad is None
+    assert equal(weights(stages), stepped(twins, backwards, [batch()]))
+
+
 def test_each_step_is_in_the_trace() -> None:
     stages = mlp(2)
     pipeline = Pipeline(stages, plan(), mse, optimizers=adam(stages))
@@ -210,8 +279,12 @@ def test_replicas_on_several_torch_devices_follow_the_users_own() -> None:
         Stepping("interleaved", 4),
         Stepping("chimera", 4),
         Stepping("zb-v", 2, replicas=2),
+        Stepping("1f1b", 4, tied=True),
+        Stepping("chimera", 4, tied=True),
+        Stepping("interleaved", 2, replicas=2, tied=True),
+        pytest.param(Stepping("zb-v", 2, replicas=2, tied=True), marks=slow),
         Stepping("interleaved", 2, replicas=2, sharded=True),
-        pytest.param(Stepping("bpipe", 4), marks=pytest.mark.slow),
+        pytest.param(Stepping("bpipe", 4), marks=slow),
     ],
     ids=str,
 )
@@ -223,6 +296,14 @@ def test_ranks_train_as_their_references(job: Stepping, do: Do) -> None:
     assert set().union(*found) == set(expected)
     for of_rank in found:
         assert of_rank == {stage: expected[stage] for stage in of_rank}
+
+
+def test_copies_in_replicas_of_replicas_stay_alike(do: Do) -> None:
+    """Each stage on all four ranks, the sum of which has an order of its own."""
+    first, *others = do(stepped_on_ranks, Stepping("chimera", 2, 2, tied=True))
+
+    assert set(first) == {0, 1}
+    assert all(of_rank == first for of_rank in others)
 
 
 def test_an_optimizer_that_raises_ends_all_ranks(do: Do) -> None:
@@ -241,7 +322,7 @@ def test_an_optimizer_that_raises_ends_all_ranks(do: Do) -> None:
         ("other", "optimizer of stage 0:"),
         ("accumulates", "rank 1 was called with accumulate=True, and rank 0 with"),
         ("none", "has STEPs, and nothing to step with"),
-        ("tied", "a STEP of one of them would update it by half its gradient"),
+        ("tied", "stages 0 and 3 share a parameter, and their optimizers would"),
     ],
 )
 def test_ranks_refuse_what_differs(kind: str, words: str, do: Do) -> None:

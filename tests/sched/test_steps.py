@@ -101,7 +101,7 @@ def test_every_schedule_of_the_catalogue_steps(row: Row, p: int, m: int) -> None
 @given(schedule=schedules(), cost=costs, time=st.integers(0, 9))
 def test_engine_and_replay_agree(schedule: Schedule, cost: Cost, time: int) -> None:
     cost = dataclasses.replace(cost, step=time)
-    program = lower(with_steps(schedule.with_ties([])))
+    program = lower(with_steps(schedule))
 
     engine, replay = (
         simulate(program, cost, engine=how) for how in ("events", "replay")

@@ -8,11 +8,12 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from programs import Part, assembled, parts_of
-from strategies import schedules, whole_language
+from strategies import policies, schedules, whole_language
 
 from pipeproof.sched import (
     Action,
     Certificate,
+    Kind,
     ParameterError,
     ParseError,
     Program,
@@ -25,12 +26,16 @@ from pipeproof.sched import (
     lower,
     prove,
     reduce_gradients,
+    retime,
     with_micro_batches,
     with_steps,
 )
 from pipeproof.sched.interop.json_form import format_json, parse_json
-from pipeproof.sched.interop.torch_csv import format_torch_csv
+from pipeproof.sched.interop.torch_writer import format_torch_csv
 from pipeproof.sched.lower import POLICIES
+from pipeproof.sched.matching import meetings
+from pipeproof.sched.transforms.step import steps_behind_sums
+from pipeproof.sim import Cost, simulate
 
 
 def three_devices(micro_batches: int = 2) -> Schedule:
@@ -87,6 +92,91 @@ def test_data_parallel_peers_sum_first() -> None:
     assert "the sum of tie 0=2 has that of stage 0 before it is done" in str(refuted)
 
 
+def stepping() -> Schedule:
+    return with_steps(three_devices(1).with_ties([(0, 2)]))
+
+
+def test_a_step_waits_for_the_sum() -> None:
+    """That of the stage between does not; and none of them holds a sum up."""
+    program = lower(stepping())
+
+    assert [line for line in program.describe().splitlines() if "STEP" in line] == [
+        "   17 0STEP after 15; reads gradient 0, tied 0=2",
+        "   14 1STEP; reads gradient 1",
+        "   18 2STEP after 16; reads gradient 2, tied 0=2",
+    ]
+    assert ties_of(program) == [
+        "15 tie 0=2 after 13; reads gradient 0; writes tied 0=2",
+        "16 tie 0=2 after 7; reads gradient 2; writes tied 0=2",
+    ]
+    assert "and each STEP updates by it" in str(prove(program))
+    cost = Cost(forward=1, backward=1, step=2)
+    assert simulate(program, cost).grid().splitlines() == [
+        "device 0 | F0   .... .... .... .... B0   STEP ----",
+        "device 1 | .... F0   .... .... B0   STEP ---- ....",
+        "device 2 | .... .... F0   B0   .... .... STEP ----",
+    ]
+
+
+def test_steps_of_other_stages_run_while_ties_sum() -> None:
+    """Two of interleaved's four stages share: those of the others come before."""
+    schedule = catalog.make("interleaved", devices=2, micro_batches=2)
+    stepped = with_steps(schedule.with_ties([(0, 3)]))
+
+    ends = [" ".join(map(str, list(stepped.row(d))[-6:])) for d in range(2)]
+    assert ends == ["2B0 2B1 2STEP 0B0 0B1 0STEP", "3F1 3B1 1B0 1B1 1STEP 3STEP"]
+
+
+def test_replicas_sum_before_and_add_once() -> None:
+    """The first device of each stage; where all have all, each for itself."""
+    chimera = catalog.make("chimera", devices=4, micro_batches=4)
+    apart = lower(with_steps(chimera.with_ties([(0, 1)])))
+    both = lower(with_steps(chimera.with_ties([(0, 3)])))
+
+    def read(program: Program) -> list[str]:
+        return [line.partition("; ")[2] for line in sorted(ties_of(program))]
+
+    assert read(apart) == [
+        "reads gradient 0; writes tied 0=1",
+        "reads gradient 1; writes tied 0=1",
+        "writes tied 0=1",
+        "writes tied 0=1",
+    ]
+    assert read(both) == ["reads gradient 0, gradient 3; writes tied 0=3"] * 2
+    assert sorted(map(len, meetings(apart)))[-1] == 4
+    sums = [m for m in meetings(both) if both.action[m[0]] == Action.TIE]
+    assert list(map(len, sums)) == [1, 1]
+    for program, words in (
+        (apart, "stage 0 of device 0 + stage 1 of device 1"),
+        (both, "(stage 0 + stage 3) of device 0"),
+    ):
+        assert words in str(prove(program))
+
+
+@pytest.mark.parametrize("name", ["interleaved", "zb-v", "chimera", "dualpipe"])
+def test_transforms_keep_steps_where_they_can_wait(name: str) -> None:
+    schedule = catalog.make(name, devices=4, micro_batches=8)
+    tied = with_steps(schedule.with_ties([(0, schedule.stages - 1), (1, 2)]))
+    times = {Kind.F: 2, Kind.I: 3, Kind.W: 1, Kind.STEP: 5}
+    for changed in (retime(tied, times), with_micro_batches(tied, 4)):
+        assert changed.ties == tied.ties
+        assert prove(changed).ok
+
+
+@given(schedule=whole_language(), policy=policies)
+def test_steps_that_were_there_before_the_ties_are_moved(
+    schedule: Schedule, policy: dict
+) -> None:
+    early = with_steps(schedule.with_ties([])).with_ties(schedule.ties)
+    moved = steps_behind_sums(early)
+
+    assert prove(lower(moved, **policy)).ok
+    assert steps_behind_sums(moved) is moved
+    assert sorted(moved.ops) == sorted(early.ops)
+    if early == moved:
+        assert prove(early).ok
+
+
 @given(schedule=schedules() | whole_language())
 def test_both_forms_keep_them(schedule: Schedule) -> None:
     for again in (Schedule.parse(schedule.format()), parse_json(format_json(schedule))):
@@ -135,21 +225,46 @@ def edited(edit: Callable[[list[Part], int, int], object]) -> Refutation:
     return refuted
 
 
-def test_a_sum_that_comes_too_early_is_refuted() -> None:
+@pytest.mark.parametrize(
+    ("tie", "early", "late"), [((0, 2), "0B0", "0B1"), ((1, 3), "1B0", "1B1")]
+)
+def test_a_sum_that_comes_too_early_is_refuted(
+    tie: tuple[int, int], early: str, late: str
+) -> None:
     """As a race, or, where the backward behind it waits, for what it lacks."""
+    schedule = catalog.make("interleaved", devices=2, micro_batches=2)
+    program = lower(schedule.with_ties([tie]))
+    parts = parts_of(program)
+    labels = [program.label(i) for i in range(len(program))]
+    first, last = labels.index(early), labels.index(late)
+    device = int(program.device[first])
+    here = [part for part in parts if part.action == Action.TIE]
+    moved = next(part for part in here if program.device[part.key] == device)
+    parts.remove(moved)
+    moved.waits = [first]
+    parts.insert(first + 1, moved)
+    assert prove(assembled(program, parts)).findings[0].rule == "race"
+
+    next(part for part in parts if part.key == last).waits.append(moved.key)
+    refuted = str(prove(assembled(program, parts)))
+    named = "=".join(map(str, tie))
+    assert f"the sum of tie {named} has that of stage {tie[0]} before it is" in refuted
+
+
+def test_a_sum_before_anything_is_added_lacks_it() -> None:
     schedule = catalog.make("interleaved", devices=2, micro_batches=2)
     program = lower(schedule.with_ties([(0, 2)]))
     parts = parts_of(program)
     labels = [program.label(i) for i in range(len(program))]
-    early, late = labels.index("0B0"), labels.index("0B1")
+    first = labels.index("2B0")
     tie = parts.pop()
-    tie.waits = [early]
-    parts.insert(early + 1, tie)
-    assert prove(assembled(program, parts)).findings[0].rule == "race"
+    tie.waits = []
+    parts.insert(first, tie)
+    next(part for part in parts if part.key == first).waits.append(tie.key)
+    (found,) = prove(assembled(program, parts)).findings
 
-    next(part for part in parts if part.key == late).waits.append(tie.key)
-    refuted = prove(assembled(program, parts))
-    assert "the sum of tie 0=2 has that of stage 0 before it is done" in str(refuted)
+    lacks = "lacks that of stage 0, lacks that of stage 2"
+    assert found.found == f"the sum of tie 0=2 {lacks}"
 
 
 @pytest.mark.parametrize(
@@ -180,17 +295,20 @@ def test_a_wrong_sum_is_refuted_in_words(
     assert found in str(edited(edit))
 
 
-def test_another_stages_gradient_is_refuted() -> None:
+@pytest.mark.parametrize(("tie", "other"), [((0, 3), 2), ((1, 2), 0)])
+def test_another_stages_gradient_is_refuted(tie: tuple[int, int], other: int) -> None:
+    """That of the other stage of a device."""
     schedule = catalog.make("interleaved", devices=2, micro_batches=2)
-    program = lower(schedule.with_ties([(0, 3)]))
+    program = lower(schedule.with_ties([tie]))
     parts = parts_of(program)
     gradients = {str(program.buffer_at(n)): n for n in range(len(program.buffers))}
-    parts[-2].reads = [gradients["gradient 2"]]
-    refuted = prove(assembled(program, parts))
+    own = gradients[f"gradient {(other + 2) % 4}"]
+    reader = next(part for part in parts[-2:] if own in part.reads)
+    reader.reads = [gradients[f"gradient {other}"]]
+    refuted = str(prove(assembled(program, parts)))
 
-    assert "the sum of tie 0=3 lacks that of stage 0, has that of stage 2" in str(
-        refuted
-    )
+    lacked = (other + 2) % 4
+    assert f"lacks that of stage {lacked}, has that of stage {other}" in refuted
 
 
 def test_a_sum_of_no_tie_is_refuted() -> None:
@@ -210,18 +328,45 @@ def test_what_is_no_gradient_is_refuted() -> None:
     assert "the sum of tie 0=2 has what is no stage's gradient" in str(refuted)
 
 
-def test_what_is_written_over_a_sum_is_refuted() -> None:
-    """By a hand-over, behind the sum."""
-    schedule = catalog.make("zb-v", devices=2, micro_batches=2).with_ties([(1, 2)])
-    program = lower(schedule)
+@pytest.mark.parametrize(
+    ("over", "lost"),
+    [
+        ([(1, "0=1", "gradient 1")], ["0=1"]),
+        ([(1, "0=1", "gradient 1"), (1, "2=3", "gradient 2")], ["0=1", "2=3"]),
+        ([(1, "0=1", "tied 2=3"), (0, "0=1", "tied 2=3")], ["0=1"]),
+    ],
+)
+def test_what_is_written_over_a_sum_is_refuted(
+    over: list[tuple[int, str, str]], lost: list[str]
+) -> None:
+    """By a hand-over behind the sums: on one device, of both ties, on both devices."""
+    schedule = catalog.make("zb-v", devices=2, micro_batches=2)
+    program = lower(schedule.with_ties([(0, 1), (2, 3)]))
     parts = parts_of(program)
-    tie = parts[-1]
     local = next(part for part in parts if part.action == Action.LOCAL)
-    over = {"reads": tie.reads[:1], "writes": tie.writes[:], "frees": []}
-    parts.append(dataclasses.replace(local, key=-1, waits=[tie.key], **over))
+    buffers = {
+        (program.buffer_at(n).device, str(program.buffer_at(n))): n
+        for n in range(len(program.buffers))
+    }
+    for device, tie, by in over:
+        behind = [
+            part.key
+            for part in parts
+            if part.action == Action.TIE and program.device[part.key] == device
+        ]
+        moves = {
+            "reads": [buffers[device, by]],
+            "writes": [buffers[device, f"tied {tie}"]],
+            "frees": [],
+        }
+        parts.append(
+            dataclasses.replace(local, key=-1, stream=device, waits=behind, **moves)
+        )
     refuted = prove(assembled(program, parts))
 
-    assert "what lies there in the end is not what tie 1=2 summed" in str(refuted)
+    assert [finding.found for finding in refuted.findings] == [
+        f"what lies there in the end is not what tie {tie} summed" for tie in lost
+    ]
 
 
 def test_two_ties_in_different_orders_wait_for_each_other() -> None:
@@ -245,14 +390,61 @@ def test_says_which_ties_cannot_be() -> None:
     assert str(caught.value).splitlines() == [
         "1f1b(devices=3, micro_batches=2) breaks 1 rule:",
         "  schedule: 1=3: there is no stage 3",
-        "    expected: ties of stages of 0 … 2, each on one device",
+        "    expected: ties of stages of 0 … 2",
         "    Name stages of the schedule, or drop it.",
     ]
-    chimera = catalog.make("chimera", devices=2, micro_batches=2)
-    found = str(check(chimera.with_ties([(0, 1)])))
-    assert "0=1: stage 0 has replicas on devices 0, 1" in found
-    stepped = str(check(with_steps(three_devices().with_ties([(0, 2)]))))
-    assert "0=2: stage 0 has a STEP, and the sum comes behind it" in stepped
+
+
+def test_says_where_a_step_cannot_wait() -> None:
+    """Behind it, device 1 has a backward that the sum needs on device 0."""
+    schedule = catalog.make("interleaved", devices=2, micro_batches=2)
+    early = with_steps(schedule).with_ties([(0, 3)])
+
+    (finding,) = check(early).findings
+    assert str(finding).splitlines()[0] == (
+        "device 1, step 6: 3STEP runs before 1B1; expected 3STEP behind all but STEPs "
+        "of its device: it waits for the sum of 0=3, and so for other devices. Move "
+        "it behind step 8 (with_steps puts it there, if the schedule has its ties "
+        "before)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("edit", "found"),
+    [
+        (
+            lambda tie, step: step.reads.pop(),
+            ["0STEP does not read the sum of tie 0=2"],
+        ),
+        (
+            lambda tie, step: step.waits.remove(tie.key),
+            ["tied 0=2"],
+        ),
+        (
+            lambda tie, step: (step.waits.remove(tie.key), tie.waits.append(step.key)),
+            ["0STEP reads tied 0=2, which nothing has written yet"],
+        ),
+        (
+            lambda tie, step: tie.reads.clear(),
+            ["the sum of tie 0=2 lacks that of stage 0"],
+        ),
+    ],
+    ids=["not read", "not waited for", "before", "of another sum"],
+)
+def test_a_step_without_its_sum_is_refuted(
+    edit: Callable[[Part, Part], object], found: list[str]
+) -> None:
+    program = lower(stepping())
+    parts = parts_of(program)
+    tie, step = parts[-4], parts[-2]
+    edit(tie, step)
+    if step.key in tie.waits:
+        parts[-4], parts[-2] = step, tie
+    said = prove(assembled(program, parts))
+
+    assert isinstance(said, Refutation)
+    for words in found:
+        assert words in str(said)
 
 
 @pytest.mark.parametrize(
