@@ -99,7 +99,9 @@ class Runtime:
             run()
             clock.mark(device)
 
-        runs = [(i, partial(timed, run, self._device(i))) for i, run in self._runs]
+        runs: Runs = [
+            (i, partial(timed, run, self._device(i))) for i, run in self._runs
+        ]
         self._walk(step, runs, self._complete)
         return clock.read()
 
