@@ -22,7 +22,7 @@ from pipeproof.exec.errors import ModelError, RankError
 from pipeproof.exec.grid import Grid
 from pipeproof.exec.sharded import is_sharded
 from pipeproof.exec.skips import Offer, Routes, gives_of, said_to_take
-from pipeproof.exec.stage import StageModule, modules_of, offers_of, units_of
+from pipeproof.exec.units import StageModule, modules_of, offers_of, units_of
 from pipeproof.sched import Schedule
 
 

@@ -9,7 +9,8 @@ import torch
 from pipeproof.exec.errors import ModelError
 from pipeproof.exec.replicas import Replica
 from pipeproof.exec.skips import NO_ROUTES, Routes
-from pipeproof.exec.stage import Stage, StageModule, check_sliced
+from pipeproof.exec.stage import Stage
+from pipeproof.exec.units import StageModule, check_sliced
 from pipeproof.sched import ParameterError, Schedule
 
 

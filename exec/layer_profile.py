@@ -28,7 +28,7 @@ from pipeproof.exec.measure import saved_by
 from pipeproof.exec.skips import gives_of, parted
 from pipeproof.exec.split import Root, Splitter
 from pipeproof.exec.split_plan import LET_GO_FROM
-from pipeproof.exec.stage import takes_of
+from pipeproof.exec.units import takes_of
 from pipeproof.sched import Layer, Memory, ParameterError
 from pipeproof.sched.errors import at_least_one
 

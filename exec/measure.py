@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from pipeproof.exec import slot
 from pipeproof.exec.skips import gives_of
 from pipeproof.exec.slot import tensor_of
-from pipeproof.exec.stage import StageModule, takes_of, units_of
+from pipeproof.exec.units import StageModule, takes_of, units_of
 from pipeproof.sched.errors import UnsupportedError
 
 

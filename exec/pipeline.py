@@ -43,9 +43,9 @@ from pipeproof.exec.rng import generators, step_seed
 from pipeproof.exec.runtime import Runtime
 from pipeproof.exec.sharded import check_wrapped
 from pipeproof.exec.skips import Routes
-from pipeproof.exec.stage import StageModule, check_sliced
 from pipeproof.exec.step import Losses, Step, ToldLosses
 from pipeproof.exec.ties import Shares, check_alike, shares_of, words_of
+from pipeproof.exec.units import StageModule, check_sliced
 from pipeproof.exec.updating import (
     WHOLE_FIRST,
     Optimizers,

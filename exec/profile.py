@@ -30,7 +30,7 @@ from pipeproof.exec.measure import ActivationMeter
 from pipeproof.exec.pipeline import Pipeline
 from pipeproof.exec.skips import Routes, Values, gives_of, handed_over, parted
 from pipeproof.exec.split import Splitter
-from pipeproof.exec.stage import StageModule, takes_carry, takes_of, units_of
+from pipeproof.exec.units import StageModule, takes_carry, takes_of, units_of
 from pipeproof.exec.updating import Optimizers, check_optimizers
 from pipeproof.exec.variants import variants
 from pipeproof.sched import Kind, ParameterError, Schedule, Trace

@@ -44,11 +44,12 @@ from pipeproof.exec.rng import of_replica
 from pipeproof.exec.runtime import Runtime
 from pipeproof.exec.sharded import Sharded, check_wrapped, is_sharded
 from pipeproof.exec.skips import Routes
-from pipeproof.exec.stage import Stage, StageModule
+from pipeproof.exec.stage import Stage
 from pipeproof.exec.step import Step, ToldLosses
 from pipeproof.exec.tensors import copied, placed
 from pipeproof.exec.ties import Shares, tie_up
 from pipeproof.exec.timetable import Array, merged
+from pipeproof.exec.units import StageModule
 from pipeproof.exec.updating import Optimizers, in_words, updated_by
 from pipeproof.sched import ParameterError, Program
 

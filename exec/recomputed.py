@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from torch import nn
 
 from pipeproof.exec.errors import ModelError
-from pipeproof.exec.stage import Stage, StageModule, parts_of, units_of
+from pipeproof.exec.stage import Stage
+from pipeproof.exec.units import StageModule, parts_of, units_of
 from pipeproof.sched import Kind, ParameterError, Schedule
 
 Recomputed = Callable[[nn.Module], bool] | Sequence[Collection[int]]

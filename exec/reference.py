@@ -35,7 +35,7 @@ from pipeproof.exec.errors import BatchError
 from pipeproof.exec.losses import Loss
 from pipeproof.exec.rng import generators, key, of_replica, seed, step_seed
 from pipeproof.exec.skips import Routes, gives_of, handed_over
-from pipeproof.exec.stage import (
+from pipeproof.exec.units import (
     StageModule,
     check_sliced,
     keywords_of,

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeproof.exec.errors import ModelError
-from pipeproof.exec.stage import Stage, StageModule
+from pipeproof.exec.stage import Stage
+from pipeproof.exec.units import StageModule
 
 Run = Callable[[], None]
 

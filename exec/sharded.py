@@ -19,7 +19,7 @@ from torch import nn
 
 from pipeproof.exec.errors import ModelError
 from pipeproof.exec.replicas import Run
-from pipeproof.exec.stage import StageModule
+from pipeproof.exec.units import StageModule
 from pipeproof.sched import Kind, Schedule
 from pipeproof.sched.errors import UnsupportedError
 

@@ -26,7 +26,8 @@ from pipeproof.exec.grid import Grid
 from pipeproof.exec.homes import holders
 from pipeproof.exec.reducing import Reducer
 from pipeproof.exec.sharded import is_sharded
-from pipeproof.exec.stage import Stage, StageModule, units_of
+from pipeproof.exec.stage import Stage
+from pipeproof.exec.units import StageModule, units_of
 from pipeproof.exec.updating import how_updated
 from pipeproof.sched import Kind, Schedule
 from pipeproof.sched.ties import Tie, format_ties, held_by, meets_nobody

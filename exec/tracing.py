@@ -32,7 +32,7 @@ from typing import Any
 from torch import fx, nn
 
 from pipeproof.exec.errors import ModelError
-from pipeproof.exec.stage import is_plain
+from pipeproof.exec.units import is_plain
 from pipeproof.sched.errors import ParameterError
 
 
