@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from pipeproof.exec import clipping, scaling
 from pipeproof.exec.agreement import routes_of
 from pipeproof.exec.alone import Alone
+from pipeproof.exec.assembly import alone, among
 from pipeproof.exec.bandwidth import Rates, link_rates
 from pipeproof.exec.batch import (
     NO_KEYWORDS,
@@ -30,30 +29,24 @@ from pipeproof.exec.grid import Grid
 from pipeproof.exec.group import Along, Ranks
 from pipeproof.exec.homes import (
     check_count,
-    originals,
-    place,
     torch_devices,
 )
 from pipeproof.exec.input_grads import pass_on
-from pipeproof.exec.instructions import Surroundings
 from pipeproof.exec.losses import Loss
 from pipeproof.exec.ranked import Ranked
-from pipeproof.exec.recomputed import Recomputed, recompute_only
+from pipeproof.exec.recomputed import Recomputed
 from pipeproof.exec.rng import generators, step_seed
-from pipeproof.exec.runtime import Runtime
-from pipeproof.exec.sharded import check_wrapped
-from pipeproof.exec.skips import Routes
 from pipeproof.exec.step import Losses, Step, ToldLosses
-from pipeproof.exec.ties import Shares, check_alike, shares_of, words_of
-from pipeproof.exec.units import StageModule, check_sliced
+from pipeproof.exec.ties import shares_of
+from pipeproof.exec.timetable import measured
+from pipeproof.exec.training import Training
+from pipeproof.exec.units import StageModule
 from pipeproof.exec.updating import (
     WHOLE_FIRST,
     Optimizers,
     check_optimizers,
-    updated_by,
 )
 from pipeproof.sched import (
-    BufferKind,
     ParameterError,
     Program,
     Schedule,
@@ -61,10 +54,7 @@ from pipeproof.sched import (
     lower,
     reduce_gradients,
 )
-from pipeproof.sched.causes import SHARED_PROCESSOR
 from pipeproof.sched.lower import Messages
-from pipeproof.sched.trace import Timetable
-from pipeproof.sched.weights import Sizes
 
 
 class Pipeline:
@@ -178,11 +168,9 @@ class Pipeline:
     ) -> None:
         self.optimizers = optimizers
         self._loss = Loss.of(loss_fn)
-        self._check_finite, self._recomputed = check_finite, recomputed
         self._trace: Trace | None = None
         self._losses: Losses | ToldLosses | None = None
         self._company: Alone | Ranked
-        self._loss_scale = loss_scale
         grid = _grid_of(ranks, data_parallel)
         if grid is not None and len(grid.rows) > 1:
             schedule = reduce_gradients(schedule)
@@ -206,72 +194,21 @@ class Pipeline:
             )
             self._devices = torch_devices(devices, schedule)
             self._sources = generators(*self._devices)
-            if grid is None:
-                self._company = Alone(schedule, self._devices, loss_scale, self._loss)
-                check_wrapped(list(stages), schedule, None)
-                homes = place(list(stages), schedule, self._devices, routes)
-                if recomputed is not None:
-                    recompute_only(homes, list(stages), schedule, recomputed)
-                stepped = updated_by(optimizers, originals(homes))
-                if stepped:
-                    check_alike(shares, words_of(originals(homes), stepped))
-                self._runtime = Runtime(
-                    self.program,
-                    homes,
-                    self._loss.call,
-                    self._devices,
-                    Surroundings(
-                        shares=shares, check_finite=check_finite, optimizers=stepped
-                    ),
-                )
-            else:
-                self._join(grid, list(stages), routes, shares)
-
-    def _join(
-        self,
-        grid: Grid,
-        stages: list[StageModule | None],
-        routes: Routes,
-        shares: Shares,
-    ) -> None:
-        """Run one device's part here; the others are other ranks'."""
-        ranked = Ranked(
-            grid,
-            self.program,
-            stages,
-            self._devices,
-            self._loss_scale,
-            routes,
-            shares,
-            self._loss,
-            self.optimizers,
-        )
-        self._company = ranked
-        for stage in ranked.homes.values():
-            if self.schedule.slices > 1:
-                check_sliced(stage.units)
-        if self._recomputed is not None:
-            recompute_only(
-                ranked.homes, stages, self.schedule, self._recomputed, ranked.sharded
+            training = Training(
+                list(stages),
+                self._loss,
+                loss_scale,
+                check_finite,
+                optimizers,
+                recomputed,
+                routes,
+                shares,
             )
-        links = ranked.links
-        self._runtime = Runtime(
-            self.program,
-            ranked.homes,
-            self._loss.call,
-            self._devices,
-            Surroundings(
-                mine=[grid.device],
-                transport=links.messages,
-                reduction=links.reducer,
-                sharded=ranked.sharded,
-                shares=shares,
-                ties=ranked.ties.reducer,
-                lend=None if links.borrower is None else links.borrower.loan,
-                check_finite=self._check_finite,
-                optimizers=ranked.optimizers,
-            ),
-        )
+            self._company, self._runtime = (
+                alone(training, self.program, self._devices)
+                if grid is None
+                else among(grid, training, self.program, self._devices)
+            )
 
     @property
     def trace(self) -> Trace:
@@ -356,7 +293,7 @@ class Pipeline:
         ):
             if record:
                 step, start, end = company.timed_step(runtime, seed, batch)
-                self._trace = self._measured(start, end)
+                self._trace = measured(self.program, start, end, shared=self._shared)
             else:
                 step = company.step(runtime, seed, batch)
             pass_on(inputs, step)
@@ -364,11 +301,6 @@ class Pipeline:
                 scaling.overflow(runtime.parameters)
         self._losses = step.all_losses
         return self._losses.total
-
-    def _measured(self, start: NDArray[Any], end: NDArray[Any]) -> Trace:
-        notes = (SHARED_PROCESSOR,) if self._shared else ()
-        times = Timetable(start, end)
-        return Trace(self.program, times, "measured", _shares(self.program), notes)
 
     @property
     def instructions_s(self) -> float:
@@ -521,11 +453,3 @@ def _grid_of(ranks: Ranks | Along | bool, data_parallel: Along | int) -> Grid | 
     if data_parallel != 1:
         raise ParameterError("data_parallel needs ranks: replicas are processes")
     return None
-
-
-def _shares(program: Program) -> Sizes:
-    """Activations in micro-batches of a device's share; bytes are not known."""
-    share = np.array(program.schedule.placement.shares()[0])
-    whole = program.buffers[:, 0] == BufferKind.ACTIVATION
-    weight = np.where(whole, 1 / share[program.buffers[:, 2]], 0)
-    return Sizes(weight)

@@ -22,7 +22,6 @@ from pipeproof.exec import clipping, scaling
 from pipeproof.exec.agreement import agree, check_given
 from pipeproof.exec.batch import (
     Batch,
-    LossScale,
     Value,
     Weights,
     no_targets,
@@ -38,19 +37,17 @@ from pipeproof.exec.forms import DTYPES
 from pipeproof.exec.grid import Grid
 from pipeproof.exec.homes import holders
 from pipeproof.exec.links import Links
-from pipeproof.exec.losses import Loss
 from pipeproof.exec.opening import Opening
 from pipeproof.exec.rng import of_replica
 from pipeproof.exec.runtime import Runtime
 from pipeproof.exec.sharded import Sharded, check_wrapped, is_sharded
-from pipeproof.exec.skips import Routes
 from pipeproof.exec.stage import Stage
 from pipeproof.exec.step import Step, ToldLosses
 from pipeproof.exec.tensors import copied, placed
-from pipeproof.exec.ties import Shares, tie_up
+from pipeproof.exec.ties import tie_up
 from pipeproof.exec.timetable import Array, merged
-from pipeproof.exec.units import StageModule
-from pipeproof.exec.updating import Optimizers, in_words, updated_by
+from pipeproof.exec.training import Training
+from pipeproof.exec.updating import in_words, updated_by
 from pipeproof.sched import ParameterError, Program
 
 
@@ -60,13 +57,8 @@ class Ranked:
     Args:
         grid: a rank for each device of the schedule, in each replica.
         program: what they run together.
-        stages: those of this rank; others may be None, or are left as they are.
+        of: what they train; other ranks' stages may be None, or are left as they are.
         devices: the torch device of each of the schedule's.
-        loss_scale: as for `Pipeline`.
-        routes: of the model's skip connections.
-        shares: what its stages share.
-        loss: of the last stage's output.
-        optimizers: as for `Pipeline`.
 
     Attributes:
         grid: as given.
@@ -87,17 +79,11 @@ class Ranked:
         self,
         grid: Grid,
         program: Program,
-        stages: Sequence[StageModule | None],
+        of: Training,
         devices: Sequence[torch.device],
-        loss_scale: LossScale,
-        routes: Routes,
-        shares: Shares,
-        loss: Loss,
-        optimizers: Optimizers | None = None,
     ) -> None:
-        self._loss = loss
-        self.grid, self._program = grid, program
-        self._ranks, self._loss_scale = grid.ranks, loss_scale
+        self.grid, self._program, self._of = grid, program, of
+        self._ranks, stages = grid.ranks, of.stages
         self._schedule = schedule = program.schedule
         if len(grid.row) != schedule.devices:
             raise ParameterError(
@@ -112,14 +98,14 @@ class Ranked:
         ]
         check_given(stages, mine, self._ranks.rank)
         check_wrapped(stages, schedule, grid.peers)
-        kind = device.type
+        optimizers, scale = of.optimizers, of.loss_scale
         steps = {n: in_words(optimizers[n]) for n in mine} if optimizers else {}
-        first_unit = agree(grid, schedule, stages, mine, kind, loss_scale, steps)
+        first_unit = agree(grid, schedule, stages, mine, device.type, scale, steps)
         self.homes: dict[tuple[int, int], Stage] = {}
         for number in mine:
             module = stages[number]
             assert module is not None
-            stage = Stage(number, module, first_unit[number], device, routes)
+            stage = Stage(number, module, first_unit[number], device, of.routes)
             self.homes[number, grid.device] = stage
         self.optimizers = updated_by(optimizers, self.homes.values())
         self._first, self._last = (n in mine for n in (0, schedule.stages - 1))
@@ -130,7 +116,7 @@ class Ranked:
         self._opening = Opening(grid, schedule, self.homes.values(), device)
         self.links = Links(grid, program, device, apart=self.sharded)
         self.ties = tie_up(
-            grid, schedule, stages, self.homes, shares, device, self.optimizers
+            grid, schedule, stages, self.homes, of.shares, device, self.optimizers
         )
 
     def step(self, runtime: Runtime, seed: int, batch: Batch) -> Step:
@@ -241,7 +227,7 @@ class Ranked:
             step.seed = of_replica(int(said[0][0]), self.grid.replica)
             counts = found
             if untold:
-                counts = weights(step.targets, self._loss_scale, *opening.size)
+                counts = weights(step.targets, self._of.loss_scale, *opening.size)
             if counts is not None and (untold or len(self.grid.rows) > 1):
                 step.factors = shares(counts, opening.weight)
             if mine := {n: v for n, v in batch.keywords.items() if n in takes}:
@@ -271,12 +257,12 @@ class Ranked:
         sizes: dict[str, list[int]] = {}
         if self._first:
             inputs, sizes["inputs"] = self._cut(batch.inputs, "inputs")
-        value = batch.targets
-        if self._last and with_loss and (value is not None or self._loss.needs_targets):
-            self._loss.check(self._there(value, "targets"))
+        value, loss = batch.targets, self._of.loss
+        if self._last and with_loss and (value is not None or loss.needs_targets):
+            loss.check(self._there(value, "targets"))
             labels, sizes["targets"] = self._cut(value, "targets")
             # Rows and positions are those of the inputs; that is made sure of.
-            found = weights(labels, self._loss_scale, *sizes["targets"])
+            found = weights(labels, self._of.loss_scale, *sizes["targets"])
         factors: list[list[float | None]] = self._no_targets
         if found is not None and len(self.grid.rows) == 1:
             factors = shares(found, total_of(found))

@@ -17,9 +17,12 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched import Program
+from pipeproof.sched import BufferKind, Program, Trace
+from pipeproof.sched.causes import SHARED_PROCESSOR
 from pipeproof.sched.groups import needs
 from pipeproof.sched.program import StreamKind
+from pipeproof.sched.trace import Timetable
+from pipeproof.sched.weights import Sizes
 
 Array = NDArray[np.float64]
 Times = list[tuple[int, float, float]]
@@ -64,3 +67,24 @@ def _in_order(end: Array, streams: Sequence[NDArray[np.int64]]) -> None:
     """None ended later than one behind it on its stream was seen to end."""
     for stream in streams:
         end[stream] = np.minimum.accumulate(end[stream][::-1])[::-1]
+
+
+def measured(program: Program, start: Array, end: Array, *, shared: bool) -> Trace:
+    """The trace of a step.
+
+    Args:
+        program: that ran.
+        start: of each instruction, in seconds.
+        end: likewise.
+        shared: whether all devices of the schedule are one.
+    """
+    notes = (SHARED_PROCESSOR,) if shared else ()
+    return Trace(program, Timetable(start, end), "measured", _shares(program), notes)
+
+
+def _shares(program: Program) -> Sizes:
+    """Activations in micro-batches of a device's share; bytes are not known."""
+    share = np.array(program.schedule.placement.shares()[0])
+    whole = program.buffers[:, 0] == BufferKind.ACTIVATION
+    weight = np.where(whole, 1 / share[program.buffers[:, 2]], 0)
+    return Sizes(weight)

@@ -1,4 +1,4 @@
-"""Units, the smallest pieces that a partition may cut between: what each takes, gives.
+"""Units, the smallest pieces a partition may cut between: what each takes and gives.
 
 A stage is a module, or a sequence of them, nested as it likes; its units are what is
 left when every plain sequence is taken apart.
