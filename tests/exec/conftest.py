@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from jobs import Do, pool
+from pool import Do, pool
 
 
 @pytest.fixture(scope="session")

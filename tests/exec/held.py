@@ -6,7 +6,7 @@ import gc
 from dataclasses import dataclass
 
 import torch
-from jobs import residual_stages
+from convnets import residual_stages
 from torch import Tensor, nn
 from torch.nn import functional
 

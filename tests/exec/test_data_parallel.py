@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from grids import Grid, Wrong, of_grid, of_references, plain, told, weigh
-from jobs import Do, digest, mixed
+from jobs import digest, mixed
+from pool import Do
 from sharding import DEVICES, REPLICAS, STEPS, Training, trained, unsharded
 from torch import nn
 from torch.nn import functional

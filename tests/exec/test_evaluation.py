@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import Do, Job, clipped, evaluated
+from evaluating import clipped, evaluated
+from jobs import Job
 from models import EXECUTED, Masked, close, keywords, mlp, same, small
+from pool import Do
 from torch import Tensor, nn
 from torch.nn import functional
 

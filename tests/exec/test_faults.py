@@ -9,7 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from jobs import Do, Fault, interrupted, leaving_a_pid, standing_still, told
+from failing import Fault, interrupted, leaving_a_pid, standing_still, told
+from pool import Do
 from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.nn import functional

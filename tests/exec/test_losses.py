@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import Do
 from models import close, grads, mlp, same
+from pool import Do
 from targetless import Targetless, square, trained_alone, trained_on_ranks
 from torch import Tensor, nn
 from torch.nn import functional

@@ -7,9 +7,10 @@ from fractions import Fraction
 
 import pytest
 import torch
+from convnets import ROWS, images, peak_of_a_convnet, residual_stages
 from hypothesis import assume, given, settings
-from jobs import ROWS, Do, images, peak_of_a_convnet, residual_stages
 from models import Keeps, schedules
+from pool import Do
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs import Do, Scaled, scaled
 from models import close, grads, mlp, same, schedules
+from overflowing import Scaled, scaled
+from pool import Do
 from torch import Tensor, nn
 from torch.nn import functional
 

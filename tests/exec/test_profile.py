@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from jobs import Do, profiled, profiled_with_steps, small_stages
+from pool import Do
+from profiling import profiled, profiled_with_steps, small_stages
 from torch.nn import functional
 
 from pipeproof.exec import profile

@@ -6,7 +6,6 @@ import psutil
 import pytest
 import torch
 from jobs import (
-    Do,
     Job,
     Result,
     alone,
@@ -20,6 +19,7 @@ from jobs import (
     same_values,
     timed,
 )
+from pool import Do
 
 from pipeproof.exec import reference
 from pipeproof.sched import CATALOG, POLICIES, Kind

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import Do
+from pool import Do
 from resuming import Resumed, resumed
 from torch import nn
 from torch.nn import functional

@@ -10,7 +10,7 @@ import torch
 from held import MODELS, Held, peak_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from jobs import Do, Job, part
+from jobs import Job, part
 from models import (
     DTYPES,
     EXECUTED,
@@ -25,6 +25,7 @@ from models import (
     schedules,
     small,
 )
+from pool import Do
 from test_ranks import assert_equal, unpipelined
 from test_skips import Gives, Takes
 from torch import Tensor, nn

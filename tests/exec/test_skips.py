@@ -7,21 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import (
-    WIDTH,
-    Do,
-    Evaluated,
-    Gives,
-    Job,
-    Takes,
-    alone,
-    evaluated,
-    part,
-    same_values,
-    sent,
-    skipping,
-)
+from evaluating import Evaluated, evaluated
+from jobs import WIDTH, Job, alone, part, same_values
 from models import grads, same, small
+from pool import Do
+from skipping import Gives, Takes, sent, skipping
 from test_ranks import assert_equal, unpipelined
 from torch import Tensor, nn
 from torch.nn import functional

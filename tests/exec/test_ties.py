@@ -8,11 +8,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from jobs import Do, Tied, tied
 from models import against_reference, batch_of, close, mlp
+from pool import Do
 from programs import assembled, parts_of
 from torch import Tensor, nn
 from torch.nn import functional
+from tying import Tied, tied
 
 from pipeproof.exec import Pipeline, StepError
 from pipeproof.exec.instructions import Surroundings

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from jobs import Checkpoint, Do, Saved, checkpointed, digest, saved
+from checkpointing import Checkpoint, Saved, checkpointed, saved
+from jobs import digest
 from models import against_reference, close, grads
+from pool import Do
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs import Do
 from models import DTYPES, EXECUTED, as_said, batch_of, mlp, models, schedules, small
+from pool import Do
 from stepping import Stepping, of_references, spoiled, stepped_on_ranks
 from strategies import stepping
 from torch import Tensor, nn

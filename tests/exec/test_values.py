@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jobs import Do, Job, Keyed, alone, keyed, nested, part
+from jobs import Job, alone, nested, part
+from keying import Keyed, keyed
 from models import (
     Masked,
     Nested,
@@ -23,6 +24,7 @@ from models import (
     same,
     schedules,
 )
+from pool import Do
 from torch import Tensor, nn
 from torch.nn import functional
 

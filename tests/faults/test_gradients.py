@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from pipeproof.exec import Pipeline, StepError, runtime
+from pipeproof.exec import Pipeline, StepError, instructions, runtime
 from pipeproof.sched import Schedule, catalog
 
 WIDTH = 4
@@ -217,7 +217,7 @@ def test_nothing_is_looked_at_unless_asked() -> None:
     stages = layers(schedule)
 
     with (
-        patch.object(runtime, "looked_at") as looked,
+        patch.object(instructions, "looked_at") as looked,
         patch.object(runtime, "check_before") as before,
     ):
         Pipeline(stages, schedule, functional.mse_loss).step(*batch(8))

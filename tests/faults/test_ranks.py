@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from fault_jobs import Wrong, growing, wronged
-from jobs import Do, pool
+from pool import Do, pool
 
 
 @pytest.fixture(scope="module")
