@@ -32,8 +32,8 @@ from pipeproof.exec.updating import HALF_UPDATED, in_common, update
 from pipeproof.exec.workspace import Homes, Workspace
 from pipeproof.sched import Action, BufferKind, Kind, Op, Program, Schedule
 from pipeproof.sched.errors import PipeproofError
+from pipeproof.sched.instructions import Instruction, Message, MessageKind
 from pipeproof.sched.ir import STAGE_KINDS
-from pipeproof.sched.program import Instruction, Message, MessageKind
 
 HALF_DONE = (
     "\nGradients of some micro-batches are in .grad and others are not: zero them "

@@ -44,8 +44,8 @@ from pipeproof.exec.launch import launch
 from pipeproof.exec.profile import Profile
 from pipeproof.exec.tensors import flat
 from pipeproof.sched import Schedule, Trace, catalog, recompute, with_steps
+from pipeproof.sched.instructions import Message
 from pipeproof.sched.lower import Messages
-from pipeproof.sched.program import Message
 
 WIDTH = 4
 
