@@ -35,6 +35,7 @@ from pipeproof.exec.homes import (
     torch_devices,
 )
 from pipeproof.exec.input_grads import pass_on
+from pipeproof.exec.instructions import Surroundings
 from pipeproof.exec.losses import Loss
 from pipeproof.exec.ranked import Ranked
 from pipeproof.exec.recomputed import Recomputed, recompute_only
@@ -219,9 +220,9 @@ class Pipeline:
                     homes,
                     self._loss.call,
                     self._devices,
-                    shares=shares,
-                    check_finite=check_finite,
-                    optimizers=stepped,
+                    Surroundings(
+                        shares=shares, check_finite=check_finite, optimizers=stepped
+                    ),
                 )
             else:
                 self._join(grid, list(stages), routes, shares)
@@ -259,15 +260,17 @@ class Pipeline:
             ranked.homes,
             self._loss.call,
             self._devices,
-            mine=[grid.device],
-            transport=links.messages,
-            reduction=links.reducer,
-            sharded=ranked.sharded,
-            shares=shares,
-            ties=ranked.ties.reducer,
-            lend=None if links.borrower is None else links.borrower.loan,
-            check_finite=self._check_finite,
-            optimizers=ranked.optimizers,
+            Surroundings(
+                mine=[grid.device],
+                transport=links.messages,
+                reduction=links.reducer,
+                sharded=ranked.sharded,
+                shares=shares,
+                ties=ranked.ties.reducer,
+                lend=None if links.borrower is None else links.borrower.loan,
+                check_finite=self._check_finite,
+                optimizers=ranked.optimizers,
+            ),
         )
 
     @property

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from pipeproof.exec.errors import ModelError
 from pipeproof.exec.forms import Form, Part, as_bytes
-from pipeproof.exec.runtime import readers
+from pipeproof.exec.moving import readers
 from pipeproof.exec.wires import Pending, TextWire, Wait, Wire
 from pipeproof.sched import Action, Program
 from pipeproof.sched.instructions import Message

@@ -12,9 +12,10 @@ NCCL's waits only order the device's stream and return.
 from __future__ import annotations
 
 import os
+import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from queue import SimpleQueue
@@ -38,9 +39,8 @@ in a second."""
 def gloo(store: Store, rank: int, size: int, timeout: timedelta) -> Backend:
     """A gloo communicator.
 
-    All of a process share one thread that serves their sockets. Each with its own,
-    as torch makes them, they would compete with the op that runs for its core: such
-    a thread spins while another holds its link.
+    All of a process share one thread that serves their sockets: see `_devices`. With
+    one for each, as torch makes them, these would compete for the op's core.
 
     Args:
         store: where its ranks meet, theirs alone.
@@ -57,11 +57,35 @@ def gloo(store: Store, rank: int, size: int, timeout: timedelta) -> Backend:
 
 @cache
 def _devices(interfaces: str) -> list[Any]:
-    """Of gloo, as torch chooses them."""
-    named = [
-        ProcessGroupGloo.create_device(interface=x) for x in interfaces.split(",") if x
-    ]
-    return named or [ProcessGroupGloo.create_default_device()]
+    """Of gloo, as torch chooses them.
+
+    A device's thread spins while another thread holds the lock of a link that has news
+    for it. One that sends holds it, and the kernel likes to let the thread that it
+    wakes by that run in its place, at once and on its core: then the threads of two
+    ranks may each spin for as long as they are let, for locks that are held by senders
+    which they keep from running. So they are made not to run in anybody's place.
+    """
+    with _patient():
+        named = [
+            ProcessGroupGloo.create_device(interface=x)
+            for x in interfaces.split(",")
+            if x
+        ]
+        return named or [ProcessGroupGloo.create_default_device()]
+
+
+@contextmanager
+def _patient() -> Iterator[None]:
+    """Threads started meanwhile run in no other's place when they wake (Linux)."""
+    # They inherit it. It is no lower priority: only what they preempt is different.
+    usual = sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER
+    try:
+        if usual:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        yield
+    finally:
+        if usual:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 class Pending:
