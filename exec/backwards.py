@@ -31,7 +31,7 @@ from pipeproof.exec.workspace import (
     of,
 )
 from pipeproof.sched import BufferKind, Kind, Op
-from pipeproof.sched.program import Instruction
+from pipeproof.sched.instructions import Instruction
 
 
 class Backwards:

@@ -20,7 +20,7 @@ from pipeproof.exec.forwards import Forwards
 from pipeproof.exec.replicas import Run
 from pipeproof.exec.workspace import Workspace
 from pipeproof.sched import Kind, Op
-from pipeproof.sched.program import Instruction
+from pipeproof.sched.instructions import Instruction
 
 
 class Binder:

@@ -25,7 +25,7 @@ from pipeproof.exec.replicas import Run
 from pipeproof.exec.stage import Stage
 from pipeproof.exec.workspace import Workspace, belongs
 from pipeproof.sched import BufferKind, Kind, Op
-from pipeproof.sched.program import Instruction
+from pipeproof.sched.instructions import Instruction
 
 
 def looked_at(

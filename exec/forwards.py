@@ -28,7 +28,7 @@ from pipeproof.exec.stash import Stash
 from pipeproof.exec.workspace import INPUTS, Workspace, coming, find, going, of
 from pipeproof.sched import BufferKind, Kind, Op
 from pipeproof.sched.deps import OpTable
-from pipeproof.sched.program import Instruction
+from pipeproof.sched.instructions import Instruction
 
 Forward = Callable[[], tuple[Value, tuple[Any, ...], dict[int, Values]]]
 """Gives an output; for each unit that takes a carry, what it leaves; and what goes

@@ -27,7 +27,7 @@ from pipeproof.exec.ties import NO_SHARES, Shares
 from pipeproof.exec.updating import in_common, update
 from pipeproof.exec.workspace import Workspace
 from pipeproof.sched import Action, BufferKind, Kind, Op, Schedule
-from pipeproof.sched.program import Instruction, Message, MessageKind
+from pipeproof.sched.instructions import Instruction, Message, MessageKind
 
 Runs = list[tuple[int, Run]]
 """Instructions, and what each does."""

@@ -17,7 +17,7 @@ from pipeproof.exec.replicas import Run
 from pipeproof.exec.stash import Copies, Place
 from pipeproof.exec.workspace import Workspace, of
 from pipeproof.sched import Action, Kind, Program
-from pipeproof.sched.program import Instruction, Message, MessageKind
+from pipeproof.sched.instructions import Instruction, Message, MessageKind
 
 
 class Transport(Protocol):

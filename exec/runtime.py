@@ -23,8 +23,8 @@ from pipeproof.exec.updating import HALF_UPDATED
 from pipeproof.exec.workspace import Homes, Workspace
 from pipeproof.sched import Kind, Program
 from pipeproof.sched.errors import PipeproofError
+from pipeproof.sched.instructions import Message
 from pipeproof.sched.ir import STAGE_KINDS
-from pipeproof.sched.program import Message
 
 HALF_DONE = (
     "\nGradients of some micro-batches are in .grad and others are not: zero them "

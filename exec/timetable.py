@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pipeproof.sched import BufferKind, Program, Trace
 from pipeproof.sched.causes import SHARED_PROCESSOR
 from pipeproof.sched.groups import needs
-from pipeproof.sched.program import StreamKind
+from pipeproof.sched.instructions import StreamKind
 from pipeproof.sched.trace import Timetable
 from pipeproof.sched.weights import Sizes
 

@@ -46,7 +46,7 @@ from pipeproof.exec.forms import Form, Part, as_bytes
 from pipeproof.exec.moving import readers
 from pipeproof.exec.wires import Pending, TextWire, Wait, Wire
 from pipeproof.sched import Action, Program
-from pipeproof.sched.program import Message
+from pipeproof.sched.instructions import Message
 
 WAITED_S = 1e-4
 """From when on an op was kept waiting, and has seen when it ended."""

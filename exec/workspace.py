@@ -14,7 +14,7 @@ from pipeproof.exec.stage import Stage
 from pipeproof.exec.stash import Stash
 from pipeproof.exec.step import Step
 from pipeproof.sched import BufferKind, Op, Program
-from pipeproof.sched.program import Buffer, Instruction
+from pipeproof.sched.instructions import Buffer, Instruction
 
 INPUTS = (BufferKind.INPUT, BufferKind.STORED_INPUT)
 OUTPUT, OUTPUT_GRAD = BufferKind.OUTPUT, BufferKind.OUTPUT_GRAD

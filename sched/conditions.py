@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from pipeproof.sched.buffers import HOWS, Block
 from pipeproof.sched.deps import Index, OpTable
 from pipeproof.sched.hops import Hops
+from pipeproof.sched.instructions import Action
 from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.kernels import columns as new_columns
 from pipeproof.sched.kernels import run
 from pipeproof.sched.layout import Layout
+from pipeproof.sched.lists import Lists
 from pipeproof.sched.nodes import Nodes
-from pipeproof.sched.program import Action, Lists
 from pipeproof.sched.touches import Touch, touching
 
 _COMPUTE, _SEND, _RECV = map(int, (Action.COMPUTE, Action.SEND, Action.RECV))

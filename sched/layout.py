@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from pipeproof.sched.deps import Index, csr
 from pipeproof.sched.hops import Hops
+from pipeproof.sched.instructions import Action
 from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.kernels import columns as new_columns
 from pipeproof.sched.kernels import run
+from pipeproof.sched.lists import Column
 from pipeproof.sched.nodes import BESIDE, Nodes, Streams
-from pipeproof.sched.program import Action, Column
 
 BEFORE, AT, BEHIND = 0, 1, 2
 """Where instructions go: before the op of their step, the op, behind it."""

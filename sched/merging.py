@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.changes import AWAY, HERE, changes, rows_of
+from pipeproof.sched.instructions import Action, StreamKind
 from pipeproof.sched.kernels import columns as new_columns
 from pipeproof.sched.kernels import run
-from pipeproof.sched.program import Action, Program, StreamKind
+from pipeproof.sched.program import Program
 from pipeproof.sched.touches import Touch
 
 

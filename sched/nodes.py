@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.deps import Index, csr, neighbours
+from pipeproof.sched.instructions import Action, Stream, StreamKind
 from pipeproof.sched.ir import BESIDE_KINDS, Kind, Schedule
 from pipeproof.sched.kernels import distinct
-from pipeproof.sched.program import Action, Stream, StreamKind
 
 
 @dataclass(frozen=True)

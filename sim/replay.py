@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from pipeproof.sched import Action, Program, kernels
 from pipeproof.sched.errors import UnsupportedError
 from pipeproof.sched.groups import Edges
-from pipeproof.sched.program import Lists
+from pipeproof.sched.lists import Lists
 from pipeproof.sim.cluster import Cluster
 from pipeproof.sim.timing import Timing
 from pipeproof.sim.topology import contended

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from pipeproof.sched import Action, Program
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, plain, ratio
+from pipeproof.sched.instructions import StreamKind
 from pipeproof.sched.kernels import distinct, run
 from pipeproof.sched.matching import ties_of
-from pipeproof.sched.program import StreamKind
 from pipeproof.sched.ties import homes_of, meets_nobody
 from pipeproof.sched.trace import Timetable
 from pipeproof.sched.weights import Sizes

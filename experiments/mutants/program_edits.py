@@ -9,7 +9,7 @@ from typing import Any
 
 from programs import Part, assembled, parts_of
 
-from pipeproof.sched import Action, Program
+from pipeproof.sched import Action, Kind, Program
 
 Edit = tuple[str, str, Program]
 """Kind of edit, in words, and what comes of it."""
@@ -41,10 +41,18 @@ def changed(program: Program, i: int, **fields: Any) -> Program:
     return assembled(program, parts)
 
 
+def _ends(program: Program, part: Part) -> str:
+    """The name of what comes at the end of a step: sums, and STEPs behind them."""
+    if part.action in SUMS:
+        return Action(part.action).name
+    stepping = part.op_count and program.schedule.ops.kind[part.first_op] == Kind.STEP
+    return Kind.STEP.name if stepping else ""
+
+
 def _kind(program: Program, part: Part) -> str:
     """What an edit is about, where the table tells it apart."""
-    if part.action in SUMS:
-        return f" of a {Action(part.action).name}"
+    if name := _ends(program, part):
+        return f" of a {name}"
     if part.message >= 0:
         message = program.message_at(part.message)
         if abs(message.source_stage - message.target_stage) > 1:
@@ -69,10 +77,10 @@ def _of_order(program: Program, i: int, part: Part, label: str) -> Iterator[Edit
         fewer = [*part.waits[:place], *part.waits[place + 1 :]]
         words = f"{label}, wait {wait}"
         yield "drop a wait", words, changed(program, i, waits=fewer)
-    for to in range(i if part.action in SUMS else 0):
+    for to in range(i if _ends(program, part) else 0):
         parts = parts_of(program)
         parts.insert(to, replace(parts.pop(i), waits=[]))
-        name = f"early {Action(part.action).name}"
+        name = f"early {_ends(program, part)}"
         yield name, f"{label} to {to}", assembled(program, parts)
 
 
@@ -103,7 +111,7 @@ def _of_buffers(program: Program, i: int, part: Part, label: str) -> Iterator[Ed
     kinds = program.buffers[:, 0].tolist()
     for number, kind in enumerate(kinds):
         alike[kind].append(number)
-    of = _kind(program, part) if part.action == Action.TIE else ""
+    of = _kind(program, part) if _ends(program, part) in ("TIE", "STEP") else ""
     for verb in ("reads", "writes", "frees"):
         touched = getattr(part, verb)
         for place, buffer in enumerate(touched):

@@ -14,7 +14,7 @@ from of_schedules import of_schedules
 from tally import Tallies, accepted_of, odd, table
 from torch_under_proof import Case
 
-from pipeproof.sched import Program, Schedule, catalog, lower, recompute
+from pipeproof.sched import Program, Schedule, catalog, lower, recompute, with_steps
 
 ROOT = Path(__file__).parent.parent.parent
 RESULT = ROOT / "experiments" / "results" / "mutants.md"
@@ -63,6 +63,7 @@ def programs() -> list[Program]:
         lower(first, receives="late", transfers="blocking"),
         lower(first, messages="grouped"),
         *map(lower, skipping_and_tied()),
+        *map(lower, stepping()),
     ]
 
 
@@ -75,6 +76,16 @@ def skipping_and_tied() -> list[Schedule]:
         made("zb-h1", 3, 2).with_skips([(0, 2)]).with_ties([(0, 2)]),
         looped.with_skips([(0, 2), (0, 3)]).with_ties([(0, 3)]),
         looped.with_ties([(0, 2), (0, 1, 3)]),
+    ]
+
+
+def stepping() -> list[Schedule]:
+    """Schedules that update the weights: alone, behind REDUCEs, behind a tie's sum."""
+    tied = made("interleaved", 2, 2).with_ties([(0, 3)])
+    return [
+        with_steps(made("zb-h1", 2, 2)),
+        with_steps(made("gems", 2, 2)),
+        with_steps(tied),
     ]
 
 

@@ -13,10 +13,11 @@ import numpy as np
 
 from pipeproof.sched.deps import OpTable, order
 from pipeproof.sched.errors import ParameterError, UnsupportedError
+from pipeproof.sched.instructions import Action, MessageKind
 from pipeproof.sched.interop.torch_csv import KINDS, PAIRS, joined
 from pipeproof.sched.ir import STAGE_KINDS, Kind, Op, Schedule
 from pipeproof.sched.lower import lower
-from pipeproof.sched.program import Action, MessageKind, Program
+from pipeproof.sched.program import Program
 from pipeproof.sched.skips import format_skips
 from pipeproof.sched.ties import format_ties
 

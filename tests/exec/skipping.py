@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeproof.exec import transport
 from pipeproof.exec.group import Ranks
 from pipeproof.exec.tensors import flat
-from pipeproof.sched.program import Message
+from pipeproof.sched.instructions import Message
 
 
 class Gives(nn.Module):
