@@ -220,7 +220,7 @@ class Across:
             self._receive(earlier)
         index = message.index
         arriving = self._moving.pop(index)
-        asked = came = perf_counter()
+        asked, came = perf_counter(), 0.0
         tensors = []
         for part, tensor, pending in arriving:
             if pending is not None:
@@ -231,10 +231,12 @@ class Across:
             if part.wants_grad:
                 tensor.requires_grad_()
             tensors.append(tensor)
-        if came > asked:
+        if came:
             self._settle(message.source, self._taken_before[index])
-            waited = self._kept_waiting
-            (waited.add if came - asked > WAITED_S else waited.discard)(index)
+            if came - asked > WAITED_S:
+                self._kept_waiting.add(index)
+            else:
+                self._kept_waiting.discard(index)
         return self._forms[index].filled(tensors)
 
     def finish(self, message: Message) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from models import Attention, Nested
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeproof.exec import Pipeline, group, transport
+from pipeproof.exec import Pipeline, group, transport, wires
 from pipeproof.exec.group import Ranks
 from pipeproof.exec.homes import holders
 from pipeproof.sched import Schedule, Trace, catalog, recompute
@@ -271,6 +273,40 @@ def on_gpus(ranks: Ranks | None, name: str, replicas: int) -> dict[int, str]:
         for s in stages
     ]
     return {n: digest(*cpu[n]) for n in numbers}
+
+
+def policies(ranks: Ranks, job: Job) -> list[int]:
+    """How the kernel schedules this process's main thread, and then its others."""
+    part(ranks, job)
+    others = {int(task) for task in os.listdir("/proc/self/task")} - {os.getpid()}
+    return [os.sched_getscheduler(task) for task in (os.getpid(), *others)]
+
+
+def followed(ranks: Ranks, job: Job, waited_s: float) -> tuple[Trace, int]:
+    """The trace of a step after the first, and what a thread has waited for in it.
+
+    Where an op is taken to have been kept waiting from so many seconds on.
+    """
+    found = []
+    follow = wires.Wire.follow
+
+    def counted(self: wires.Wire, pending: wires.Pending) -> None:
+        found.append(pending)
+        follow(self, pending)
+
+    with (
+        patch.object(transport, "WAITED_S", waited_s),
+        patch.object(wires.Wire, "follow", counted),
+    ):
+        return timed(ranks, job), len(found)
+
+
+def nobody_waits(ranks: Ranks, job: Job) -> tuple[Trace, int]:
+    return followed(ranks, job, math.inf)
+
+
+def all_wait(ranks: Ranks, job: Job) -> tuple[Trace, int]:
+    return followed(ranks, job, -1.0)
 
 
 def listening(ranks: Ranks, job: Job) -> list[str]:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import psutil
 import pytest
 import torch
 from jobs import (
     Job,
     Result,
+    all_wait,
     alone,
     frozen_start,
     listening,
     little_held,
     mixed,
+    nobody_waits,
     offsets,
     part,
+    policies,
     run,
     same_values,
     timed,
@@ -132,6 +138,28 @@ def test_one_trace_of_all_ranks(do: Do) -> None:
         assert (trace.end[stream[:-1]] <= trace.start[stream[1:]]).all()
     assert (trace.end[program.recv_of] > trace.start[program.send_of]).all()
     assert 0 < trace.bubble_fraction < 1
+
+
+def test_an_op_that_waits_sees_itself_when_its_message_comes(do: Do) -> None:
+    """A traced step had a thread wait for each, and the op for that thread."""
+    job = Job("zb-h1", 4, 8)
+
+    pairs = zip(do(nobody_waits, job), do(all_wait, job))
+
+    for rank, ((_, all_of_them), (trace, fewer)) in enumerate(pairs):
+        program = trace.program
+        received = program.recv_of[program.device[program.recv_of] == rank]
+        assert all_of_them - fewer == len(received)
+        assert (trace.end[program.send_of] <= trace.end[program.recv_of]).all()
+        assert (trace.end[received] > trace.start[received]).any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others have other policies")
+def test_gloo_takes_no_core_from_an_op(do: Do) -> None:
+    """Its threads spun for locks of senders in whose place they ran."""
+    for main, *others in do(policies, Job("1f1b", 4, 4)):
+        assert main == os.SCHED_OTHER
+        assert others.count(os.SCHED_BATCH) == 1
 
 
 def test_clocks_of_other_hosts_are_set_by_those_of_the_first(do: Do) -> None:
