@@ -63,7 +63,9 @@ def _devices(interfaces: str) -> list[Any]:
     for it. One that sends holds it, and the kernel likes to let the thread that it
     wakes by that run in its place, at once and on its core: then the threads of two
     ranks may each spin for as long as they are let, for locks that are held by senders
-    which they keep from running. So they are made not to run in anybody's place.
+    which they keep from running. So they are made not to run in anybody's place. A
+    process that is bound to one core has them as they are: there, what is under way
+    would wait for the op that runs.
     """
     with _patient():
         named = [
@@ -78,7 +80,11 @@ def _devices(interfaces: str) -> list[Any]:
 def _patient() -> Iterator[None]:
     """Threads started meanwhile run in no other's place when they wake (Linux)."""
     # They inherit it. It is no lower priority: only what they preempt is different.
-    usual = sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER
+    usual = (
+        sys.platform == "linux"
+        and os.sched_getscheduler(0) == os.SCHED_OTHER
+        and len(os.sched_getaffinity(0)) > 1
+    )
     try:
         if usual:
             _scheduled_as(os.SCHED_BATCH)
