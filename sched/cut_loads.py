@@ -22,6 +22,9 @@ Index = NDArray[np.int64]
 ROUNDING = 1e-9
 """Relative; what a prefix sum may be off by, with room to spare."""
 
+BLOCK = 2048
+"""Partitions that are looked at together: what is known of them stays in a cache."""
+
 
 class Loads:
     """What a stage of some layers adds to quantities of the devices that hold it.
@@ -86,6 +89,21 @@ class Loads:
                 ends = cuts[stage : stage + 1], cuts[stage + 1 : stage + 2]
                 total[device] += self.of_stage(device, stage, *ends)[0]
         return total
+
+    def fit(
+        self, device: int, stages: Sequence[int], cuts: Index, limit: float
+    ) -> NDArray[np.bool_]:
+        """Of many partitions, where these stages' quantities are within a limit."""
+        result = np.ones(len(cuts), dtype=np.bool_)
+        for first in range(0, len(cuts), BLOCK):
+            some = cuts[first : first + BLOCK]
+            total = np.zeros((len(some), self.quantities), order="F")
+            for stage in stages:
+                total += self.of_stage(
+                    device, stage, some[:, stage], some[:, stage + 1]
+                )
+            result[first : first + BLOCK] = total.max(axis=1) <= limit
+        return result
 
     def relative_to(self, limits: Floats) -> Loads:
         """The same quantities as parts of each device's limit."""

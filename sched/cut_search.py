@@ -124,9 +124,6 @@ class Search:
     ) -> tuple[Index, Floats]:
         """All ways to give a device its stages."""
         load = np.zeros((len(cuts), self._objective.quantities))
-        held = None
-        if self._caps is not None:
-            held = np.zeros((len(cuts), self._caps[0].quantities))
         placed = placed.copy()
         for stage in stages:
             source = np.arange(len(cuts))
@@ -139,13 +136,11 @@ class Search:
             good = load.max(axis=1) <= limit
             source, cuts, load = source[good], cuts[good], load[good]
             worst = worst[source]
-            if held is not None and self._caps is not None:  # of what is left
+            if self._caps is not None:
                 loads, caps = self._caps
-                ends = cuts[:, stage], cuts[:, stage + 1]
-                held = held[source] + loads.of_stage(device, stage, *ends)
-                fits = held.max(axis=1) <= caps[device]
-                held, cuts, load = held[fits], cuts[fits], load[fits]
-                worst = worst[fits]
+                known = stages[: stages.index(stage) + 1]
+                fits = loads.fit(device, known, cuts, caps[device])
+                cuts, load, worst = cuts[fits], load[fits], worst[fits]
         return cuts, np.maximum(worst, load.max(axis=1, initial=0))
 
     def _expand(
