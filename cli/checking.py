@@ -7,11 +7,12 @@ from typing import cast
 
 import click
 
-from pipeproof.cli.options import LOWERING, Conditions, Number, Wanted, flag
+from pipeproof.cli.options import LOWERING, Conditions, Wanted, flag
 from pipeproof.cli.output import emit_json
 from pipeproof.cli.predict import cluster_of, cost_of, lowered, predict, sizes
 from pipeproof.cli.proving import as_proved, in_passing, in_words
 from pipeproof.cli.source import load
+from pipeproof.cli.values import Number
 from pipeproof.sched import Kind, ParameterError, Program, Schedule, check, fits
 from pipeproof.sched.streams import StreamModel
 

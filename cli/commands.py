@@ -16,15 +16,13 @@ from pipeproof.cli.options import (
     Conditions,
     Wanted,
     as_json,
-    memory_size,
-    number,
-    sizes,
     takes_axes,
     takes_policies,
     takes_schedule,
 )
 from pipeproof.cli.shape import Shape, takes_conditions, takes_shape
 from pipeproof.cli.training import profile, run, verify
+from pipeproof.cli.values import memory_size, number, sizes
 
 
 @click.command("list")

@@ -53,7 +53,7 @@ def _writer(
         text = format_json(schedule)
         return lambda file: file.write(text)
     if form.startswith("torch-csv"):
-        from pipeproof.sched.interop.torch_csv import format_torch_csv
+        from pipeproof.sched.interop.torch_writer import format_torch_csv
 
         text = format_torch_csv(schedule, communication=form == "torch-csv-comms")
         return lambda file: file.write(text)

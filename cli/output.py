@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import secrets
 import stat
@@ -14,8 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from pipeproof.sched.errors import ParameterError
-from pipeproof.sched.exact import Number, plain
+from pipeproof.sched.exact import Number, plain, rounded
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -38,16 +36,7 @@ def full(number: Any) -> int | float:
     number = plain(number)
     if isinstance(number, int):
         return number
-    try:
-        result = float(number)
-    except OverflowError:
-        result = math.inf
-    if not math.isfinite(result):
-        raise ParameterError(
-            "a result is beyond the range of floating point: give costs in a "
-            "larger unit"
-        )
-    return result
+    return rounded(number)
 
 
 def shown(number: Number) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from pipeproof.cli import options
-from pipeproof.cli.options import Conditions, Function, Number, collect, number
+from pipeproof.cli.options import Conditions, Function, collect
+from pipeproof.cli.values import Number, number
 
 # Spelled out again, as in `options`; a test holds them to the originals.
 MODELS = ("gpt-22b", "gpt-175b", "gpt-530b", "gpt-1t")

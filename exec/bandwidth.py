@@ -15,7 +15,7 @@ import torch
 
 from pipeproof.exec.grid import Grid
 from pipeproof.sched import Program
-from pipeproof.sched.program import StreamKind
+from pipeproof.sched.instructions import StreamKind
 
 SIZE, COUNT = 1 << 20, 17
 """Bytes of a message, and how many: large enough for the link's rate to tell."""

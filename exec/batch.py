@@ -76,6 +76,8 @@ def split(
         )
     parts = _cut(value, micro_batches, 0)
     if slices == 1:
+        if isinstance(value, Tensor):  # nearly always: there is nothing to unmark
+            return [[part] for part in parts]
         return [[unmarked(part)] for part in parts]
     positions = positions_of(name, value)
     if positions < slices:
@@ -170,6 +172,8 @@ def _cut(value: Value, parts: int, dim: int) -> list[Value]:
 
 def unmarked(value: Value) -> Value:
     """With what is in each `Whole` in its place."""
+    if isinstance(value, Tensor):
+        return value
     return mapped(lambda leaf: leaf.value if isinstance(leaf, Whole) else leaf, value)
 
 
@@ -183,6 +187,8 @@ def _check_whole(name: str, whole: Whole) -> None:
 
 def _tensors(name: str, value: Value) -> list[Tensor]:
     """Those that are cut."""
+    if isinstance(value, Tensor):
+        return [value]
     result = []
     for leaf in flat(value):
         if isinstance(leaf, Whole):

@@ -63,6 +63,8 @@ class Buffers:
 
     def begin(self) -> None:
         """Get ready for a step."""
+        if not self._any:
+            return
         self._kept.clear()
         modes = [module.training for module in self._modules]
         if modes != self._modes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeproof.exec.batch import Value
+from pipeproof.exec.step import Slice
 
 
 @contextmanager
@@ -25,14 +26,17 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
             module.training = mode
 
 
-def joined(parts: list[list[Value]]) -> Value:
-    """The outputs of all micro-batches' slices → that of the batch.
+def joined(parts: Mapping[Slice, Value]) -> Value:
+    """The outputs of micro-batches' slices → that of the batch.
 
     Tensors are joined by rows, those of slices by positions before, and scalars become
     one tensor with a number for each; in place of what is no tensor stands a list of
     what each micro-batch gave, its first slice.
     """
-    return _together([_together(slices, 1) for slices in parts], 0)
+    slices: dict[int, list[Value]] = {}
+    for where in sorted(parts):
+        slices.setdefault(where[0], []).append(parts[where])
+    return _together([_together(of, 1) for of in slices.values()], 0)
 
 
 def _together(parts: list[Any], dim: int) -> Any:

@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 
 from pipeproof.exec import tensors
-from pipeproof.exec.bind import Binder
 from pipeproof.exec.errors import StepError
 from pipeproof.exec.replicas import Run
 from pipeproof.exec.stage import Stage
+from pipeproof.exec.workspace import Workspace, belongs
 from pipeproof.sched import BufferKind, Kind, Op
-from pipeproof.sched.program import Instruction
+from pipeproof.sched.instructions import Instruction
 
 
 def looked_at(
-    run: Run, op: Op, instruction: Instruction, stage: Stage, binder: Binder
+    run: Run, op: Op, instruction: Instruction, stage: Stage, space: Workspace
 ) -> Run:
     """An op, and behind it the look at what it made.
 
@@ -40,7 +40,7 @@ def looked_at(
         op: an F, B, I or W; others make nothing new.
         instruction: that it is part of.
         stage: on the op's device.
-        binder: whose values it leaves.
+        space: whose values it leaves.
 
     Raises:
         StepError: out of the function that is returned, naming op and tensor.
@@ -49,26 +49,25 @@ def looked_at(
         buffer.index
         for buffer in instruction.writes
         if buffer.kind in (BufferKind.OUTPUT, BufferKind.INPUT_GRAD)
-        and (buffer.stage, buffer.micro_batch, buffer.slice)
-        == (op.stage, op.micro_batch, op.slice)
+        and belongs(buffer, op)
     ]
-    last = op.stage == binder.program.schedule.stages - 1
+    last = op.stage == space.program.schedule.stages - 1
 
     def forward() -> None:
         run()
         for buffer in made:
-            _look("the output", op, tensors.flat(binder.values[buffer]))
+            _look("the output", op, tensors.flat(space.values[buffer]))
         if last:
-            _look("the loss", op, [binder.step.losses[op.micro_batch][op.slice]])
+            _look("the loss", op, [space.step.losses[op.micro_batch, op.slice]])
 
     def backward() -> None:
         run()
-        if binder.step.scaler is not None:
+        if space.step.scaler is not None:
             return
         for buffer in made:
-            _look("the gradient of the input", op, tensors.flat(binder.values[buffer]))
+            _look("the gradient of the input", op, tensors.flat(space.values[buffer]))
         if op.stage == 0:
-            given = binder.step.input_grads[op.micro_batch][op.slice]
+            given = space.step.input_grads.get((op.micro_batch, op.slice))
             _look("the gradient of the input", op, tensors.flat(given))
         for parameter in stage.parameters:
             what = f"the gradient of a parameter of shape {tuple(parameter.shape)}"

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
-from pipeproof.exec.bind import holders
 from pipeproof.exec.group import CONNECT_S, Along, Ranks, processes_of
+from pipeproof.exec.homes import holders
 from pipeproof.sched import Schedule
 from pipeproof.sched.errors import ParameterError
 

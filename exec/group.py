@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch
@@ -188,10 +187,14 @@ class Ranks:
             value: anything that JSON can hold.
             what: it is, for messages.
         """
-        return self.ask(value, what)()
+        texts = self.ask(json.dumps(value), what)()
+        return [
+            value if rank == self.rank else json.loads(text)
+            for rank, text in enumerate(texts)
+        ]
 
-    def ask(self, value: Any, what: str) -> Callable[[], list[Any]]:
-        """Begin an `exchange`; what is returned waits for its end.
+    def ask(self, text: str, what: str) -> Callable[[], list[str]]:
+        """Begin an exchange of one line of each rank; what is returned ends it.
 
         In each round a rank tells all it knows to one further away: those of twice
         as many ranks. It takes the logarithm of their number of rounds.
@@ -199,32 +202,32 @@ class Ranks:
         Source:
             Bruck et al. 1997, IEEE TPDS 8(11), the concatenation.
         """
-        said = [(self.rank, value)]
+        said = [text]  # of this rank, of the one before it, and so on
         sent = self._pass_on(said, 1)
 
-        def answers() -> list[Any]:
+        def answers() -> list[str]:
             distance = 1
             while distance < self.size:
                 if distance > 1:
                     sent.extend(self._pass_on(said, distance))
                 source = self._texts[(self.rank - distance) % self.size]
-                said.extend(json.loads(source.receive(what)))
+                said.extend(source.receive(what).split("\n"))
                 source.expect()
                 distance *= 2
             # All who say something now have had what was said the time before.
             for pending in self._said:
-                pending.finish()
+                pending.let_go()
             self._said = sent
-            return [value for _, value in sorted(said, key=itemgetter(0))]
+            return [said[(self.rank - rank) % self.size] for rank in range(self.size)]
 
         return answers
 
-    def _pass_on(self, said: list[Any], distance: int) -> list[Pending]:
+    def _pass_on(self, said: list[str], distance: int) -> list[Pending]:
         """A round: as much as is new to the rank so far away."""
         if self.size == 1:
             return []
         target = self._texts[(self.rank + distance) % self.size]
-        return target.send(json.dumps(said[: self.size - len(said)]), followed=False)
+        return target.send("\n".join(said[: self.size - len(said)]), followed=False)
 
     def told(self, value: Any, speaker: int, what: str) -> Any:
         """What one rank has to say, on all of them; it waits for none of them.
@@ -365,7 +368,7 @@ class Ranks:
         # there, and a rank that knows of no failure yet learns of it when it waits.
         self._end_with(self.record.known)
         self._beats.at = what
-        self._beats.interrupted = self._beats.interrupts.count()
+        self._beats.interrupted = self._beats.interrupts.seen()
         try:
             yield
         except BaseException as error:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import ModelError
 from pipeproof.exec.replicas import Replica
 from pipeproof.exec.skips import NO_ROUTES, Routes
@@ -29,6 +28,11 @@ def torch_devices(
         )
     named = list(map(torch.device, devices))
     return named * schedule.devices if len(named) == 1 else named
+
+
+def holders(schedule: Schedule, stage: int) -> list[int]:
+    """The devices that hold a stage, in ascending order."""
+    return sorted({pipe[stage] for pipe in schedule.placement.pipes})
 
 
 def check_count(found: int, schedule: Schedule) -> None:

@@ -5,24 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeproof.exec.batch import Value
+from pipeproof.exec.batch import Value, unmarked
 from pipeproof.exec.step import Step
 from pipeproof.exec.tensors import flat
 
 
 def pass_on(inputs: Value, step: Step) -> None:
-    """The gradient of the inputs, where they want one, as one backward."""
-    if all(grad is None for slices in step.input_grads for grad in slices):
+    """The gradient of the inputs, where they want one, as one backward.
+
+    Args:
+        inputs: as the step was given them.
+        step: that is through.
+    """
+    if not step.input_grads:
         return
-    for place, tensor in enumerate(flat(inputs)):
+    for place, tensor in enumerate(flat(unmarked(inputs))):
         if not (isinstance(tensor, Tensor) and tensor.requires_grad):
             continue
-        whole = [
-            torch.cat([_grad(*pair, place).to(tensor.device) for pair in zip(*of)], 1)
-            if len(of[0]) > 1
-            else _grad(of[0][0], of[1][0], place).to(tensor.device)
-            for of in zip(step.inputs, step.input_grads)
-        ]
+        whole = []
+        for micro_batch, slices in enumerate(step.inputs):
+            parts = [
+                _grad(part, step.input_grads.get((micro_batch, number)), place)
+                for number, part in enumerate(slices)
+            ]
+            there = [part.to(tensor.device) for part in parts]
+            whole.append(torch.cat(there, 1) if len(there) > 1 else there[0])
         torch.autograd.backward(tensor, torch.cat(whole))
 
 

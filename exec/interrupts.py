@@ -8,9 +8,9 @@ byte in a pipe, if it is asked for, which any thread can read.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
-from contextlib import suppress
 from functools import cache
 
 
@@ -27,27 +27,32 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():
             return
         ear, mouth = os.pipe()
+        self._heard = select.poll()
         os.set_blocking(ear, False)
         os.set_blocking(mouth, False)
         before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
         if before == -1:
             self._ear = ear
+            self._heard.register(ear, select.POLLIN)
             return
         signal.set_wakeup_fd(before)
         os.close(ear)
         os.close(mouth)
+
+    def seen(self) -> int:
+        """How many there were."""
+        with self._lock:
+            if self._ear is not None and self._heard.poll(0):
+                self._count += os.read(self._ear, 1 << 12).count(signal.SIGINT)
+            return self._count
 
     def count(self) -> int:
         """How many there were that end what the main thread does.
 
         Where they have a handler of the user's, who may want the step to go on, none.
         """
-        with self._lock:
-            if self._ear is not None:
-                with suppress(BlockingIOError):  # if there was none since the last time
-                    self._count += os.read(self._ear, 1 << 12).count(signal.SIGINT)
-            handled = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-            return 0 if handled else self._count
+        handled = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        return 0 if handled else self.seen()
 
 
 @cache

@@ -17,7 +17,7 @@ from pipeproof.exec.reducing import Reducer
 from pipeproof.exec.transport import Across
 from pipeproof.exec.wires import Wire
 from pipeproof.sched import Kind, Program, Schedule
-from pipeproof.sched.program import StreamKind
+from pipeproof.sched.instructions import StreamKind
 
 
 class Links:

@@ -23,7 +23,6 @@ from pipeproof.exec.batch import (
     LossScale,
     Value,
     check_scale,
-    unmarked,
 )
 from pipeproof.exec.errors import BatchError
 from pipeproof.exec.evaluation import evaluating, joined
@@ -36,15 +35,16 @@ from pipeproof.exec.homes import (
     torch_devices,
 )
 from pipeproof.exec.input_grads import pass_on
+from pipeproof.exec.instructions import Surroundings
 from pipeproof.exec.losses import Loss
 from pipeproof.exec.ranked import Ranked
 from pipeproof.exec.recomputed import Recomputed, recompute_only
-from pipeproof.exec.rng import step_seed
+from pipeproof.exec.rng import generators, step_seed
 from pipeproof.exec.runtime import Runtime
 from pipeproof.exec.sharded import check_wrapped
 from pipeproof.exec.skips import Routes
 from pipeproof.exec.stage import StageModule, check_sliced
-from pipeproof.exec.step import Step
+from pipeproof.exec.step import Losses, Step, ToldLosses
 from pipeproof.exec.ties import Shares, check_alike, shares_of, words_of
 from pipeproof.exec.updating import (
     WHOLE_FIRST,
@@ -180,7 +180,7 @@ class Pipeline:
         self._loss = Loss.of(loss_fn)
         self._check_finite, self._recomputed = check_finite, recomputed
         self._trace: Trace | None = None
-        self._losses: list[Tensor] = []
+        self._losses: Losses | ToldLosses | None = None
         self._company: Alone | Ranked
         self._loss_scale = loss_scale
         grid = _grid_of(ranks, data_parallel)
@@ -205,6 +205,7 @@ class Pipeline:
                 messages=messages,
             )
             self._devices = torch_devices(devices, schedule)
+            self._sources = generators(*self._devices)
             if grid is None:
                 self._company = Alone(schedule, self._devices, loss_scale, self._loss)
                 check_wrapped(list(stages), schedule, None)
@@ -219,9 +220,9 @@ class Pipeline:
                     homes,
                     self._loss.call,
                     self._devices,
-                    shares=shares,
-                    check_finite=check_finite,
-                    optimizers=stepped,
+                    Surroundings(
+                        shares=shares, check_finite=check_finite, optimizers=stepped
+                    ),
                 )
             else:
                 self._join(grid, list(stages), routes, shares)
@@ -259,15 +260,17 @@ class Pipeline:
             ranked.homes,
             self._loss.call,
             self._devices,
-            mine=[grid.device],
-            transport=links.messages,
-            reduction=links.reducer,
-            sharded=ranked.sharded,
-            shares=shares,
-            ties=ranked.ties.reducer,
-            lend=None if links.borrower is None else links.borrower.loan,
-            check_finite=self._check_finite,
-            optimizers=ranked.optimizers,
+            Surroundings(
+                mine=[grid.device],
+                transport=links.messages,
+                reduction=links.reducer,
+                sharded=ranked.sharded,
+                shares=shares,
+                ties=ranked.ties.reducer,
+                lend=None if links.borrower is None else links.borrower.loan,
+                check_finite=self._check_finite,
+                optimizers=ranked.optimizers,
+            ),
         )
 
     @property
@@ -349,19 +352,18 @@ class Pipeline:
         with (
             company.together("the step"),
             torch.enable_grad(),
-            step_seed(self._devices) as seed,
+            step_seed(self._sources) as seed,
         ):
             if record:
                 step, start, end = company.timed_step(runtime, seed, batch)
                 self._trace = self._measured(start, end)
             else:
                 step = company.step(runtime, seed, batch)
-            if inputs is not None:
-                pass_on(unmarked(inputs), step)
+            pass_on(inputs, step)
             if scaler is not None and company.overflowed(runtime, scaler):
                 scaling.overflow(runtime.parameters)
-        self._losses = step.parts
-        return step.loss
+        self._losses = step.all_losses
+        return self._losses.total
 
     def _measured(self, start: NDArray[Any], end: NDArray[Any]) -> Trace:
         notes = (SHARED_PROCESSOR,) if self._shared else ()
@@ -397,9 +399,9 @@ class Pipeline:
         Raises:
             ParameterError: there was none.
         """
-        if not self._losses:
+        if self._losses is None:
             raise ParameterError("there are no losses yet: call step or evaluate")
-        return self._losses
+        return list(self._losses.parts)
 
     def evaluate(
         self,
@@ -428,8 +430,8 @@ class Pipeline:
         if alone and targets is None and self._loss.needs_targets:
             raise BatchError("evaluate needs targets; predict does without")
         done = self._forward(Batch(inputs, targets, keywords), with_loss=True)
-        self._losses = done.parts
-        return done.loss
+        self._losses = done.all_losses
+        return self._losses.total
 
     def predict(
         self, inputs: Value | None, *, keywords: Mapping[str, Any] = NO_KEYWORDS
@@ -450,8 +452,7 @@ class Pipeline:
             BatchError, ModelError, StepError, RankError: as `step`.
         """
         done = self._forward(Batch(inputs, None, keywords), with_loss=False)
-        found = [parts for parts in done.outputs if parts[0] is not None]
-        return joined(found) if found else None
+        return joined(done.outputs) if done.outputs else None
 
     def _forward(self, batch: Batch, *, with_loss: bool) -> Step:
         """The forwards alone."""
@@ -462,7 +463,7 @@ class Pipeline:
             self._company.together("the evaluation"),
             evaluating([module for stage in stages for module in stage.modules]),
             torch.no_grad(),
-            step_seed(self._devices) as seed,
+            step_seed(self._sources) as seed,
         ):
             return self._company.forward(
                 self._runtime, seed, batch, with_loss=with_loss

@@ -23,8 +23,8 @@ from torch.utils.hooks import RemovableHandle
 from pipeproof.exec import tensors
 from pipeproof.exec.bandwidth import Rates
 from pipeproof.exec.batch import LossFn, LossScale, Value, split
-from pipeproof.exec.bind import holders
 from pipeproof.exec.group import Ranks
+from pipeproof.exec.homes import holders
 from pipeproof.exec.losses import Loss
 from pipeproof.exec.measure import ActivationMeter
 from pipeproof.exec.pipeline import Pipeline

@@ -10,9 +10,7 @@ alone has losses, it tells them, and waits for none of the others to come to the
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,28 +26,27 @@ from pipeproof.exec.batch import (
     Value,
     Weights,
     no_targets,
-    no_unit_takes,
     shares,
     size_of,
     split,
     split_keywords,
     total_of,
-    unmarked,
     weights,
 )
-from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError
 from pipeproof.exec.forms import DTYPES
 from pipeproof.exec.grid import Grid
+from pipeproof.exec.homes import holders
 from pipeproof.exec.links import Links
 from pipeproof.exec.losses import Loss
+from pipeproof.exec.opening import Opening
 from pipeproof.exec.rng import of_replica
 from pipeproof.exec.runtime import Runtime
 from pipeproof.exec.sharded import Sharded, check_wrapped, is_sharded
 from pipeproof.exec.skips import Routes
 from pipeproof.exec.stage import Stage, StageModule
-from pipeproof.exec.step import Step
-from pipeproof.exec.tensors import flat, placed
+from pipeproof.exec.step import Step, ToldLosses
+from pipeproof.exec.tensors import copied, placed
 from pipeproof.exec.ties import Shares, tie_up
 from pipeproof.exec.timetable import Array, merged
 from pipeproof.exec.updating import Optimizers, in_words, updated_by
@@ -125,10 +122,11 @@ class Ranked:
             self.homes[number, grid.device] = stage
         self.optimizers = updated_by(optimizers, self.homes.values())
         self._first, self._last = (n in mine for n in (0, schedule.stages - 1))
-        self._last_device = holders(schedule, schedule.stages - 1)[0]
+        self._last_ranks = grid.holders(schedule, schedule.stages - 1)
+        self._cuts = schedule.micro_batches, schedule.slices
+        self._no_targets = no_targets(*self._cuts)
         self.sharded = {n: Sharded(stages[n]) for n in mine if is_sharded(stages[n])}
-        self._signatures: list[str] = []
-        self._decides: tuple[list[Any], str] = [], ""
+        self._opening = Opening(grid, schedule, self.homes.values(), device)
         self.links = Links(grid, program, device, apart=self.sharded)
         self.ties = tie_up(
             grid, schedule, stages, self.homes, shares, device, self.optimizers
@@ -229,48 +227,33 @@ class Ranked:
         Rank 0 has the seed, and so, where nothing else is asked for, all that its
         first ops need: it waits for the others when it has something for them.
         """
-        step, own, found = self._parts(seed, batch, with_loss=with_loss)
-        untold = self._last and with_loss and not (own.keys() & {"targets"})
+        step, sizes, found = self._parts(seed, batch, with_loss=with_loss)
+        untold = self._last and with_loss and "targets" not in sizes
         takes = runtime.takes_keywords
-        names = sorted(batch.keywords), sorted(takes)
-        signature = self._signature(kind, step, found, batch.keywords)
-        answers = self._ranks.ask(
-            [
-                step.seed,
-                own,
-                signature,
-                None if found is None else total_of(found),
-                *names,
-                step.accumulates,
-            ],
-            "the other ranks' next step",
-        )
+        opening, messages = self._opening, self.links.messages
+        line = opening.line(kind, batch, sizes, found, takes)
+        answers = self._ranks.ask(f"{step.seed} {line}", "the other ranks' next step")
 
         def agreed() -> bool:
-            said = answers()
-            rows, positions = self._agreed(said)
-            _check_keywords([of_rank[4:6] for of_rank in said])
-            _check_alike([of_rank[6] for of_rank in said])
-            step.seed = of_replica(said[0][0], self.grid.replica)
+            said = [text.split(" ", 1) for text in answers()]
+            same = opening.heard([line for _, line in said])
+            step.seed = of_replica(int(said[0][0]), self.grid.replica)
             counts = found
             if untold:
-                counts = weights(step.targets, self._loss_scale, rows, positions)
+                counts = weights(step.targets, self._loss_scale, *opening.size)
             if counts is not None and (untold or len(self.grid.rows) > 1):
-                of_rows = [self._weight(said, row) for row in self.grid.rows]
-                step.factors = shares(counts, math.fsum(of_rows))
+                step.factors = shares(counts, opening.weight)
             if mine := {n: v for n, v in batch.keywords.items() if n in takes}:
-                sizes = self._schedule.micro_batches, self._schedule.slices
-                further = split_keywords(mine, rows, positions, sizes)
+                further = split_keywords(mine, *opening.size, self._cuts)
                 step.keywords = {self._device: placed(further, self._device)}
-            before = self._signatures
-            self._signatures = [said[rank][2] for rank in self.grid.row]
-            return before == self._signatures
+            return same
 
-        self.links.messages.begin(agreed)
+        messages.begin(agreed)
         for lender in self.links.lenders:
             lender.begin()
-        if self._ranks.rank or len(self.grid.rows) > 1 or any(names) or untold:
-            self.links.messages.agree()
+        known = not (self._ranks.rank or batch.keywords or takes or untold)
+        if not known or len(self.grid.rows) > 1:
+            messages.agree()
         return step
 
     def _parts(
@@ -281,55 +264,37 @@ class Ranked:
         Their factors too, if no other replica has a part in them. Without targets,
         the inputs' rows tell both.
         """
-        sizes = self._schedule.micro_batches, self._schedule.slices
         inputs: list[list[Value]] = []
-        labels = no_targets(*sizes)
+        labels = self._no_targets
         found: Weights | None = None
-        own: dict[str, list[int]] = {}
+        sizes: dict[str, list[int]] = {}
         if self._first:
-            value = self._there(batch.inputs, "inputs")
-            inputs = split("inputs", value, *sizes)
-            own["inputs"] = list(size_of("inputs", value, sizes[1]))
+            inputs, sizes["inputs"] = self._cut(batch.inputs, "inputs")
         value = batch.targets
         if self._last and with_loss and (value is not None or self._loss.needs_targets):
-            value = self._there(value, "targets")
-            self._loss.check(value)
-            labels = split("targets", value, *sizes)
-            own["targets"] = list(size_of("targets", value, sizes[1]))
+            self._loss.check(self._there(value, "targets"))
+            labels, sizes["targets"] = self._cut(value, "targets")
             # Rows and positions are those of the inputs; that is made sure of.
-            found = weights(labels, self._loss_scale, *own["targets"])
-        factors: list[list[float | None]]
-        factors = [[None] * sizes[1] for _ in range(sizes[0])]
+            found = weights(labels, self._loss_scale, *sizes["targets"])
+        factors: list[list[float | None]] = self._no_targets
         if found is not None and len(self.grid.rows) == 1:
             factors = shares(found, total_of(found))
-        step = Step(
-            seed, placed(inputs, self._device), placed(labels, self._device), factors
-        )
+        step = Step(seed, inputs, labels, factors)
         step.with_loss = with_loss
         step.scaler, step.accumulates = batch.scaler, batch.accumulate
-        return step, own, found
+        return step, sizes, found
 
-    def _agreed(self, said: Sequence[Any]) -> list[int]:
-        """Rows and positions of this replica's batch."""
-        first = holders(self._schedule, 0)[0]
-        for row in self.grid.rows:
-            wanted = said[row[first]][1]["inputs"]
-            for rank in row:
-                for name, found in said[rank][1].items():
-                    if found != wanted:
-                        raise BatchError(
-                            f"the {name} of rank {rank} have {self._words(found)}, and "
-                            f"the inputs {self._words(wanted)}: all ranks' parts must "
-                            "be of one batch"
-                        )
-        size: list[int] = said[self.grid.row[first]][1]["inputs"]
-        return size
-
-    def _weight(self, said: Sequence[Any], row: Sequence[int]) -> float:
-        """Of a replica's batch; without targets, of its rows and positions."""
-        told: float | None = said[row[self._last_device]][3]
-        first = holders(self._schedule, 0)[0]
-        return math.prod(said[row[first]][1]["inputs"]) if told is None else told
+    def _cut(
+        self, value: Value | None, name: str
+    ) -> tuple[list[list[Value]], list[int]]:
+        """Each micro-batch's slices, on this rank's device; rows and positions."""
+        value, device = self._there(value, name), self._device
+        if isinstance(value, Tensor):  # nearly always, and moved as a whole
+            value = copied(value, device)
+            parts = split(name, value, *self._cuts)
+        else:
+            parts = placed(split(name, value, *self._cuts), device)
+        return parts, list(size_of(name, value, self._cuts[1]))
 
     def _there(self, value: Value | None, name: str) -> Value:
         if value is None:
@@ -339,86 +304,47 @@ class Ranked:
             )
         return value
 
-    def _words(self, size: list[int]) -> str:
-        sliced = self._schedule.slices > 1
-        return f"{size[0]} rows" + (f" of {size[1]} positions" if sliced else "")
-
-    def _signature(
-        self, kind: str, step: Step, counts: Weights | None, keywords: Mapping[str, Any]
-    ) -> str:
-        """All on this rank that may decide what tensors cross to other ranks."""
-        given = [value for slices in step.inputs for value in slices]
-        parts: list[Any] = [
-            (leaf.shape, leaf.dtype, leaf.requires_grad)
-            if isinstance(leaf, Tensor)
-            else leaf
-            for leaf in flat((given, unmarked(dict(keywords))))
-        ]
-        parts.append([weight == 0 for slices in counts or [] for weight in slices])
-        for stage in self.homes.values():
-            parts.append([p.requires_grad for p in stage.parameters])
-            parts.append([m.training for m in stage.modules])
-        parts.append(kind)
-        if torch.is_autocast_enabled(device := self._device.type):
-            parts.append(torch.get_autocast_dtype(device))
-        if parts != self._decides[0]:
-            self._decides = parts, hashlib.sha256(repr(parts).encode()).hexdigest()
-        return self._decides[1]
-
     def _close(self, step: Step) -> None:
         """Tell each other the losses, and let go of what was sent."""
         messages = self.links.messages
         messages.agree()  # if there was nothing to send
         for lender in self.links.lenders:
             lender.end()
-        ours = [
-            [number, part, loss.item(), str(loss.dtype)]
-            for number, slices in enumerate(step.losses)
-            for part, loss in enumerate(slices)
-            if loss is not None
-        ]
         what = "the other ranks' losses"
-        last = self.grid.holders(self._schedule, self._schedule.stages - 1)
-        if len(last) == 1:
-            in_order = self._ranks.told(ours, last[0], what)
+        if len(self._last_ranks) == 1:
+            ours = _in_numbers(step) if self._last else None
+            found = self._ranks.told(ours, self._last_ranks[0], what)
         else:
-            said = self._ranks.exchange(ours, what)
-            in_order = [
-                loss
-                for row in self.grid.rows
-                for loss in sorted(loss for rank in row for loss in said[rank])
-            ]
-        step.of_all = [
-            torch.tensor(value, dtype=DTYPES[dtype], device=self._device)
-            for _, _, value, dtype in in_order
-        ]
+            found = self._merged(self._ranks.exchange(_each(step), what))
+        numbers, dtypes, total = found
+        types = [DTYPES[dtype] for dtype in dtypes]
+        step.told = ToldLosses(numbers, types, self._device, total)
         messages.end()
 
+    def _merged(
+        self, said: Sequence[Sequence[Any]]
+    ) -> tuple[list[float], list[str], float | None]:
+        """Of all ranks, in the order of the replicas and of their micro-batches."""
+        in_order = [
+            loss
+            for row in self.grid.rows
+            for loss in sorted(loss for rank in row for loss in said[rank])
+        ]
+        return [loss[2] for loss in in_order], [loss[3] for loss in in_order], None
 
-def _check_alike(accumulates: Sequence[bool]) -> None:
-    """Refuse a step that some ranks take for one before their STEPs."""
-    for rank, found in enumerate(accumulates):
-        if found != accumulates[0]:
-            raise BatchError(
-                f"rank {rank} was called with accumulate={found}, and rank 0 with "
-                f"accumulate={accumulates[0]}: give all the same"
-            )
+
+def _each(step: Step) -> list[Any]:
+    """The losses here: micro-batch and slice, number, type."""
+    return [
+        [*where, loss.item(), str(loss.dtype)] for where, loss in step.losses.items()
+    ]
 
 
-def _check_keywords(said: Sequence[Sequence[Sequence[str]]]) -> None:
-    """Refuse keywords that no unit takes, or that a rank should have got.
-
-    Args:
-        said: of each rank, the names that it got and those that its units take.
-    """
-    given = sorted({name for got, _ in said for name in got})
-    taken = {name for _, takes in said for name in takes}
-    if unknown := [name for name in given if name not in taken]:
-        raise BatchError(no_unit_takes(unknown, taken))
-    for name in given:
-        for rank, (got, takes) in enumerate(said):
-            if name in takes and name not in got:
-                raise BatchError(
-                    f"rank {rank} got no keyword input {name!r}, which a unit of its "
-                    "stages takes, and another rank did: give it to both"
-                )
+def _in_numbers(step: Step) -> tuple[list[float], list[str], float | None]:
+    """All losses, which are here: the numbers, their types or their one, the total."""
+    losses = step.all_losses
+    dtypes = [str(loss.dtype) for loss in losses.parts]
+    total = losses.total.item() if dtypes else None
+    if len(set(dtypes)) == 1:
+        dtypes = dtypes[:1]
+    return [loss.item() for loss in losses.parts], dtypes, total

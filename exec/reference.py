@@ -129,9 +129,9 @@ def reference(
     own = _own_leaves(stages, uses)
     losses: dict[int, list[Tensor]] = {}
     grads: dict[tuple[int, int], Gradients] = {}
-    with torch.enable_grad(), step_seed([device]) as seed_of_all:
+    sources = generators(device)
+    with torch.enable_grad(), step_seed(sources) as seed_of_all:
         step = of_replica(seed_of_all, replica)
-        sources = generators(device)
         for number in _forward_order(schedule):
             one = _MicroBatch(
                 units,

@@ -50,22 +50,23 @@ def of_replica(step_seed: int, replica: int) -> int:
     return step_seed if not replica else key(step_seed, -1, -1, replica)
 
 
-def generators(device: torch.device) -> list[torch.Generator]:
-    """The default generators that code on this device draws from."""
+def generators(*devices: torch.device) -> list[torch.Generator]:
+    """The default generators that code on these devices draws from, each once."""
     result = [torch.default_generator]
-    if device.type == "cuda":
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-        index = torch.cuda.current_device() if device.index is None else device.index
-        result.append(torch.cuda.default_generators[index])
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+            here = torch.cuda.current_device() if device.index is None else device.index
+            if (of := torch.cuda.default_generators[here]) not in result:
+                result.append(of)
     return result
 
 
 @contextmanager
-def step_seed(devices: Sequence[torch.device]) -> Iterator[int]:
-    """Draw the seed of a step, and leave every generator as that draw did."""
+def step_seed(sources: Sequence[torch.Generator]) -> Iterator[int]:
+    """Draw the seed of a step, and leave these generators as that draw did."""
     seed = int(torch.empty((), dtype=torch.int64).random_())
-    used = {id(g): g for device in devices for g in generators(device)}
-    states = [(generator, generator.get_state()) for generator in used.values()]
+    states = [(generator, generator.get_state()) for generator in sources]
     try:
         yield seed
     finally:

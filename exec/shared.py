@@ -30,7 +30,7 @@ from pipeproof.exec.replicas import Accumulate, Reduction, Run, Sums, accumulate
 from pipeproof.exec.stage import Stage
 from pipeproof.exec.ties import NO_SHARES, Shares, in_words
 from pipeproof.sched import Action, Program
-from pipeproof.sched.program import Instruction
+from pipeproof.sched.instructions import Instruction
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""What changes from step to step, and the loss of one slice in it."""
+"""What changes from step to step, and the losses in it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,59 @@ from torch.amp.grad_scaler import GradScaler
 
 from pipeproof.exec.batch import NO_KEYWORDS, Value, check_loss
 from pipeproof.exec.scaling import scaled
+
+Slice = tuple[int, int]
+"""A micro-batch, and which slice of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What each micro-batch and slice adds to the batch's loss, in order."""
+
+    parts: Sequence[Tensor]
+
+    @property
+    def total(self) -> Tensor:
+        """The batch's loss: the parts, added up in their order."""
+        first, *others = self.parts
+        total = first.clone()
+        for loss in others:
+            total += loss.to(total.device)
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class ToldLosses:
+    """Losses that other ranks told: numbers, and tensors when these are asked for.
+
+    Attributes:
+        numbers: of the parts, as `Losses` has them.
+        dtypes: of these; one if it is that of all.
+        device: where they are wanted.
+        known: the total, if it was told too.
+    """
+
+    numbers: Sequence[float]
+    dtypes: Sequence[torch.dtype]
+    device: torch.device
+    known: float | None = None
+
+    @property
+    def parts(self) -> Sequence[Tensor]:
+        """As of `Losses`."""
+        one = len(self.dtypes) == 1
+        dtypes = list(self.dtypes) * len(self.numbers) if one else self.dtypes
+        return [
+            torch.tensor(number, dtype=dtype, device=self.device)
+            for number, dtype in zip(self.numbers, dtypes)
+        ]
+
+    @property
+    def total(self) -> Tensor:
+        """As of `Losses`."""
+        if self.known is None:
+            return Losses(self.parts).total
+        return torch.tensor(self.known, dtype=self.dtypes[0], device=self.device)
 
 
 @dataclass
@@ -28,8 +81,8 @@ class Step:
         keywords: by device, of each micro-batch and slice, the keyword inputs.
         scaler: multiplies losses before their backward.
         accumulates: STEPs leave the gradients for the next step.
-        losses: with their factors, once they are known.
-        of_all: where ranks run the step, the losses of all of them, in order.
+        losses: here, with their factors, once they are known.
+        told: where other ranks have losses, those of all.
         input_grads: where the inputs want a gradient.
         outputs: of the last stage, where there are only forwards.
     """
@@ -44,15 +97,10 @@ class Step:
     scaler: GradScaler | None = None
     accumulates: bool = False
     with_loss: bool = True
-    losses: list[list[Tensor | None]] = field(init=False)
-    of_all: list[Tensor] = field(init=False, default_factory=list)
-    input_grads: list[list[Value | None]] = field(init=False)
-    outputs: list[list[Value]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.losses = [[None] * len(parts) for parts in self.factors]
-        self.input_grads = [[None] * len(parts) for parts in self.factors]
-        self.outputs = [[None] * len(parts) for parts in self.factors]
+    losses: dict[Slice, Tensor] = field(init=False, default_factory=dict)
+    told: ToldLosses | None = field(init=False, default=None)
+    input_grads: dict[Slice, Value] = field(init=False, default_factory=dict)
+    outputs: dict[Slice, Value] = field(init=False, default_factory=dict)
 
     def keywords_at(
         self, device: torch.device, micro_batch: int, part: int
@@ -75,22 +123,13 @@ class Step:
             loss = torch.zeros_like(loss, requires_grad=False)
         elif factor is not None:
             loss = loss * factor
-        if self.losses[micro_batch][part] is None:
-            self.losses[micro_batch][part] = loss.detach()
+        if (micro_batch, part) not in self.losses:
+            self.losses[micro_batch, part] = loss.detach()
         return scaled(loss, self.scaler)
 
     @property
-    def parts(self) -> list[Tensor]:
-        """What each micro-batch and slice adds to the batch's loss, in order."""
-        return self.of_all or [
-            loss for parts in self.losses for loss in parts if loss is not None
-        ]
-
-    @property
-    def loss(self) -> Tensor:
-        """The batch's loss, summed by micro-batch and slice."""
-        first, *others = self.parts
-        total = first.clone()
-        for loss in others:
-            total += loss.to(total.device)
-        return total
+    def all_losses(self) -> Losses | ToldLosses:
+        """Of all ranks."""
+        if self.told is not None:
+            return self.told
+        return Losses([self.losses[where] for where in sorted(self.losses)])

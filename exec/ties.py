@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import ModelError, RankError
 from pipeproof.exec.grid import Grid
+from pipeproof.exec.homes import holders
 from pipeproof.exec.reducing import Reducer
 from pipeproof.exec.sharded import is_sharded
 from pipeproof.exec.stage import Stage, StageModule, units_of

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipeproof.sched import Program
 from pipeproof.sched.groups import needs
-from pipeproof.sched.program import StreamKind
+from pipeproof.sched.instructions import StreamKind
 
 Array = NDArray[np.float64]
 Times = list[tuple[int, float, float]]

@@ -23,6 +23,11 @@ only when its slot is free, so there is never more in flight than slots.
 What is sent is held until it has gone. It is known to have gone once its target,
 having taken it, has sent something that arrived here; nobody need wait for it. Where
 more than a little is held like that, the oldest has a thread that waits for it.
+
+Where times are wanted, somebody must see when a tensor is there. An op that waits for
+it does, and at no cost. What comes while ops run only a thread can see; but an op that
+waited for that thread would wait for two changes of threads in place of one. So the
+thread looks for what did not keep its op waiting in the step before.
 """
 
 from __future__ import annotations
@@ -38,11 +43,13 @@ from torch import Tensor
 
 from pipeproof.exec.errors import ModelError
 from pipeproof.exec.forms import Form, Part, as_bytes
-from pipeproof.exec.runtime import readers
+from pipeproof.exec.moving import readers
 from pipeproof.exec.wires import Pending, TextWire, Wait, Wire
 from pipeproof.sched import Action, Program
-from pipeproof.sched.program import Message
+from pipeproof.sched.instructions import Message
 
+WAITED_S = 1e-4
+"""From when on an op was kept waiting, and has seen when it ended."""
 HELD = 1 << 20
 """Bytes sent to a peer that may be held until something comes back from there."""
 Begun = tuple[int, float, list[Pending] | None]
@@ -77,6 +84,7 @@ class Across:
     ) -> None:
         self._out, self._into, self._headers = out, into, headers
         self._device, self._wait = device, wait
+        self._on_cpu = device.type == "cpu"
         self._taken_before = taken_before(program)
         self._awaited = _awaited(program)
         self._going: dict[int, list[Pending]] = {}
@@ -87,6 +95,7 @@ class Across:
         self._begun: dict[int, Begun] = {}
         self._kept: list[Begun] = []
         self._moving: dict[int, Arriving] = {}
+        self._kept_waiting: set[int] = set()  # in the step before
         self._unknown: dict[int, deque[Message]] = {peer: deque() for peer in into}
         self._sent: dict[int, deque[tuple[int, int, Pending]]] = {
             peer: deque() for peer in {*out, *into}
@@ -114,11 +123,14 @@ class Across:
         """Start to send a value; its memory is held until it is sent."""
         if self._ask is not None:
             self.agree()
-        began = perf_counter()
-        tensors = self._fitting(message, value)
+        began = perf_counter() if self.recorded else 0.0
+        form = self._forms.get(message.index)
+        tensors = None if form is None else form.fitting(value)
+        if form is None or tensors is None:
+            form, tensors = self._announce(message, value, form)
         wire, moving = self._out[message.target], []
         awaited = message.index in self._awaited
-        for part, tensor in zip(self._forms[message.index].parts, tensors):
+        for part, tensor in zip(form.parts, tensors):
             if not part.empty:
                 row = self._row(part, tensor)
                 moving.append(wire.send(row, followed=awaited and self.recorded))
@@ -132,23 +144,24 @@ class Across:
 
     def _hold(self, message: Message, moving: list[Pending]) -> None:
         """Hold what was sent, the oldest no longer than a thread finds it gone."""
-        sent = self._sent[message.target]
+        peer = message.target
+        sent, held = self._sent[peer], self._held[peer]
         for pending in moving:
             assert pending.tensor is not None
             size = pending.tensor.nbytes
             sent.append((message.send, size, pending))
-            self._held[message.target] += size
+            held += size
         # NCCL's waits order the stream of the thread that calls them: not one beside.
-        while self._out[message.target].blocks and self._held[message.target] > HELD:
+        while held > HELD and self._out[peer].blocks:
             _, size, pending = sent.popleft()
-            self._held[message.target] -= size
+            held -= size
             pending.wire.follow(pending)
+        self._held[peer] = held
 
-    def _fitting(self, message: Message, value: Any) -> list[Tensor]:
-        """The tensors of a value, each dense, of the form that is announced."""
-        before = self._forms.get(message.index)
-        if before is not None and (found := before.fitting(value)) is not None:
-            return found
+    def _announce(
+        self, message: Message, value: Any, before: Form | None
+    ) -> tuple[Form, list[Tensor]]:
+        """The form of a value, of which a header tells; its tensors, each dense."""
         form, tensors = Form.of(value)
         if before is not None and form != before and not (form.plain and before.plain):
             raise ModelError(
@@ -159,13 +172,11 @@ class Across:
         if before is None or form.plain:
             self._forms[message.index] = form
             self._headers[message.target].send(form.to_text())
-        return tensors
+        return form, tensors
 
     def _row(self, part: Part, tensor: Tensor) -> Tensor:
         """A dense tensor's memory as a communicator takes it: gloo minds no type."""
-        if part.contiguous and self._device.type == "cpu":
-            return tensor
-        return as_bytes(tensor)
+        return tensor if part.contiguous and self._on_cpu else as_bytes(tensor)
 
     def post(self, message: Message) -> None:
         """Start to receive, if it is known what, and that of all before it."""
@@ -181,7 +192,8 @@ class Across:
         return self._announced and not self._forms[message.index].plain
 
     def _receive(self, message: Message) -> None:
-        began = perf_counter()
+        began = perf_counter() if self.recorded else 0.0
+        followed = self.recorded and message.index not in self._kept_waiting
         wire, arriving = self._into[message.source], []
         for part in self._forms[message.index].parts:
             tensor = torch.empty_strided(
@@ -190,7 +202,7 @@ class Across:
             pending = None
             if not part.empty:
                 row = self._row(part, tensor)
-                pending = wire.receive(row, followed=self.recorded)
+                pending = wire.receive(row, followed=followed)
             arriving.append((part, tensor, pending))
         self._moving[message.index] = arriving
         if self.recorded:
@@ -206,18 +218,24 @@ class Across:
                 text = self._headers[message.source].receive(f"the header of {earlier}")
                 self._forms[earlier.index] = Form.parse(text)
             self._receive(earlier)
-        arriving = self._moving.pop(message.index)
-        came = False
+        index = message.index
+        arriving = self._moving.pop(index)
+        asked = came = perf_counter()
+        tensors = []
         for part, tensor, pending in arriving:
             if pending is not None:
                 self._wait(pending, message)
-                came = True
+                came = perf_counter()
+                if pending.followed is None and pending.wire.blocks:
+                    pending.ended = came
             if part.wants_grad:
                 tensor.requires_grad_()
-        if came:
-            self._settle(message.source, self._taken_before[message.index])
-        tensors = [tensor for _, tensor, _ in arriving]
-        return self._forms[message.index].filled(tensors)
+            tensors.append(tensor)
+        if came > asked:
+            self._settle(message.source, self._taken_before[index])
+            waited = self._kept_waiting
+            (waited.add if came - asked > WAITED_S else waited.discard)(index)
+        return self._forms[index].filled(tensors)
 
     def finish(self, message: Message) -> None:
         """Wait until a value is sent."""
@@ -230,7 +248,7 @@ class Across:
         while sent and sent[0][0] <= until:
             _, size, pending = sent.popleft()
             self._held[peer] -= size
-            pending.finish()
+            pending.let_go()
 
     def forget(self) -> None:
         """Let go of everything of a step but what is not sent yet."""

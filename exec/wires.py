@@ -12,9 +12,10 @@ NCCL's waits only order the device's stream and return.
 from __future__ import annotations
 
 import os
+import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from queue import SimpleQueue
@@ -30,16 +31,16 @@ NEVER = timedelta(days=365)
 AT_ONCE = timedelta(milliseconds=1)
 NO_TAG = 99
 """Of messages that never come."""
-FIRST_BYTES = 1024
-"""Size of a text's first tensor; a longer text is followed by the rest."""
+FIRST_BYTES, LENGTH_BYTES = 1024, 8
+"""Of a text's first tensor, and of its length there; the rest of a longer one comes
+in a second."""
 
 
 def gloo(store: Store, rank: int, size: int, timeout: timedelta) -> Backend:
     """A gloo communicator.
 
-    All of a process share one thread that serves their sockets. Each with its own,
-    as torch makes them, they would compete with the op that runs for its core: such
-    a thread spins while another holds its link.
+    All of a process share one thread that serves their sockets: see `_devices`. With
+    one for each, as torch makes them, these would compete for the op's core.
 
     Args:
         store: where its ranks meet, theirs alone.
@@ -56,15 +57,39 @@ def gloo(store: Store, rank: int, size: int, timeout: timedelta) -> Backend:
 
 @cache
 def _devices(interfaces: str) -> list[Any]:
-    """Of gloo, as torch chooses them."""
-    named = [
-        ProcessGroupGloo.create_device(interface=x) for x in interfaces.split(",") if x
-    ]
-    return named or [ProcessGroupGloo.create_default_device()]
+    """Of gloo, as torch chooses them.
+
+    A device's thread spins while another thread holds the lock of a link that has news
+    for it. One that sends holds it, and the kernel likes to let the thread that it
+    wakes by that run in its place, at once and on its core: then the threads of two
+    ranks may each spin for as long as they are let, for locks that are held by senders
+    which they keep from running. So they are made not to run in anybody's place.
+    """
+    with _patient():
+        named = [
+            ProcessGroupGloo.create_device(interface=x)
+            for x in interfaces.split(",")
+            if x
+        ]
+        return named or [ProcessGroupGloo.create_default_device()]
+
+
+@contextmanager
+def _patient() -> Iterator[None]:
+    """Threads started meanwhile run in no other's place when they wake (Linux)."""
+    # They inherit it. It is no lower priority: only what they preempt is different.
+    usual = sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER
+    try:
+        if usual:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        yield
+    finally:
+        if usual:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 class Pending:
-    """A tensor under way.
+    """A tensor under way, by one of torch's functions for it.
 
     Attributes:
         tensor: it; held as long as its memory is read or written.
@@ -72,20 +97,23 @@ class Pending:
         work: torch's, until somebody has waited for it.
         followed: what a thread that waits for it sets when it is done; None where
             who needs it waits.
-        ended: when it was sent or was there, by `perf_counter`; where it was
-            followed.
+        ended: when it was sent or was there, by `perf_counter`, if somebody saw it.
         error: why it never will be.
     """
 
     __slots__ = ("ended", "error", "followed", "tensor", "wire", "work")
 
-    def __init__(self, tensor: Tensor, wire: Wire) -> None:
+    def __init__(self, tensor: Tensor, wire: Wire, function: Any) -> None:
         self.tensor: Tensor | None = tensor
         self.wire = wire
         self.work: Any = None
         self.followed: threading.Event | None = None
         self.ended = 0.0
         self.error: Exception | None = None
+        try:
+            self.work = function([tensor], wire.place, wire.tag)
+        except RuntimeError as error:  # the link is broken already
+            self.error = error
 
     def finish(self) -> None:
         """Wait for it, without a deadline."""
@@ -97,6 +125,13 @@ class Pending:
             work.wait(NEVER) if self.wire.blocks else work.wait()
         except RuntimeError as error:
             self.error = error
+
+    def let_go(self) -> None:
+        """Nobody need wait for it: it is known to have gone."""
+        if self.wire.blocks:
+            self.work = None
+        else:  # NCCL's wait has the device's stream know, too
+            self.finish()
 
 
 class Wire:
@@ -110,13 +145,13 @@ class Wire:
         tag: tells wires of one communicator apart, which only gloo can do.
 
     Attributes:
-        peer, blocks: as given.
+        place, peer, blocks, tag: as given.
     """
 
     def __init__(
         self, group: Backend, place: int, peer: int, blocks: bool, tag: int = 0
     ) -> None:
-        self._group, self._place, self._tag = group, place, tag
+        self.place, self.tag = place, tag
         self.peer, self.blocks = peer, blocks
         self._send = group.send  # type: ignore[attr-defined]
         self._recv = group.recv  # type: ignore[attr-defined]
@@ -130,7 +165,10 @@ class Wire:
             tensor: whose memory is read until it is sent.
             followed: hold it until then; otherwise hold what is returned.
         """
-        return self._started(self._send, tensor, followed)
+        pending = Pending(tensor, self, self._send)
+        if followed:
+            self.follow(pending)
+        return pending
 
     def receive(self, tensor: Tensor, *, followed: bool = False) -> Pending:
         """Start to fill a contiguous tensor.
@@ -139,21 +177,15 @@ class Wire:
             tensor: to be filled.
             followed: have a thread note when it is.
         """
-        return self._started(self._recv, tensor, followed)
-
-    def _started(self, function: Any, tensor: Tensor, followed: bool) -> Pending:
-        pending = Pending(tensor, self)
-        try:
-            pending.work = function([tensor], self._place, self._tag)
-        except RuntimeError as error:  # the link is broken already
-            pending.error = error
-            return pending
-        if followed and self.blocks:
+        pending = Pending(tensor, self, self._recv)
+        if followed:
             self.follow(pending)
         return pending
 
     def follow(self, pending: Pending) -> None:
         """Have a thread wait for it, note when it is done, and let go of it then."""
+        if not self.blocks or pending.error is not None:
+            return
         pending.followed = threading.Event()
         if self._thread is None:
             self._thread = threading.Thread(target=_serve, args=(self._queue,))
@@ -165,7 +197,7 @@ class Wire:
         """Have all waits on the communicator fail, now and ever after."""
         if self.blocks:
             with suppress(RuntimeError):
-                never = self._recv([torch.empty(1)], self._place, NO_TAG)
+                never = self._recv([torch.empty(1)], self.place, NO_TAG)
                 never.wait(AT_ONCE)
 
     def close(self, timeout_s: float) -> None:
@@ -199,37 +231,34 @@ class TextWire:
     def __init__(self, out: Wire, into: Wire, wait: Wait) -> None:
         self._out, self._into, self._wait = out, into, wait
         self._ahead: Pending | None = None
+        self._first = torch.empty(FIRST_BYTES, dtype=torch.uint8)
+        self._bytes = self._first.numpy().data
 
     def send(self, text: str, *, followed: bool = True) -> list[Pending]:
         """Start to send, as `Wire.send`."""
         data = text.encode()
-        data = len(data).to_bytes(8, "little") + data
-        first = bytearray(data[:FIRST_BYTES].ljust(FIRST_BYTES, b"\0"))
-        parts = [first]
-        if rest := bytearray(data[FIRST_BYTES:]):
-            parts.append(rest)
+        first, fits = bytearray(FIRST_BYTES), FIRST_BYTES - LENGTH_BYTES
+        first[:LENGTH_BYTES] = len(data).to_bytes(LENGTH_BYTES, "little")
+        first[LENGTH_BYTES : LENGTH_BYTES + len(data)] = data[:fits]
+        parts = [first] if len(data) <= fits else [first, bytearray(data[fits:])]
         rows = (torch.frombuffer(part, dtype=torch.uint8) for part in parts)
         return [self._out.send(row, followed=followed) for row in rows]
 
     def expect(self) -> None:
         """Get ready for the next one, so that it need not wait for `receive`."""
         if self._ahead is None:
-            buffer = torch.empty(FIRST_BYTES, dtype=torch.uint8)
-            self._ahead = self._into.receive(buffer)
+            self._ahead = self._into.receive(self._first)
 
     def receive(self, what: str) -> str:
         """Wait for the next one."""
         self.expect()
         assert self._ahead is not None
         first, self._ahead = self._ahead, None
-        data = self._read(first, what)
-        length, data = int.from_bytes(data[:8], "little"), data[8:]
+        self._wait(first, what)
+        length = int.from_bytes(self._bytes[:LENGTH_BYTES], "little")
+        data = self._bytes[LENGTH_BYTES : LENGTH_BYTES + length].tobytes()
         if length > len(data):
             rest = torch.empty(length - len(data), dtype=torch.uint8)
-            data += self._read(self._into.receive(rest), what)
-        return data[:length].decode()
-
-    def _read(self, pending: Pending, what: str) -> bytes:
-        self._wait(pending, what)
-        assert pending.tensor is not None
-        return bytes(pending.tensor.numpy())
+            self._wait(self._into.receive(rest), what)
+            data += rest.numpy().tobytes()
+        return data.decode()

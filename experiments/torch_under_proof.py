@@ -35,8 +35,9 @@ from torch.distributed.pipelining import schedules as theirs
 from torch.nn import functional
 
 from pipeproof.sched import catalog, check, prove
-from pipeproof.sched.interop.torch_csv import format_torch_csv, read_torch_csv
+from pipeproof.sched.interop.torch_csv import read_torch_csv
 from pipeproof.sched.interop.torch_program import torch_program
+from pipeproof.sched.interop.torch_writer import format_torch_csv
 
 RESULT = Path(__file__).parent / "results" / "torch_under_proof.md"
 SINGLE = ("GPipe", "1F1B")

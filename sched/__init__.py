@@ -19,6 +19,8 @@ from pipeproof.sched.fit_recompute import Recomputation as Recomputation
 from pipeproof.sched.fit_recompute import fit_recompute as fit_recompute
 from pipeproof.sched.fit_recompute import fit_selective as fit_selective
 from pipeproof.sched.fits import fits as fits
+from pipeproof.sched.instructions import Action as Action
+from pipeproof.sched.instructions import BufferKind as BufferKind
 from pipeproof.sched.ir import B as B
 from pipeproof.sched.ir import F as F
 from pipeproof.sched.ir import I as I
@@ -37,8 +39,6 @@ from pipeproof.sched.lower import lower as lower
 from pipeproof.sched.partition import Partition as Partition
 from pipeproof.sched.partition import partition as partition
 from pipeproof.sched.placement import Placement as Placement
-from pipeproof.sched.program import Action as Action
-from pipeproof.sched.program import BufferKind as BufferKind
 from pipeproof.sched.program import Program as Program
 from pipeproof.sched.prove import prove as prove
 from pipeproof.sched.trace import Trace as Trace

@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 
 from pipeproof.sched.deps import Index, OpTable
 from pipeproof.sched.hops import Hops
+from pipeproof.sched.instructions import BufferKind
 from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.kernels import run
-from pipeproof.sched.program import BufferKind, Column
-from pipeproof.sched.program import table as new_table
+from pipeproof.sched.lists import Column
+from pipeproof.sched.lists import table as new_table
 
 _F = int(Kind.F)
 _OUTPUT, _INPUT_GRAD = int(BufferKind.OUTPUT), int(BufferKind.INPUT_GRAD)

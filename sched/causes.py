@@ -27,9 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.groups import needs, turns_of_others
+from pipeproof.sched.instructions import Action
+from pipeproof.sched.lists import Lists
 from pipeproof.sched.matching import meetings
 from pipeproof.sched.parts import Index, Parts, Times, scale_of, scaled, unscaled
-from pipeproof.sched.program import Action, Lists
 
 if TYPE_CHECKING:
     from pipeproof.sched.trace import Trace

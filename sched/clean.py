@@ -28,11 +28,16 @@ def clean_levels(schedule: Schedule) -> NDArray[np.int32] | None:
 
     Returns:
         int32 per lone op or overlap group, as `deps.Order.level`. None for schedules
-        with STEPs too.
+        with STEPs behind sums over devices too.
     """
     ops = schedule.ops
     shape = schedule.all_micro_batches, schedule.slices, schedule.stages
-    if not len(ops) or ops.kind.max() > _REDUCE or _impossible(schedule):
+    if not len(ops) or _impossible(schedule):
+        return None
+    homes = np.array(schedule.placement.pipes, dtype=np.int32)
+    sums = len(homes) > 1 or schedule.has(Kind.REDUCE)
+    steps = schedule.has(Kind.STEP)
+    if steps and (sums or schedule.ties):
         return None
     numbers = ops.micro_batch, ops.slice, ops.stage
     if any(column.max() >= size for column, size in zip(numbers, shape)):
@@ -43,9 +48,7 @@ def clean_levels(schedule: Schedule) -> NDArray[np.int32] | None:
     if Kind.F not in table.by_kind:
         return None
     empty = np.zeros(0, dtype=np.int32)
-    homes = np.array(schedule.placement.pipes, dtype=np.int32)
     of_steps = schedule.steps * homes.size
-    sums = len(homes) > 1 or schedule.has(Kind.REDUCE)
     grouped = bool(ops.joined.any())
     columns: list[NDArray[Any]] = [
         ops.kind,
@@ -57,7 +60,7 @@ def clean_levels(schedule: Schedule) -> NDArray[np.int32] | None:
         schedule.pipe_of,
         schedule.row_starts,
         homes.ravel(),
-        np.array([*shape, len(homes), schedule.micro_batches, sums, grouped]),
+        np.array([*shape, len(homes), schedule.micro_batches, sums, steps, grouped]),
         *(
             table.by_kind[kind].ravel() if kind in table.by_kind else empty
             for kind in OF_MICRO_BATCHES
@@ -121,7 +124,7 @@ def _advance(
     nothing waits for, is passed by and levelled in the end.
     """
     slices, stages, pipes, of_step = shape[1], shape[2], shape[3], shape[4]
-    sums, grouped = shape[5] > 0, shape[6] > 0
+    sums, steps, grouped = shape[5] > 0, shape[6] > 0, shape[7] > 0
     # F, and either B or I and W, of each stage, micro-batch and slice.
     for cell in range(len(forward)):
         one = len(whole) > 0 and whole[cell] >= 0
@@ -152,51 +155,45 @@ def _advance(
                 cell, what = place[op], kind[op]
                 if end > begin + 1 and what > _R:
                     return
-                if what == _REDUCE:
+                if what >= _REDUCE:
                     break
-                own = op
-                for nth in range(4):
-                    need = -1
-                    if what == _F:
-                        if nth == 0:
-                            own = forward[cell]
-                        elif nth == 1 and stage[op] > 0:
-                            need = forward[cell - 1]
-                        elif nth == 2 and part[op] > 0:
-                            need = forward[cell - stages]
-                    elif what in (_B, _I):
-                        if nth == 0:
-                            own = whole[cell] if what == _B else half[cell]
-                            need = forward[cell]
-                            if len(again) > 0 and again[cell] >= 0:
-                                need = again[cell]
-                        elif nth == 3:
-                            if len(back) > 0:
-                                need = back[cell]
-                        else:
-                            other = -1
-                            if nth == 1 and stage[op] < stages - 1:
-                                other = cell + 1
-                            elif nth == 2 and part[op] < slices - 1:
-                                other = cell + stages
-                            if other >= 0:
-                                need = whole[other] if len(whole) > 0 else -1
-                                if need < 0:
-                                    need = half[other]
-                    elif nth == 0 and what == _W:
-                        own = weight[cell]
-                        need = half[cell]
-                    elif nth == 0 and what == _R:
-                        own = again[cell]
-                        need = forward[cell]
-                    elif nth == 0 and what == _OFFLOAD:
-                        own = away[cell]
-                        need = forward[cell]
-                        reached = max(reached, streams[3 * device + 1])
-                    elif nth == 0:
-                        own = back[cell]
-                        need = away[cell]
-                        reached = max(reached, streams[3 * device + 2])
+                own = first = second = third = fourth = -1
+                if what == _F:
+                    own = forward[cell]
+                    if stage[op] > 0:
+                        first = forward[cell - 1]
+                    if part[op] > 0:
+                        second = forward[cell - stages]
+                elif what in (_B, _I):
+                    own = whole[cell] if what == _B else half[cell]
+                    first = forward[cell]
+                    if len(again) > 0 and again[cell] >= 0:
+                        first = again[cell]
+                    if stage[op] < stages - 1:
+                        second = whole[cell + 1] if len(whole) > 0 else -1
+                        if second < 0:
+                            second = half[cell + 1]
+                    if part[op] < slices - 1:
+                        third = whole[cell + stages] if len(whole) > 0 else -1
+                        if third < 0:
+                            third = half[cell + stages]
+                    if len(back) > 0:
+                        fourth = back[cell]
+                elif what == _W:
+                    own = weight[cell]
+                    first = half[cell]
+                elif what == _R:
+                    own = again[cell]
+                    first = forward[cell]
+                elif what == _OFFLOAD:
+                    own = away[cell]
+                    first = forward[cell]
+                    reached = max(reached, streams[3 * device + 1])
+                else:
+                    own = back[cell]
+                    first = away[cell]
+                    reached = max(reached, streams[3 * device + 2])
+                for need in (first, second, third, fourth):
                     if need >= 0:
                         if level[need] < 0:
                             missing = need
@@ -214,7 +211,7 @@ def _advance(
             at[device] = end
             ran += end - begin
             what = kind[begin]
-            if what == _REDUCE:
+            if what >= _REDUCE:
                 step = micro_batch[begin]
                 if (step + 1) * of_step > shape[0]:
                     return
@@ -228,6 +225,7 @@ def _advance(
                         there = True
                 if not there:
                     return
+            if what == _REDUCE:
                 level[begin] = reached
                 continue
             reached += 1
@@ -238,7 +236,7 @@ def _advance(
                     count += 1
                     waiting = behind[waiting]
                 level[op] = reached
-                if sums and kind[op] in (_B, _W):
+                if (sums or steps) and kind[op] in (_B, _W):
                     step = micro_batch[op] // of_step
                     pipe = pipe_of[micro_batch[op]]
                     cell = (step * pipes + pipe) * stages + stage[op]
@@ -250,6 +248,10 @@ def _advance(
                 streams[3 * device + 2] = reached
             else:
                 streams[3 * device] = reached
+    # STEPs: one of each stage, behind its last.
+    for cell in range(len(reduced) if steps else 0):
+        if reduced[cell] < 0 or last[cell] > reduced[cell]:
+            return
     # REDUCEs: one on each device of a stage with replicas, behind its last there.
     for cell in range(len(reduced) if sums else 0):
         op = reduced[cell]

@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from pipeproof.sched.buffers import HOWS, Block
 from pipeproof.sched.deps import Index, OpTable
 from pipeproof.sched.hops import Hops
+from pipeproof.sched.instructions import Action
 from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.kernels import columns as new_columns
 from pipeproof.sched.kernels import run
 from pipeproof.sched.layout import Layout
+from pipeproof.sched.lists import Lists
 from pipeproof.sched.nodes import Nodes
-from pipeproof.sched.program import Action, Lists
 from pipeproof.sched.touches import Touch, touching
 
 _COMPUTE, _SEND, _RECV = map(int, (Action.COMPUTE, Action.SEND, Action.RECV))
@@ -80,12 +81,12 @@ def conditions(
         layout.into,
         schedule.ops.kind,
         table.place,
+        layout.stream,
         schedule.device_of_op,
         nodes.of_op,
         nodes.previous if beside else nodes.by_rank[:0],
         hops.source,
         hops.target,
-        hops.link,
         hops.slot,
         hops.out_of,
         hops.into,
@@ -139,12 +140,12 @@ def _wait(
     arrival: Any,
     kind: Any,
     place: Any,
+    stream: Any,
     device: Any,
     node: Any,
     previous: Any,
     source: Any,
     target: Any,
-    link: Any,
     slot_of: Any,
     out_of: Any,
     into: Any,
@@ -169,7 +170,8 @@ def _wait(
 ) -> None:
     """Instruction by instruction, with each device's last COMPUTE so far.
 
-    Free slots of one sort stand in a queue of the hops that filled them.
+    Free slots of one sort stand in a queue of the hops that filled them. The number
+    of a device is that of its compute stream.
     """
     blocking, late = policies[0], policies[1]
     w = 0
@@ -199,7 +201,7 @@ def _wait(
         for op in range(begin, end):  # ops wait for what arrives, in order of hops
             hop = into[op]
             while hop >= 0:
-                if link[hop] >= 0:
+                if slot_of[hop] >= 0:
                     spot = w
                     while spot > first and hop_of[waits[spot - 1]] > hop:
                         waits[spot] = waits[spot - 1]
@@ -217,16 +219,16 @@ def _wait(
             if len(summed) > 0 and summed[begin] >= 0:  # for its gradient's sum
                 waits[w] = compute[node[summed[begin]]]
                 w += 1
-            before = last[device[begin]]
+            before = last[stream[i]]
             if blocking and before >= 0:  # for the sends of the op before
                 for op in range(first_op[before], first_op[before] + op_count[before]):
                     hop = out_of[op]
                     while 0 <= hop < len(source) and source[hop] == op:
-                        if link[hop] >= 0:
+                        if slot_of[hop] >= 0:
                             waits[w] = out[hop]
                             w += 1
                         hop += 1
-            last[device[begin]] = i
+            last[stream[i]] = i
         else:
             # Beside the others: for the device's ops before it. None behind it
             # waits, but for a backward that needs what is reloaded.
@@ -256,7 +258,7 @@ def _wait(
                 elif side == 1 and takes_input[row]:
                     hop = brought[at]
                 while hop >= 0:
-                    if link[hop] >= 0:
+                    if slot_of[hop] >= 0:
                         spot = count
                         while spot > 0 and freed[spot - 1] > hop:
                             freed[spot] = freed[spot - 1]

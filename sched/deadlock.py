@@ -32,9 +32,10 @@ from numpy.typing import NDArray
 from pipeproof.sched.cycles import drawn
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.findings import Finding
+from pipeproof.sched.instructions import Action
 from pipeproof.sched.kernels import levels
 from pipeproof.sched.matching import meetings
-from pipeproof.sched.program import Action, Program
+from pipeproof.sched.program import Program
 from pipeproof.sched.streams import STREAM_MODELS, Buffering, StreamModel, in_turn
 
 Nodes = NDArray[np.int64]

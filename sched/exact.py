@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeproof.sched.errors import ParameterError
+
 Number = int | float | Fraction
 
 
@@ -29,6 +31,24 @@ def plain(number: Any) -> Number:
 def is_number(value: object) -> bool:
     """Whether it is a Number: a truth value is none, nor is numpy's."""
     return isinstance(value, (int, float, Fraction)) and not isinstance(value, bool)
+
+
+def rounded(number: Number) -> float:
+    """The nearest float.
+
+    Raises:
+        ParameterError: there is none, as it is beyond their range.
+    """
+    try:
+        result = float(number)
+    except OverflowError:
+        result = math.inf
+    if not math.isfinite(result):
+        raise ParameterError(
+            "a result is beyond the range of floating point: give costs in a "
+            "larger unit"
+        )
+    return result
 
 
 def ratio(part: Any, whole: Any) -> Number:

@@ -32,8 +32,8 @@ import numpy as np
 from pipeproof.sched.deps import Index
 from pipeproof.sched.hops import Hops
 from pipeproof.sched.layout import Layout
+from pipeproof.sched.lists import Lists
 from pipeproof.sched.nodes import Nodes
-from pipeproof.sched.program import Lists
 
 
 def exchanges(nodes: Nodes, hops: Hops) -> Index:

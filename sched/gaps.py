@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from pipeproof.sched.causes import Causes, Why
 from pipeproof.sched.exact import Number, plain
+from pipeproof.sched.instructions import Action, MessageKind
 from pipeproof.sched.parts import Index, Parts, Times, name_of, totals
-from pipeproof.sched.program import Action, MessageKind, Program
+from pipeproof.sched.program import Program
 
 if TYPE_CHECKING:
     from pipeproof.sched.trace import Trace

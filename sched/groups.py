@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.deps import csr
-from pipeproof.sched.program import Lists, Program
+from pipeproof.sched.lists import Lists
+from pipeproof.sched.program import Program
 from pipeproof.sched.streams import StreamModel, in_turn
 
 Edges = tuple[NDArray[np.int64], NDArray[np.int64]]

@@ -29,7 +29,8 @@ class Hops:
         source, target: the ops that produce and consume each.
         link: the stream that sends it; -1 where it stays on its device.
         slot: the sort of slot that it arrives in: one for what goes down the stages
-            and one for what goes up, for each stage, and each skip, on each device.
+            and one for what goes up, for each stage, and each skip, on each device; -1
+            where it stays on its device.
         message: its number among those that cross devices, or -1.
         starts: where those that each node produces begin, in the canonical order,
             and the end.
@@ -87,7 +88,7 @@ class Hops:
             streams.down,
             streams.up,
             _slots(schedule),
-            np.array([schedule.stages, len(skips)]),
+            np.array([schedule.stages, len(skips), len(schedule.placement.pipes)]),
             skips.source,
             skips.target,
             skips.down,
@@ -178,7 +179,7 @@ def _produce(
     What comes over skips is there before what comes from the chain, since the stages
     between need it too: so the last one to name a consumer stands first in its list.
     """
-    stages, skips = sizes[0], sizes[1]
+    stages, skips, pipes = sizes[0], sizes[1], sizes[2]
     hop = 0
     sent = 0
     for rank in range(len(by_rank)):
@@ -187,22 +188,24 @@ def _produce(
             at = stage[op]
             if kind[op] == _F and at < stages - 1:
                 after = forward[place[op] + 1]
-                pipe = pipe_of[micro_batch[op]]
+                pipe = pipe_of[micro_batch[op]] if pipes > 1 else 0
                 over = down[pipe * stages + at]
-                slot[hop] = slots[pipe * stages + at + 1]
+                sort = slots[pipe * stages + at + 1]
             elif (kind[op] == _B or kind[op] == _I) and at > 0:
                 after = backward[place[op] - 1]
-                pipe = pipe_of[micro_batch[op]]
+                pipe = pipe_of[micro_batch[op]] if pipes > 1 else 0
                 over = up[pipe * stages + at]
-                slot[hop] = slots[pipe * stages + at - 1] + 1
+                sort = slots[pipe * stages + at - 1] + 1
             else:
                 continue
             source[hop] = op
             target[hop] = after
             out_of[op] = hop
             link[hop] = over
+            slot[hop] = -1
             message[hop] = -1
             if over >= 0:
+                slot[hop] = sort
                 message[hop] = sent
                 sent += 1
             if skips > 0:
@@ -211,7 +214,7 @@ def _produce(
             hop += 1
             if skips == 0:
                 continue
-            pipe = pipe_of[micro_batch[op]]
+            pipe = pipe_of[micro_batch[op]] if pipes > 1 else 0
             down_here = kind[op] == _F
             begin = down_at[at] if down_here else up_at[at]
             end = down_at[at + 1] if down_here else up_at[at + 1]
@@ -220,20 +223,22 @@ def _produce(
                     skip = skips_down[nth]
                     after = forward[place[op] + skip_target[skip] - at]
                     over = skip_down[pipe * skips + skip]
-                    slot[hop] = skip_slots_down[pipe * skips + skip]
+                    sort = skip_slots_down[pipe * skips + skip]
                 else:
                     skip = skips_up[nth]
                     after = backward[place[op] + skip_source[skip] - at]
                     over = skip_up[pipe * skips + skip]
-                    slot[hop] = skip_slots_up[pipe * skips + skip]
+                    sort = skip_slots_up[pipe * skips + skip]
                 source[hop] = op
                 target[hop] = after
                 skip_of[hop] = skip
                 beside[hop] = into[after]
                 into[after] = hop
                 link[hop] = over
+                slot[hop] = -1
                 message[hop] = -1
                 if over >= 0:
+                    slot[hop] = sort
                     message[hop] = sent
                     sent += 1
                 hop += 1

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeproof.sched.exact import Number, plain
+from pipeproof.sched.instructions import BufferKind
 from pipeproof.sched.memory import lifetimes
-from pipeproof.sched.program import BufferKind
 
 if TYPE_CHECKING:
     from pipeproof.sched.trace import Trace

@@ -14,16 +14,18 @@ from numpy.typing import NDArray
 
 from pipeproof.sched.deps import Index, csr
 from pipeproof.sched.hops import Hops
+from pipeproof.sched.instructions import Action
 from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.kernels import columns as new_columns
 from pipeproof.sched.kernels import run
+from pipeproof.sched.lists import Column
 from pipeproof.sched.nodes import BESIDE, Nodes, Streams
-from pipeproof.sched.program import Action, Column
 
 BEFORE, AT, BEHIND = 0, 1, 2
 """Where instructions go: before the op of their step, the op, behind it."""
 
 _SEND, _RECV, _LOCAL = int(Action.SEND), int(Action.RECV), int(Action.LOCAL)
+_REDUCE = int(Kind.REDUCE)
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,6 @@ def lay_out(
         phase_of_messages: BEFORE that node, or BEHIND it.
     """
     size, count = len(nodes.by_rank), len(hops.source)
-    every = np.arange(size + 1, dtype=np.int32)
-    node_starts, node_at = every, nodes.by_rank
-    if (nodes.kind == Kind.REDUCE).any():
-        node_starts, node_at = csr(size, _meeting(schedule, nodes), every[:size])
     actions = [BESIDE.get(kind, (Action.COMPUTE, None))[0] for kind in Kind]
     total = size + count + hops.messages
     largest = int(np.diff(nodes.starts).max(initial=0)) if size < len(schedule) else 1
@@ -89,11 +87,12 @@ def lay_out(
     if hops.messages == count:
         room[5] = room[4]
     columns = [
-        node_starts,
-        node_at,
+        nodes.by_rank,
         nodes.starts,
         nodes.kind,
         nodes.device,
+        schedule.ops.stage,
+        *_reduces(schedule, nodes),
         streams.of_kind,
         np.array(actions, dtype=np.int8),
         *handed,
@@ -104,15 +103,18 @@ def lay_out(
         np.array([schedule.devices, phase_of_messages]),
         *room,
     ]
-    return Layout(*run(_append, columns, results=[*range(14, 23)], size=total))
+    return Layout(*run(_append, columns, results=[*range(17, 26)], size=total))
 
 
 def _append(
-    node_starts: Any,
-    node_at: Any,
+    by_rank: Any,
     starts: Any,
     kind: Any,
     device: Any,
+    stage: Any,
+    reduces_at: Any,
+    reduces: Any,
+    left: Any,
     stream_of_kind: Any,
     action_of_kind: Any,
     hop_starts: Any,
@@ -132,14 +134,28 @@ def _append(
     out: Any,
     into: Any,
 ) -> None:
-    """Step by step: what goes before its nodes, the nodes, what goes behind them."""
+    """Step by step: what goes before its node, the node, what goes behind it.
+
+    The REDUCEs of a stage stand together where the last of them does. All devices so
+    come to their common ones in one order, and no two can wait for each other in
+    different ones.
+    """
     devices, phase_of_messages = sizes[0], sizes[1]
     end = 0
-    for step in range(len(node_starts) - 1):
+    for step in range(len(by_rank)):
         for phase in range(BEFORE, BEHIND + 1):
             if phase == AT:
-                for place in range(node_starts[step], node_starts[step + 1]):
-                    node = node_at[place]
+                node, first, behind = by_rank[step], 0, 1
+                reducing = kind[node] == _REDUCE
+                if reducing:
+                    at = stage[starts[node]]
+                    left[at] -= 1
+                    first, behind = reduces_at[at], reduces_at[at + 1]
+                    if left[at] > 0:
+                        behind = first
+                for place in range(first, behind):
+                    if reducing:
+                        node = reduces[place]
                     stream[end] = stream_of_kind[kind[node] * devices + device[node]]
                     action[end] = action_of_kind[kind[node]]
                     first_op[end] = starts[node]
@@ -176,16 +192,9 @@ def _append(
                     end += 1
 
 
-def _meeting(schedule: Schedule, nodes: Nodes) -> Index:
-    """The rank of each node; of a REDUCE, the last of those that meet in it.
-
-    All devices so come to their common reductions in one order, and no two can
-    wait for each other in different ones.
-    """
-    rank = nodes.rank.copy()
-    reduces = nodes.kind == Kind.REDUCE
-    stage = schedule.ops.stage[nodes.starts[:-1][reduces]]
-    latest = np.zeros(schedule.stages, dtype=np.int64)
-    np.maximum.at(latest, stage, rank[reduces])
-    rank[reduces] = latest[stage]
-    return rank
+def _reduces(schedule: Schedule, nodes: Nodes) -> tuple[Index, Index, Index]:
+    """The REDUCEs of each stage: where they begin, the nodes, and how many."""
+    reduces = np.flatnonzero(nodes.kind == Kind.REDUCE)
+    stage = schedule.ops.stage[nodes.starts[reduces]]
+    offsets, reduces = csr(schedule.stages, stage, reduces)
+    return offsets, reduces, np.diff(offsets)

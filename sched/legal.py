@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from pipeproof.sched.deadlock import named
 from pipeproof.sched.findings import Finding
-from pipeproof.sched.program import Action, BufferKind, Program, StreamKind
+from pipeproof.sched.instructions import Action, BufferKind, StreamKind
+from pipeproof.sched.program import Program
 
 STREAMS_OF = {
     Action.COMPUTE: (StreamKind.COMPUTE,),

@@ -31,8 +31,9 @@ from pipeproof.sched.exchange import exchanges, groups_of
 from pipeproof.sched.hops import Hops, handed_on
 from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.layout import BEFORE, BEHIND, lay_out
+from pipeproof.sched.lists import Lists
 from pipeproof.sched.nodes import Nodes, Streams
-from pipeproof.sched.program import Lists, Program
+from pipeproof.sched.program import Program
 from pipeproof.sched.storage import LoweredStorage
 from pipeproof.sched.tying import with_sums, without_them
 

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.findings import Finding
-from pipeproof.sched.program import Action, BufferKind, Program, StreamKind
+from pipeproof.sched.instructions import Action, BufferKind, StreamKind
+from pipeproof.sched.program import Program
 from pipeproof.sched.ties import homes_of, meets_nobody, named
 
 

@@ -23,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.exact import Number, plain
+from pipeproof.sched.instructions import Action, BufferKind
 from pipeproof.sched.peaks import peaks_by_buffer, peaks_by_op
-from pipeproof.sched.program import Action, BufferKind, Program
+from pipeproof.sched.program import Program
 from pipeproof.sched.weights import Weights
 
 if TYPE_CHECKING:

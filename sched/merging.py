@@ -6,15 +6,17 @@ copies go to, are merged from its streams, without sorting.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.changes import AWAY, HERE, changes, rows_of
+from pipeproof.sched.instructions import Action, StreamKind
 from pipeproof.sched.kernels import columns as new_columns
 from pipeproof.sched.kernels import run
-from pipeproof.sched.program import Action, Program
+from pipeproof.sched.program import Program
 from pipeproof.sched.touches import Touch
 
 
@@ -30,17 +32,23 @@ def peaks_with_copies(
     one behind those of all streams what its copies change on the device they go to.
     """
     schedule, streams = program.schedule, program.streams
-    homes = [stream.device for stream in streams]
-    targets = schedule.offload_to
-    targets_of = [targets[device] for device in homes]
-    device_of = [*homes, *(-1 if to is None else to for to in targets_of)]
     moving = np.flatnonzero(
         (program.action == Action.COMPUTE) | (program.action == Action.COPY)
     )
+    # At most a birth and a death of each op, and of each copy also elsewhere.
+    here = np.bincount(program.stream[moving], minlength=len(streams))
+    here *= 2 * int(program.op_count.max(initial=1))
+    copying = [stream.kind != StreamKind.COMPUTE for stream in streams]
+    at = np.concatenate([[0], np.cumsum([here, np.where(copying, here, 0)])])
+    total = int(at[-1])
+    number, weight = (
+        np.int32 if most < 2**31 else np.int64
+        for most in (2 * len(program), int(numbers.max(initial=0)))
+    )
     by_op = [
-        changes(touch, numbers, where)
+        sign * changes(touch, numbers, where)
+        for sign, touch in ((1, Touch.WRITE), (-1, Touch.TAKE))
         for where in (HERE, AWAY)
-        for touch in (Touch.WRITE, Touch.TAKE)
     ]
     columns: list[NDArray[Any]] = [
         moving,
@@ -48,50 +56,27 @@ def peaks_with_copies(
         program.op_count,
         program.stream,
         rows_of(schedule),
-        *by_op,
+        np.stack(by_op, axis=1).ravel(),
+        start,
+        end,
+        at[:-1].copy(),
+        *new_columns((total, start.dtype), (total, number), (total, weight)),
     ]
-    sizes = np.zeros(len(device_of), dtype=np.int64)
-    (sizes,) = run(_count, [*columns, sizes], results=[9], size=len(moving))
-    at = np.cumsum([0, *sizes.tolist()])
-    total = int(at[-1])
-    events = new_columns((total, start.dtype), (total, np.int64), (total, np.int64))
-    columns += [at[:-1].copy(), start, end, *events]
-    time, moment, change = run(_queue, columns, results=[12, 13, 14], size=total)
+    ends, *events = run(_queue, columns, results=[8, 9, 10, 11], size=total)
     queues: list[list[int]] = [[] for _ in range(schedule.devices)]
-    for queue, device in enumerate(device_of):
-        if device >= 0 and sizes[queue]:
+    devices = (s.device for s in streams), (s.peer for s in streams)
+    for queue, device in enumerate(chain(*devices)):
+        if device is not None and at[queue] < ends[queue]:
             queues[device].append(queue)
     merged: list[NDArray[Any]] = [
         np.cumsum([0, *map(len, queues)]),
         np.array([queue for some in queues for queue in some], dtype=np.int64),
-        at[:-1].copy(),
-        at[1:],
-        time,
-        moment,
-        change,
+        at[:-1],
+        ends,
+        *events,
         np.zeros(schedule.devices, dtype=np.int64),
     ]
     return run(_merge, merged, results=[7], size=total)[0]
-
-
-def _count(
-    moving: Any,
-    first_op: Any,
-    op_count: Any,
-    stream: Any,
-    row: Any,
-    grows: Any,
-    shrinks: Any,
-    grows_away: Any,
-    shrinks_away: Any,
-    sizes: Any,
-) -> None:
-    away = len(sizes) // 2
-    for i in moving:
-        for op in range(first_op[i], first_op[i] + op_count[i]):
-            at = row[op]
-            sizes[stream[i]] += (grows[at] > 0) + (shrinks[at] > 0)
-            sizes[away + stream[i]] += (grows_away[at] > 0) + (shrinks_away[at] > 0)
 
 
 def _queue(
@@ -100,13 +85,10 @@ def _queue(
     op_count: Any,
     stream: Any,
     row: Any,
-    grows: Any,
-    shrinks: Any,
-    grows_away: Any,
-    shrinks_away: Any,
-    filled: Any,
+    changes_of: Any,
     start: Any,
     end: Any,
+    filled: Any,
     time: Any,
     moment: Any,
     change: Any,
@@ -118,11 +100,7 @@ def _queue(
         for deaths in range(2):
             for op in range(first_op[i], behind):
                 for elsewhere in range(2):
-                    if elsewhere:
-                        grown, gone = grows_away[row[op]], shrinks_away[row[op]]
-                    else:
-                        grown, gone = grows[row[op]], shrinks[row[op]]
-                    by = -gone if deaths else grown
+                    by = changes_of[4 * row[op] + 2 * deaths + elsewhere]
                     if by == 0:
                         continue
                     queue = stream[i] + elsewhere * away

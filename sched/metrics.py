@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.exact import Number, plain
+from pipeproof.sched.instructions import Action
 from pipeproof.sched.kernels import run
-from pipeproof.sched.program import Action
 
 if TYPE_CHECKING:
     from pipeproof.sched.trace import Trace

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.deps import Index, csr, neighbours
+from pipeproof.sched.instructions import Action, Stream, StreamKind
 from pipeproof.sched.ir import BESIDE_KINDS, Kind, Schedule
 from pipeproof.sched.kernels import distinct
-from pipeproof.sched.program import Action, Stream, StreamKind
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ class Nodes:
     @cached_property
     def beside(self) -> NDArray[np.bool_]:
         """Whether each runs beside the compute stream."""
-        return np.isin(self.kind, BESIDE_KINDS)
+        beside = np.zeros(len(Kind), dtype=np.bool_)
+        beside[list(BESIDE_KINDS)] = True
+        return beside[self.kind]
 
     @cached_property
     def previous(self) -> Index:

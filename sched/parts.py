@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.exact import Number, column, plain
-from pipeproof.sched.program import Action, StreamKind
+from pipeproof.sched.instructions import Action, StreamKind
 
 if TYPE_CHECKING:
     from pipeproof.sched.trace import Trace

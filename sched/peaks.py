@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from pipeproof.sched.changes import HERE, cells_of, changes, rows_of
 from pipeproof.sched.exact import Number, plain, whole
+from pipeproof.sched.instructions import BufferKind
 from pipeproof.sched.ir import Kind
 from pipeproof.sched.kernels import run
 from pipeproof.sched.merging import peaks_with_copies
-from pipeproof.sched.program import BufferKind, Program
+from pipeproof.sched.program import Program
 from pipeproof.sched.touches import Touch
 from pipeproof.sched.weights import Weights
 

@@ -14,240 +14,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from enum import IntEnum
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched.ir import Op, Schedule, Skip, Tie
-from pipeproof.sched.ties import named
-
-Column = NDArray[np.int32]
-
-
-class Action(IntEnum):
-    """What an instruction does."""
-
-    COMPUTE = 0
-    """Run an op, or an overlap group of them, on the compute stream."""
-    SEND = 1
-    """Hand a buffer to the link to another device."""
-    RECV = 2
-    """Have the k-th message of a link arrive in a buffer."""
-    LOCAL = 3
-    """Hand a tensor over between two stages of one device."""
-    COPY = 4
-    """Move a buffer to the host or another device's memory, or back from there."""
-    REDUCE = 5
-    """Sum gradients over the devices that hold replicas of a stage."""
-    TIE = 6
-    """Sum the gradients of what stages share over these stages and their devices."""
-
-
-class StreamKind(IntEnum):
-    """What a stream carries."""
-
-    COMPUTE = 0
-    SEND = 1
-    RECV = 2
-    TO_HOST = 3
-    FROM_HOST = 4
-    REDUCE = 5
-    TO_DEVICE = 6
-    FROM_DEVICE = 7
-
-
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """An ordered list of instructions of one device.
-
-    Attributes:
-        device: whose it is.
-        kind: what it carries.
-        peer: the device at the other end of its link, if it has one.
-    """
-
-    device: int
-    kind: StreamKind
-    peer: int | None = None
-
-    def __str__(self) -> str:
-        match self.kind:
-            case StreamKind.SEND:
-                return f"send to {self.peer}"
-            case StreamKind.RECV:
-                return f"receive from {self.peer}"
-            case StreamKind.TO_DEVICE | StreamKind.FROM_DEVICE:
-                return f"{self._words} {self.peer}"
-            case _:
-                return self._words
-
-    @property
-    def _words(self) -> str:
-        return self.kind.name.lower().replace("_", " ")
-
-    @property
-    def link(self) -> tuple[int, int] | None:
-        """Source and target of the link that it carries data over, if it does."""
-        if self.peer is None:
-            return None
-        if self.kind in (StreamKind.SEND, StreamKind.TO_DEVICE):
-            return self.device, self.peer
-        return self.peer, self.device
-
-
-class BufferKind(IntEnum):
-    """What a buffer holds, and so what it counts as."""
-
-    ACTIVATION = 0
-    """What forward (or recompute) leaves for B or I, beside the stage's input."""
-    WEIGHT_STASH = 1
-    """The part of it that must outlive I, because W needs it."""
-    INPUT = 2
-    """A stage's input: the boundary tensor that arrived, or what came over a skip
-    connection."""
-    STORED_INPUT = 3
-    """The same where a recompute will need it; 0 in `peak_activations`."""
-    OUTPUT = 4
-    """A stage's output, until it is handed on."""
-    OUTPUT_GRAD = 5
-    """The gradient of a stage's output, as it arrived."""
-    INPUT_GRAD = 6
-    """The gradient of a stage's input, until it is handed on."""
-    GRADIENT = 7
-    """A stage's accumulated parameter gradient; lives on after the step."""
-    HOST = 8
-    """A copy on the host."""
-    OFFLOADED = 9
-    """A copy of another device's, in this one's memory."""
-    TIED = 10
-    """What a TIE summed; lives on after the step, in the place of a gradient."""
-
-
-class MessageKind(IntEnum):
-    """Which way through the model a message goes."""
-
-    ACTIVATION = 0
-    GRADIENT = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Buffer:
-    """A tensor's place: born when its first writer starts, gone when freed.
-
-    Attributes:
-        index: its number in the program.
-        kind: what it holds.
-        device: where it lies; for a HOST, whose it is.
-        stage, micro_batch, slice: what it belongs to; micro_batch is -1 for a
-            GRADIENT or a TIED, which belongs to all. For a TIED, `stage` is the
-            number of its tie.
-        takes_over: the buffer whose slot it fills, once that one is freed, or -1.
-        skip: the stages at both ends of the skip connection that its content goes
-            over, if it goes over one.
-        tie: the stages whose gradients a TIED sums.
-    """
-
-    index: int
-    kind: BufferKind
-    device: int
-    stage: int
-    micro_batch: int
-    slice: int
-    takes_over: int
-    skip: Skip | None = None
-    tie: Tie | None = None
-
-    def __str__(self) -> str:
-        name = self.kind.name.lower()
-        if self.tie is not None:
-            return f"{name} {named(self.tie)}"
-        if self.micro_batch < 0:
-            return f"{name} {self.stage}"
-        place = f"{self.stage}" if self.skip is None else "{}→{}".format(*self.skip)
-        part = f".{self.slice}" if self.slice else ""
-        guest = self.kind == BufferKind.OFFLOADED
-        where = f" on device {self.device}" if guest else ""
-        return f"{name} {place}:{self.micro_batch}{part}{where}"
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """A tensor under way between two stages on different devices.
-
-    Attributes:
-        index: its number in the program.
-        kind: activation or gradient.
-        source_stage, target_stage: the stages that write and read it.
-        port: which of several tensors between these stages.
-        micro_batch, slice: what it belongs to.
-        source, target: devices.
-        send, recv: its two instructions.
-    """
-
-    index: int
-    kind: MessageKind
-    source_stage: int
-    target_stage: int
-    port: int
-    micro_batch: int
-    slice: int
-    source: int
-    target: int
-    send: int
-    recv: int
-
-    def __str__(self) -> str:
-        part = f".{self.slice}" if self.slice else ""
-        return (
-            f"{self.kind.name.lower()} {self.source_stage}→{self.target_stage}"
-            f":{self.micro_batch}{part}"
-        )
-
-
-@dataclass(frozen=True)
-class Lists:
-    """For each instruction (or group of them) a short list of integers.
-
-    Attributes:
-        offsets: int32 or int64, length instructions + 1.
-        values: list i is `values[offsets[i]:offsets[i + 1]]`.
-    """
-
-    offsets: NDArray[Any]
-    values: NDArray[Any]
-
-    @classmethod
-    def of(cls, rows: Sequence[Sequence[int]]) -> Lists:
-        """The same, from Python lists."""
-        offsets = np.zeros(len(rows) + 1, dtype=np.int32)
-        np.cumsum([len(row) for row in rows], out=offsets[1:])
-        return cls(offsets, np.array([v for row in rows for v in row], dtype=np.int32))
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> list[int]:
-        low, high = self.offsets[index], self.offsets[index + 1]
-        values: list[int] = self.values[low:high].tolist()
-        return values
-
-    def to_lists(self) -> list[list[int]]:
-        """All of them, as Python lists."""
-        values, offsets = self.values.tolist(), self.offsets.tolist()
-        empty: list[int] = []  # shared: most lists are, and a million cost time
-        return [
-            values[low:high] if high > low else empty for low, high in pairwise(offsets)
-        ]
-
-    @cached_property
-    def owner(self) -> NDArray[Any]:
-        """For each of `values`, the instruction whose list it is in."""
-        every = np.arange(len(self.offsets) - 1, dtype=np.int32)
-        return np.repeat(every, np.diff(self.offsets))
+from pipeproof.sched.instructions import (
+    Action,
+    Buffer,
+    BufferKind,
+    Instruction,
+    Message,
+    MessageKind,
+    Stream,
+)
+from pipeproof.sched.ir import Schedule
+from pipeproof.sched.lists import Column, Lists
 
 
 class Storage(Protocol):
@@ -309,31 +92,6 @@ class Stored:
     def message_count(self) -> int:
         """How many messages there are."""
         return len(self.messages)
-
-
-@dataclass(frozen=True, slots=True)
-class Instruction:
-    """One instruction with everything it touches spelled out."""
-
-    index: int
-    stream: Stream
-    action: Action
-    ops: tuple[Op, ...]
-    message: Message | None
-    posted_with: tuple[int, ...]
-    waits_for: tuple[int, ...]
-    reads: tuple[Buffer, ...]
-    writes: tuple[Buffer, ...]
-    frees: tuple[Buffer, ...]
-
-    @property
-    def label(self) -> str:
-        """The op or the message it is about."""
-        if self.ops:
-            return "&".join(map(str, self.ops))
-        if self.action == Action.TIE:
-            return f"tie {' '.join(named(b.tie) for b in self.writes if b.tie)}"
-        return f"{self.action.name.lower()} {self.message or self.reads[0]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -487,8 +245,7 @@ class Program:
     @cached_property
     def sums(self) -> NDArray[np.int64]:
         """The REDUCEs and TIEs, which start on all their devices at once."""
-        action = self.action
-        return np.flatnonzero((action == Action.REDUCE) | (action == Action.TIE))
+        return np.flatnonzero(self.action >= Action.REDUCE)
 
     @cached_property
     def by_stream(self) -> Sequence[NDArray[np.int64]]:
@@ -528,8 +285,3 @@ class Program:
             if buffers:
                 text += f"; {verb} {', '.join(map(str, buffers))}"
         return text
-
-
-def table(rows: int, columns: int) -> Column:
-    """A table of int32, to be filled, whose columns lie one behind the other."""
-    return np.empty((rows, columns), dtype=np.int32, order="F")

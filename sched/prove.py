@@ -32,12 +32,13 @@ from pipeproof.sched.deadlock import Waiting, deadlocks
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.findings import Finding
 from pipeproof.sched.history import told
+from pipeproof.sched.instructions import Action, BufferKind
 from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.kernels import levels
 from pipeproof.sched.legal import illegal, slots
 from pipeproof.sched.lower import lower
 from pipeproof.sched.matching import meetings, misgrouped, mismatches, ties_of
-from pipeproof.sched.program import Action, BufferKind, Program
+from pipeproof.sched.program import Program
 from pipeproof.sched.races import races
 from pipeproof.sched.tied import buffers_of, tied
 from pipeproof.sched.updates import updates

@@ -14,16 +14,15 @@ with buffers at both of its ends.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched.errors import ParameterError, ParseError
+from pipeproof.sched.errors import ParameterError
+from pipeproof.sched.stage_words import StageWords
 
 if TYPE_CHECKING:
     from pipeproof.sched.ir import Schedule
@@ -32,9 +31,11 @@ Skip = tuple[int, int]
 """The stage that hands a tensor over, and the later one that takes it."""
 
 MAX_SKIPS = 1 << 10
-MAX_STAGE = 2**31 - 1
 
-_WORD = re.compile(r"(0|[1-9][0-9]{0,9})>(0|[1-9][0-9]{0,9})", re.ASCII)
+_WORDS = StageWords(
+    "skips", ">", many=False, once="what one stage hands to another is one message"
+)
+named, format_skips = _WORDS.named, _WORDS.format
 
 
 def listed(skips: Iterable[Any], where: str = "skips") -> tuple[Skip, ...]:
@@ -45,34 +46,11 @@ def listed(skips: Iterable[Any], where: str = "skips") -> tuple[Skip, ...]:
     """
     found: list[Skip] = []
     for given in skips:
-        pair = tuple(given) if isinstance(given, Sequence) else (given,)
-        if len(pair) != 2 or any(
-            type(stage) is not int or not 0 <= stage <= MAX_STAGE for stage in pair
-        ):
-            raise ParameterError(
-                f"{where}: expected pairs of stages, as (0, 3), found {given!r:.40}"
-            )
-        found.append((pair[0], pair[1]))
+        source, target = _WORDS.stages(given, where)
+        found.append((source, target))
         if len(found) > MAX_SKIPS:
             raise ParameterError(f"{where}: at most {MAX_SKIPS:,}, got more")
-    found.sort()
-    for one, other in pairwise(found):
-        if one == other:
-            raise ParameterError(
-                f"{where} name {named(one)} twice: what one stage hands to another is "
-                "one message"
-            )
-    return tuple(found)
-
-
-def named(skip: Skip) -> str:
-    """As the text form writes it."""
-    return f"{skip[0]}>{skip[1]}"
-
-
-def format_skips(skips: Sequence[Skip]) -> str:
-    """As the text form has them."""
-    return " ".join(map(named, skips))
+    return _WORDS.each_once(found, where)
 
 
 def parse_skips(text: str, where: str) -> tuple[Skip, ...]:
@@ -81,16 +59,7 @@ def parse_skips(text: str, where: str) -> tuple[Skip, ...]:
     Raises:
         ParseError: saying where, what was expected and found.
     """
-    found: list[Skip] = []
-    for word in text.split():
-        match = _WORD.fullmatch(word)
-        if match is None:
-            raise ParseError(f"{where}: expected skips as 0>3, found {word[:40]!r}")
-        found.append((int(match[1]), int(match[2])))
-    try:
-        return listed(found, where)
-    except ParameterError as error:
-        raise ParseError(str(error)) from None
+    return _WORDS.parse(text, where, listed)
 
 
 def wrong(schedule: Schedule) -> list[tuple[Skip, str, str]]:

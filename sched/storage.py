@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 from pipeproof.sched.buffers import Blocks
 from pipeproof.sched.deps import Index
 from pipeproof.sched.hops import Hops
+from pipeproof.sched.instructions import MessageKind
 from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.kernels import run
 from pipeproof.sched.layout import Layout
-from pipeproof.sched.program import Column, Lists, MessageKind
-from pipeproof.sched.program import table as new_table
+from pipeproof.sched.lists import Column, Lists
+from pipeproof.sched.lists import table as new_table
 from pipeproof.sched.touches import Touched
 
 _F = int(Kind.F)

@@ -13,7 +13,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched.program import Program, StreamKind
+from pipeproof.sched.instructions import StreamKind
+from pipeproof.sched.program import Program
 
 StreamModel = Literal["dir", "pair", "one", "sync"]
 """`dir`: one per ordered pair, as lowered. `pair`: sends to and receives from one

@@ -9,8 +9,9 @@ import numpy as np
 
 from pipeproof.sched.certificate import Share
 from pipeproof.sched.findings import Finding
+from pipeproof.sched.instructions import BufferKind
 from pipeproof.sched.ir import Schedule, Tie
-from pipeproof.sched.program import BufferKind, Program
+from pipeproof.sched.program import Program
 from pipeproof.sched.terms import NOTHING
 from pipeproof.sched.ties import homes_of, named
 from pipeproof.sched.walk import Walk

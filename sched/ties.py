@@ -23,12 +23,11 @@ it.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from pipeproof.sched.errors import ParameterError, ParseError
+from pipeproof.sched.errors import ParameterError
+from pipeproof.sched.stage_words import StageWords
 
 if TYPE_CHECKING:
     from pipeproof.sched.ir import Schedule
@@ -39,10 +38,11 @@ Tie = tuple[int, ...]
 MAX_TIES = 1 << 10
 MAX_TIED = 1 << 16
 """Stages that all ties name together, at most."""
-MAX_STAGE = 2**31 - 1
 
-_STAGE = "(?:0|[1-9][0-9]{0,9})"
-_WORD = re.compile(rf"{_STAGE}(?:={_STAGE})+", re.ASCII)
+_WORDS = StageWords(
+    "ties", "=", many=True, once="all that the same stages share is one tie"
+)
+named, format_ties = _WORDS.named, _WORDS.format
 
 
 def listed(ties: Iterable[Any], where: str = "ties") -> tuple[Tie, ...]:
@@ -55,14 +55,7 @@ def listed(ties: Iterable[Any], where: str = "ties") -> tuple[Tie, ...]:
     found: list[Tie] = []
     total = 0
     for given in ties:
-        group = tuple(given) if isinstance(given, Sequence) else (given,)
-        if len(group) < 2 or any(
-            type(stage) is not int or not 0 <= stage <= MAX_STAGE for stage in group
-        ):
-            raise ParameterError(
-                f"{where}: expected groups of two stages or more, as (0, 3), found "
-                f"{given!r:.40}"
-            )
+        group = _WORDS.stages(given, where)
         total += len(group)
         if len(found) == MAX_TIES or total > MAX_TIED:
             raise ParameterError(
@@ -72,24 +65,7 @@ def listed(ties: Iterable[Any], where: str = "ties") -> tuple[Tie, ...]:
         found.append(tuple(sorted(group)))
         if len(set(group)) < len(group):
             raise ParameterError(f"{where}: {named(found[-1])} names a stage twice")
-    found.sort()
-    for one, other in pairwise(found):
-        if one == other:
-            raise ParameterError(
-                f"{where} name {named(one)} twice: all that the same stages share is "
-                "one tie"
-            )
-    return tuple(found)
-
-
-def named(tie: Tie) -> str:
-    """As the text form writes it."""
-    return "=".join(map(str, tie))
-
-
-def format_ties(ties: Sequence[Tie]) -> str:
-    """As the text form has them."""
-    return " ".join(map(named, ties))
+    return _WORDS.each_once(found, where)
 
 
 def parse_ties(text: str, where: str) -> tuple[Tie, ...]:
@@ -98,15 +74,7 @@ def parse_ties(text: str, where: str) -> tuple[Tie, ...]:
     Raises:
         ParseError: saying where, what was expected and found.
     """
-    found: list[list[int]] = []
-    for word in text.split():
-        if _WORD.fullmatch(word) is None:
-            raise ParseError(f"{where}: expected ties as 0=3, found {word[:40]!r}")
-        found.append(list(map(int, word.split("="))))
-    try:
-        return listed(found, where)
-    except ParameterError as error:
-        raise ParseError(str(error)) from None
+    return _WORDS.parse(text, where, listed)
 
 
 def wrong(schedule: Schedule) -> list[tuple[Tie, str, str]]:

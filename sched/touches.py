@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from pipeproof.sched.buffers import AGAIN, HOWS, MOVED, SPLIT, Block, Blocks, how_of
 from pipeproof.sched.deps import OpTable
 from pipeproof.sched.hops import Hops
+from pipeproof.sched.instructions import Action
 from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.kernels import run
 from pipeproof.sched.layout import Layout
-from pipeproof.sched.program import Action, Lists
+from pipeproof.sched.lists import Lists
 
 
 class Touch(IntEnum):

@@ -31,17 +31,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeproof.sched.instructions import Action, BufferKind, Stream, StreamKind
 from pipeproof.sched.ir import Kind, Schedule
-from pipeproof.sched.program import (
-    Action,
-    BufferKind,
-    Column,
-    Lists,
-    Program,
-    Storage,
-    Stream,
-    StreamKind,
-)
+from pipeproof.sched.lists import Column, Lists
+from pipeproof.sched.program import Program, Storage
 from pipeproof.sched.ties import homes_of, tied_stages, ties_of_stage
 
 

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 
 from pipeproof.sched.findings import Finding
 from pipeproof.sched.history import held
+from pipeproof.sched.instructions import BufferKind
 from pipeproof.sched.ir import Kind, Op
-from pipeproof.sched.program import BufferKind, Program
+from pipeproof.sched.program import Program
 from pipeproof.sched.tied import buffers_of
 from pipeproof.sched.ties import named, ties_of_stage
 from pipeproof.sched.walk import Update, Walk

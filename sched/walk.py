@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from pipeproof.sched.instructions import Action, BufferKind
 from pipeproof.sched.ir import Kind, Op
-from pipeproof.sched.program import Action, BufferKind, Program
+from pipeproof.sched.program import Program
 from pipeproof.sched.terms import NOTHING, Reference, Terms
 
 INPUTS = (BufferKind.INPUT, BufferKind.STORED_INPUT)

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number
+from pipeproof.sched.instructions import BufferKind
 from pipeproof.sched.ir import Kind, Schedule
-from pipeproof.sched.program import BufferKind, Program
+from pipeproof.sched.program import Program
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ exact results, floats give floats.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any
@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 from pipeproof.sched import Kind, Program, Schedule, Trace
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, is_number, plain
-from pipeproof.sched.kernels import columns as new_columns
-from pipeproof.sched.kernels import numbered, run
 from pipeproof.sched.weights import Sizes
 from pipeproof.sim.per_stage import Table, divide
+from pipeproof.sim.pricing import priced
 
 PerStage = Number | Sequence[Number]
 
@@ -157,68 +156,11 @@ class Cost:
             ParameterError: as `durations`.
         """
         schedule = program.schedule
-        times = self._times(schedule)
-        ops = schedule.ops
-        # A table (kind, pipe, stage) → time, then one look-up per op.
-        table = [n for k in range(len(Kind)) for row in times[Kind(k)] for n in row]
-        numbers, places = _same(table)
-        cells = len(schedule.placement.pipes) * schedule.stages
-        computes = program.computes
-        columns: list[NDArray[Any]] = [
-            computes,
-            program.first_op,
-            ops.kind,
-            schedule.table.cell,
-            np.array([cells]),
-            places,
-            *new_columns((len(computes), np.int32)),
-        ]
-        (which,) = run(_look_up, columns, results=[6], size=len(computes))
-        groups = np.flatnonzero(program.op_count[computes] > 1)
-        if not len(groups):
-            return numbers, which
-        first = program.first_op[computes[groups]]
-        count = program.op_count[computes[groups]]
-        # Groups whose ops take equally long do too; with an overlap, those of the
-        # same kinds and stages.
-        known = places if self.overlap is None else np.arange(len(places))
-        alike = np.zeros(len(groups), dtype=np.int64)
-        for nth in range(int(count.max())):
-            op = first + np.where(count > nth, nth, 0)
-            here = known[ops.kind[op] * np.int32(cells) + schedule.table.cell[op]]
-            here = np.where(count > nth, here, len(known))
-            _, alike = numbered(alike * (len(known) + 1) + here)
-        different = int(alike.max()) + 1
-        which[groups] = len(numbers) + alike
-        example = np.empty(different, dtype=np.int64)
-        example[alike[::-1]] = np.arange(len(groups))[::-1]  # the first
-        joint = self._joint(schedule)
-        for group in example.tolist():
-            members = range(int(first[group]), int(first[group] + count[group]))
-            cell = schedule.table.cell[members.start : members.stop]
-            kinds = ops.kind[members.start : members.stop]
-            parts = [numbers[n] for n in places[kinds * np.int32(cells) + cell]]
-            numbers.append(joint(members, parts))
-        return numbers, which
-
-    def _joint(self, schedule: Schedule) -> Callable[[range, list[Any]], Number]:
-        """How long an overlap group takes, from its ops and their times."""
-        pairs = [Kind.F, Kind.B], [Kind.F, Kind.I, Kind.W]
-        shares: Table = []
+        overlap: Table | None = None
         if self.overlap is not None:
             value = self.overlap
-            shares = self.per_stage("overlap", value, schedule, per_share=True)
-
-        def joint(members: range, times: list[Any]) -> Number:
-            kinds = sorted(int(schedule.ops.kind[i]) for i in members)
-            if not shares or kinds not in pairs:
-                return plain(sum(times))
-            forward = next(i for i in members if schedule.ops.kind[i] == Kind.F)
-            pipe = int(schedule.pipe_of[schedule.ops.micro_batch[forward]])
-            share = shares[pipe][int(schedule.ops.stage[forward])]
-            return divide(share, schedule.slices)
-
-        return joint
+            overlap = self.per_stage("overlap", value, schedule, per_share=True)
+        return priced(program, self._times(schedule), overlap)
 
     def _times(self, schedule: Schedule) -> dict[Kind, Table]:
         """(pipe, stage) → time, for every kind."""
@@ -323,20 +265,6 @@ def _each(
     return [plain(0 if value is None else value)] * len(there)
 
 
-def _same(numbers: list[Number]) -> tuple[list[Number], NDArray[np.int32]]:
-    """The different objects among some numbers, and which of them each is.
-
-    Most costs are one number for all stages; Fractions take long to compare.
-    """
-    place: dict[int, int] = {}
-    different: list[Number] = []
-    for number in numbers:
-        if place.setdefault(id(number), len(place)) == len(different):
-            different.append(number)
-    which = [place[id(number)] for number in numbers]
-    return different, np.array(which, dtype=np.int32)
-
-
 def _sums(one: Table, other: Table) -> Table:
     """Place by place, each different pair of objects once."""
     known: dict[tuple[int, int], Number] = {}
@@ -348,17 +276,3 @@ def _sums(one: Table, other: Table) -> Table:
         return known[pair]
 
     return [list(map(add, *rows)) for rows in zip(one, other)]
-
-
-def _look_up(
-    computes: Any,
-    first_op: Any,
-    kind: Any,
-    cell: Any,
-    cells: Any,
-    places: Any,
-    which: Any,
-) -> None:
-    for nth in range(len(computes)):
-        op = first_op[computes[nth]]
-        which[nth] = places[kind[op] * cells[0] + cell[op]]

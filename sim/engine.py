@@ -26,7 +26,7 @@ from pipeproof.sched.deps import csr
 from pipeproof.sched.errors import PipeproofError
 from pipeproof.sched.exact import Number
 from pipeproof.sched.groups import Edges
-from pipeproof.sched.program import Lists
+from pipeproof.sched.lists import Lists
 from pipeproof.sim.cluster import Cluster
 from pipeproof.sim.fair import FairLinks
 from pipeproof.sim.timing import Timing

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from pipeproof.sched import Action, Kind, Program
 from pipeproof.sched.deps import Index, OpTable
+from pipeproof.sched.instructions import MessageKind
 from pipeproof.sched.ir import BACKWARD_KINDS
 from pipeproof.sched.kernels import levels
-from pipeproof.sched.program import MessageKind
 from pipeproof.sim.timing import Timing
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipeproof.sched import Trace
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number
-from pipeproof.sched.program import StreamKind
+from pipeproof.sched.instructions import StreamKind
 from pipeproof.sched.trace import Timetable
 from pipeproof.sim.cluster import Link
 from pipeproof.sim.cost import Cost

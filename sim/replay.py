@@ -32,10 +32,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched import Action, Program, kernels
-from pipeproof.sched.deps import csr
 from pipeproof.sched.errors import UnsupportedError
 from pipeproof.sched.groups import Edges
-from pipeproof.sched.program import Lists
+from pipeproof.sched.lists import Lists
 from pipeproof.sim.cluster import Cluster
 from pipeproof.sim.timing import Timing
 from pipeproof.sim.topology import contended
@@ -165,31 +164,35 @@ def all_waits(program: Program, turn: NDArray[Any], cluster: Cluster) -> Lists:
         after = np.concatenate([after, further[1]])
     if not len(before):
         return waits
-    more = csr(len(program), after, before)
+    order = np.argsort(after, kind="stable")
     total = len(waits.values) + len(before)
     columns: list[NDArray[Any]] = [
         waits.offsets,
         waits.values,
-        *more,
+        before[order],
+        after[order],
         *kernels.columns((len(program) + 1, waits.offsets.dtype), (total, np.int32)),
     ]
     return Lists(*kernels.run(_joined, columns, results=[4, 5], size=total))
 
 
 def _joined(
-    offsets: Any, values: Any, more_at: Any, more: Any, joined_at: Any, joined: Any
+    offsets: Any, values: Any, before: Any, after: Any, joined_at: Any, joined: Any
 ) -> None:
-    """Both lists of each instruction, one behind the other."""
-    filled = 0
-    joined_at[0] = 0
-    for i in range(len(joined_at) - 1):
-        for place in range(offsets[i], offsets[i + 1]):
-            joined[filled] = values[place]
-            filled += 1
-        for place in range(more_at[i], more_at[i + 1]):
-            joined[filled] = more[place]
-            filled += 1
-        joined_at[i + 1] = filled
+    """What else an instruction waits for comes behind its own list."""
+    begin, row = 0, 0
+    for more in range(len(after)):
+        end = offsets[after[more] + 1]
+        joined[begin + more : end + more] = values[begin:end]
+        joined[end + more] = before[more]
+        begin = end
+        while row <= after[more]:
+            joined_at[row] = offsets[row] + more
+            row += 1
+    joined[begin + len(after) :] = values[begin:]
+    while row < len(offsets):
+        joined_at[row] = offsets[row] + len(after)
+        row += 1
 
 
 def _posted(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from pipeproof.sched import Trace
-from pipeproof.sched.errors import ParameterError
-from pipeproof.sched.exact import Number
+from pipeproof.sched.exact import rounded
 from pipeproof.sim.sweep_points import Point
 
 Status = Literal["simulated", "refused", "broken"]
@@ -61,14 +59,14 @@ class Figures:
             chunks=max(map(max, schedule.placement.shares())),
             slices=schedule.slices,
             ops=len(schedule),
-            makespan=_rounded(trace.makespan),
-            span=_rounded(trace.span),
-            ideal=_rounded(trace.ideal),
-            bubble_fraction=_rounded(trace.bubble_fraction),
-            bubble_ratio=_rounded(trace.bubble_ratio),
-            span_bubble=_rounded(trace.span_bubble),
-            peak_activations=tuple(map(_rounded, trace.peak_activations)),
-            peak_bytes=None if peak_bytes is None else tuple(map(_rounded, peak_bytes)),
+            makespan=rounded(trace.makespan),
+            span=rounded(trace.span),
+            ideal=rounded(trace.ideal),
+            bubble_fraction=rounded(trace.bubble_fraction),
+            bubble_ratio=rounded(trace.bubble_ratio),
+            span_bubble=rounded(trace.span_bubble),
+            peak_activations=tuple(map(rounded, trace.peak_activations)),
+            peak_bytes=None if peak_bytes is None else tuple(map(rounded, peak_bytes)),
         )
 
 
@@ -106,17 +104,3 @@ def columns(results: Iterable[Result]) -> dict[str, list[Any]]:
     """The records by column, as `pandas.DataFrame` and `pyarrow.table` take them."""
     records = [result.record() for result in results]
     return {name: [r[name] for r in records] for name in records[0]} if records else {}
-
-
-def _rounded(number: Number) -> float:
-    """The nearest float."""
-    try:
-        result = float(number)
-    except OverflowError:
-        result = math.inf
-    if not math.isfinite(result):
-        raise ParameterError(
-            "a result is beyond the range of floating point: give costs in a "
-            "larger unit"
-        )
-    return result

@@ -12,7 +12,7 @@ a byte.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from pipeproof.sched import Action, Program
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, plain, ratio
+from pipeproof.sched.instructions import StreamKind
 from pipeproof.sched.kernels import distinct, run
 from pipeproof.sched.matching import ties_of
-from pipeproof.sched.program import StreamKind
 from pipeproof.sched.ties import homes_of, meets_nobody
 from pipeproof.sched.trace import Timetable
 from pipeproof.sched.weights import Sizes
@@ -181,10 +181,17 @@ def _spread(
     short = np.min_scalar_type(-len(place))
     which = np.zeros(size, dtype=short)
     for some, table in zip(prices, tables):
-        which[some.where] = np.array(table, dtype=short)[some.which]
+        if any(table):
+            columns = [some.where, some.which, np.array(table, dtype=short), which]
+            (which,) = run(_put, columns, results=[3], size=len(some.where))
     times = np.empty(len(place), dtype=dtype)
     times[:] = list(place)
     return times, which
+
+
+def _put(where: Any, which: Any, table: Any, result: Any) -> None:
+    for place in range(len(where)):
+        result[where[place]] = table[which[place]]
 
 
 def computing(program: Program, cost: Cost, cluster: Cluster) -> Prices:
@@ -236,6 +243,9 @@ def _copying(program: Program, cluster: Cluster, sizes: Sizes) -> list[Prices]:
         for number, stream in enumerate(program.streams)
         if stream.link is not None and stream.kind in BETWEEN_DEVICES
     }
+    ways = [*links.values(), cluster.host_link]
+    if all(way.bandwidth is None for way in ways) and _free(w.latency for w in ways):
+        return []
     copies = np.flatnonzero(program.action == Action.COPY)
     between = np.zeros(len(program.streams), dtype=np.bool_)
     between[list(links)] = True
@@ -292,10 +302,15 @@ def _latencies(program: Program, links: dict[int, Link]) -> Prices:
         links[stream].latency if stream in links else 0
         for stream in range(len(program.streams))
     ]
-    if all(type(number) is int and number == 0 for number in numbers):
+    if _free(numbers):
         return Prices(np.zeros(0, dtype=np.int64), [], np.zeros(0, dtype=np.int64))
     sends = np.flatnonzero(program.action == Action.SEND)
     return Prices(program.message[sends], numbers, program.stream[sends])
+
+
+def _free(latencies: Iterable[Number]) -> bool:
+    """Whether nothing takes time, nor makes it a float or a Fraction."""
+    return all(type(number) is int and number == 0 for number in latencies)
 
 
 def _links(program: Program, cluster: Cluster) -> dict[int, Link]:

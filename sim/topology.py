@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from pipeproof.sched import Program
 from pipeproof.sched.exact import Number
-from pipeproof.sched.program import Stream, StreamKind
+from pipeproof.sched.instructions import Stream, StreamKind
 from pipeproof.sim.cluster import Cluster
 
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from pipeproof.sched import Action, Program
 from pipeproof.sched.groups import Edges, for_all, needs, turns_of_others
+from pipeproof.sched.lists import Lists
 from pipeproof.sched.matching import meetings
-from pipeproof.sched.program import Lists
 from pipeproof.sched.streams import turn_of
 from pipeproof.sim.cluster import Cluster
 

@@ -16,8 +16,10 @@ from hashlib import md5
 import numpy as np
 
 from pipeproof.sched import Action, BufferKind, Kind, Op, Program, Schedule
+from pipeproof.sched.instructions import Buffer, Instruction, StreamKind
 from pipeproof.sched.ir import Skip, Tie
-from pipeproof.sched.program import Buffer, Instruction, Lists, Stored, StreamKind
+from pipeproof.sched.lists import Lists
+from pipeproof.sched.program import Stored
 
 
 @dataclass

@@ -18,8 +18,9 @@ from pipeproof.cli import main
 from pipeproof.sched import Program, Schedule, catalog, check, prove
 from pipeproof.sched.errors import ParseError, PipeproofError
 from pipeproof.sched.interop.json_form import format_json, parse_json
-from pipeproof.sched.interop.torch_csv import format_torch_csv, read_torch_csv
+from pipeproof.sched.interop.torch_csv import read_torch_csv
 from pipeproof.sched.interop.torch_program import torch_program
+from pipeproof.sched.interop.torch_writer import format_torch_csv
 from pipeproof.sim.cluster_file import load as load_cluster
 from pipeproof.sim.cluster_file import parse as parse_cluster
 from pipeproof.sim.cost_file import Measured, read_cost

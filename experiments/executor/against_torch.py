@@ -36,7 +36,8 @@ from pipeproof.exec.examples import Block
 from pipeproof.exec.group import Ranks
 from pipeproof.exec.launch import launch
 from pipeproof.sched import Action, Schedule, catalog, lower
-from pipeproof.sched.interop.torch_csv import format_torch_csv, parse_torch_csv
+from pipeproof.sched.interop.torch_csv import parse_torch_csv
+from pipeproof.sched.interop.torch_writer import format_torch_csv
 
 RESULT = Path(__file__).parent.parent / "results" / "against_torch.md"
 RANKS, MICRO_BATCHES = 2, 8

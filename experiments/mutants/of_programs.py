@@ -14,7 +14,7 @@ from programs import computes_the_gradient, slots_of
 from tally import Tallies, Tally
 
 from pipeproof.sched import Action, BufferKind, Program, prove
-from pipeproof.sched.program import StreamKind
+from pipeproof.sched.instructions import StreamKind
 
 RUNS = 12
 """Random orders in which a program has to be right."""

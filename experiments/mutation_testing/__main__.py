@@ -39,7 +39,8 @@ ROOT = Path(__file__).parent.parent.parent
 RESULT = ROOT / "experiments" / "results" / "mutation_testing.md"
 
 IN_WORDS = ["tests/cli/test_proving.py"]
-OF_CHECK = ["tests/sched/test_check.py", "tests/sched/test_reduce.py"]
+OF_ENDS = ["tests/sched/test_ties.py", "tests/sched/test_steps.py"]
+OF_CHECK = ["tests/sched/test_check.py", "tests/sched/test_reduce.py", *OF_ENDS]
 OF_DEADLOCKS = ["tests/sched/test_deadlock.py", "tests/sched/test_groups.py"]
 OF_PROOFS = ["tests/sched/test_prove.py", "tests/sched/interop/test_torch_program.py"]
 OF_PROGRAMS = [*OF_DEADLOCKS, *OF_PROOFS]
@@ -47,7 +48,11 @@ OF_LOWERING = ["tests/sched/test_program.py", *OF_PROGRAMS, "tests/sim/test_offl
 TARGETS: dict[str, list[str]] = {
     "check": [*OF_CHECK, *OF_DEADLOCKS],
     "deadlock": OF_PROGRAMS,
-    "prove": [*OF_PROOFS, *OF_DEADLOCKS],
+    "prove": [*OF_PROOFS, *OF_DEADLOCKS, *OF_ENDS],
+    "tied": [*OF_ENDS, *OF_PROOFS],
+    "clean": [*OF_CHECK, *OF_DEADLOCKS],
+    "ties": [*OF_ENDS, *OF_PROOFS],
+    "tying": [*OF_ENDS, *OF_PROOFS],
     "findings": [*OF_CHECK, *OF_PROGRAMS, *IN_WORDS],
     "matching": OF_PROGRAMS,
     "groups": [*OF_PROGRAMS, "tests/sim/test_groups.py"],
@@ -56,8 +61,8 @@ TARGETS: dict[str, list[str]] = {
     "kernels": ["tests/sched/test_kernels.py", *OF_PROGRAMS],
     "legal": [*OF_PROOFS, *OF_DEADLOCKS],
     "races": [*OF_PROOFS, *OF_DEADLOCKS],
-    "walk": [*OF_PROOFS, *OF_DEADLOCKS],
-    "terms": [*OF_PROOFS, *OF_DEADLOCKS],
+    "walk": [*OF_PROOFS, *OF_DEADLOCKS, *OF_ENDS],
+    "terms": [*OF_PROOFS, *OF_DEADLOCKS, *OF_ENDS],
     "history": [*OF_PROOFS, *OF_DEADLOCKS],
     "certificate": [*OF_PROOFS, *OF_DEADLOCKS, *IN_WORDS],
     "conditions": OF_LOWERING,
@@ -65,8 +70,9 @@ TARGETS: dict[str, list[str]] = {
 }
 """Module of `pipeproof.sched` → the tests that are to notice, likely ones first."""
 
-JUDGES = ("check", "deadlock", "prove")
-"""The modules that the figure is about; the others are what they rest on."""
+JUDGES = ("check", "deadlock", "prove", "tied")
+"""The modules that the figure is about, `tied` a part of prove; the others are what
+they rest on."""
 
 MEMORY = 6 << 30
 """Bytes that a test process may take."""
@@ -277,8 +283,8 @@ def report(fates: Fates, every: dict[str, int], arguments: argparse.Namespace) -
     return [
         "# Mutation testing of check, deadlock and prove",
         "",
-        f"Killed are, of check, deadlock and prove, {counted(fates, JUDGES)}; of what "
-        f"they rest on, {counted(fates, rest)}.",
+        f"Killed are, of {', '.join(JUDGES)}, {counted(fates, JUDGES)}; of what they "
+        f"rest on, {counted(fates, rest)}.",
         "",
         "A mutant is one changed operator, number, condition or statement; a sample "
         f"with seed {arguments.seed}. Of the killed, {ends['late']} took the tests "

@@ -76,5 +76,10 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         ): "a tree with a foreign term is that of a refutation, which shows none"
         for change in ("(-1, -1) → (1, -1)", "(-1, -1) → (-1, 1)", "-1 → -2")
     },
+    **{
+        ("tied", "NO_STAGE = -(2**31)", f"2 ** 31 → {change}"): "any number that is no "
+        "stage's will do"
+        for change in ("2 ** 32", "3 ** 31")
+    },
 }
 """(module, line, change) → why no test can notice."""

@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number
+from pipeproof.sched.instructions import Action
 from pipeproof.sched.ir import STAGE_KINDS, Kind, Op
 from pipeproof.sched.memory import Curve, Ledger
-from pipeproof.sched.program import Action
 from pipeproof.sched.trace import Trace
 
 Event = dict[str, Any]

@@ -19,8 +19,8 @@ import numpy as np
 
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number
+from pipeproof.sched.instructions import Action
 from pipeproof.sched.ir import Kind, Op
-from pipeproof.sched.program import Action
 from pipeproof.sched.trace import Trace
 
 MAX_BOXES = 50_000

@@ -45,28 +45,26 @@ allocates. Rows differ in length in torch's own files, and may.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
-from pipeproof.sched.deps import OpTable, order
-from pipeproof.sched.errors import ParameterError, ParseError, UnsupportedError
+from pipeproof.sched.errors import ParseError
 from pipeproof.sched.interop.torch_comms import Cell, Place, agree, belong
-from pipeproof.sched.ir import STAGE_KINDS, Kind, Op, Ops, Schedule, check_name
-from pipeproof.sched.lower import lower
+from pipeproof.sched.ir import Kind, Op, Ops, Schedule, check_name
 from pipeproof.sched.placement import Placement
-from pipeproof.sched.program import Action, MessageKind, Program
-from pipeproof.sched.skips import format_skips
 from pipeproof.sched.text import MAX_MICRO_BATCHES, MAX_TEXT_BYTES
-from pipeproof.sched.ties import format_ties
 
 MAX_RANKS = 1 << 16
 MAX_STAGES = 1 << 20
 
 _NUMBER = "0|[1-9][0-9]{0,6}"
-_COMPUTE = {"F": Kind.F, "B": Kind.B, "I": Kind.I, "W": Kind.W}
+KINDS = {"F": Kind.F, "B": Kind.B, "I": Kind.I, "W": Kind.W}
+"""Letters of torch's compute actions, the same as ours."""
+PAIRS = ({Kind.F, Kind.B}, {Kind.F, Kind.I})
+"""What torch's OVERLAP_F_B can have."""
+
 _ONE = re.compile(
     rf"(?P<stage>{_NUMBER})"
     rf"(?:(?P<word>[FBIW]|(?:SEND|RECV)_[FB])(?P<micro_batch>{_NUMBER})"
@@ -74,7 +72,6 @@ _ONE = re.compile(
     re.ASCII,
 )
 _GROUP = re.compile(r"\(([^();]*);([^();]*)\)OVERLAP_F_B", re.ASCII)
-_PAIRS = ({Kind.F, Kind.B}, {Kind.F, Kind.I})
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +100,7 @@ class TorchCsv:
 
     def format(self) -> str:
         """The file again: the same cells, a newline behind each row."""
-        return _joined(self.rows)
+        return joined(self.rows)
 
 
 def parse_torch_csv(text: str, *, name: str = "torch-csv") -> Schedule:
@@ -166,37 +163,9 @@ def read_torch_csv(
     return TorchCsv(schedule, rows)
 
 
-def format_torch_csv(
-    schedule: Schedule, *, communication: bool = False, idle: bool = False
-) -> str:
-    """A schedule as torch's `_load_csv` reads it.
-
-    Args:
-        schedule: one that `check` finds clean.
-        communication: torch's `format="compute_comms"`; else `"compute_only"`, to
-            which torch adds communication itself.
-        idle: empty cells where a rank waits, every op taking one time step, so
-            that columns are time steps; only without communication.
-
-    Raises:
-        ScheduleError: `check` has findings.
-        UnsupportedError: the CSV cannot say it.
-        ParameterError: idle cells among communication.
-    """
-    if communication and idle:
-        raise ParameterError("torch accepts idle cells only without communication")
-    schedule.report.raise_if_bad()
-    _sayable(schedule)
-    if communication:
-        return _joined(_with_communication(lower(schedule)))
-    return _joined(_compute_only(schedule, idle))
-
-
-def _joined(rows: tuple[tuple[str, ...], ...] | list[list[str]]) -> str:
+def joined(rows: Sequence[Sequence[str]]) -> str:
+    """The file of these cells, a newline behind each row."""
     return "".join(",".join(row) + "\n" for row in rows)
-
-
-# Reading
 
 
 def _rows(text: str) -> tuple[tuple[str, ...], ...]:
@@ -232,7 +201,7 @@ def _cell(place: Place, word: str) -> Cell:
         raise place.wrong("a group as (0F1;3B0)OVERLAP_F_B", word)
     members = [_single(place, part.strip(" "), word) for part in match.groups()]
     ops = tuple(op for member in members for op in member.ops)
-    if {op.kind for op in ops} not in _PAIRS:
+    if {op.kind for op in ops} not in PAIRS:
         raise place.wrong("a forward and a backward (F, and B or I) in a group", word)
     return Cell(place, word, ops, "", -1, -1)
 
@@ -248,7 +217,7 @@ def _single(place: Place, word: str, whole: str) -> Cell:
         raise place.wrong(f"a stage below {MAX_STAGES:,}", whole)
     if micro_batch >= MAX_MICRO_BATCHES:
         raise place.wrong(f"a micro-batch below {MAX_MICRO_BATCHES:,}", whole)
-    kind = _COMPUTE.get(match["word"] or "")
+    kind = KINDS.get(match["word"] or "")
     if kind is not None:
         return Cell(place, word, (Op(kind, stage, micro_batch),), "", stage, -1)
     if match["of_stage"]:
@@ -327,139 +296,3 @@ def _ops_of(cells: list[Cell]) -> list[Ops]:
     joined = [index > 0 for cell in cells for index in range(len(cell.ops))]
     ops = Ops.of([op for cell in cells for op in cell.ops])
     return [ops.grouped(np.array(joined, dtype=np.bool_))]
-
-
-# Writing
-
-
-def _sayable(schedule: Schedule) -> None:
-    sizes = {
-        "pipes": len(schedule.placement.pipes),
-        "steps": schedule.steps,
-        "slices": schedule.slices,
-    }
-    for what, size in sizes.items():
-        if size > 1:
-            raise UnsupportedError(
-                f"{schedule.summary}: torch's CSV has no {what}, found {size} of "
-                "them; the text form and JSON have"
-            )
-    if schedule.skips:
-        raise UnsupportedError(
-            f"{schedule.summary}: torch's CSV has no skip connections, found "
-            f"{format_skips(schedule.skips)}; the text form and JSON have"
-        )
-    if schedule.ties:
-        raise UnsupportedError(
-            f"{schedule.summary}: torch's CSV has no ties, found "
-            f"{format_ties(schedule.ties)}; the text form and JSON have"
-        )
-    kinds = {Kind(kind) for kind in np.unique(schedule.ops.kind).tolist()}
-    if others := sorted(kinds - set(_COMPUTE.values())):
-        names = ", ".join(kind.name for kind in others)
-        hint = "; recompute(…, 'never') takes R out" if Kind.R in others else ""
-        if STAGE_KINDS & kinds:
-            hint += "; torch reduces by itself, and steps in the training loop"
-        raise UnsupportedError(
-            f"{schedule.summary}: torch's CSV has no {names}, only F, B, I and W{hint}"
-        )
-    empty = np.flatnonzero(np.diff(schedule.row_starts) == 0)
-    if len(empty):
-        raise UnsupportedError(
-            f"{schedule.summary}: torch gives every rank something to compute, "
-            f"device {empty[0]} has no ops"
-        )
-    starts = np.flatnonzero(~schedule.ops.joined)
-    sizes_of_groups = np.diff(np.append(starts, len(schedule)))
-    for first in starts[sizes_of_groups > 1].tolist():
-        group = _group(schedule, first)
-        if len(group) != 2 or {op.kind for op in group} not in _PAIRS:
-            device, step = schedule.locate(first)
-            raise UnsupportedError(
-                f"device {device}, step {step}: torch overlaps one forward with one "
-                f"backward, found ({'&'.join(map(str, group))})"
-            )
-
-
-def _group(schedule: Schedule, first: int) -> list[Op]:
-    """The ops of the group that opens at an index."""
-    last = first + 1
-    while last < len(schedule) and schedule.ops.joined[last]:
-        last += 1
-    return list(schedule.ops[first:last])
-
-
-def _word(ops: list[Op] | tuple[Op, ...]) -> str:
-    if len(ops) == 1:
-        return str(ops[0])
-    return f"({';'.join(map(str, ops))})OVERLAP_F_B"
-
-
-class _Node(NamedTuple):
-    device: int
-    level: int
-    word: str
-
-
-def _nodes(schedule: Schedule) -> Iterator[_Node]:
-    graph = order(schedule, OpTable.of(schedule))
-    ends = [*graph.first_op[1:].tolist(), len(schedule)]
-    device = schedule.device_of_op[graph.first_op].tolist()
-    ops = list(schedule.ops)
-    for first, end, where, level in zip(
-        graph.first_op.tolist(), ends, device, graph.level.tolist()
-    ):
-        yield _Node(where, level, _word(ops[first:end]))
-
-
-def _compute_only(schedule: Schedule, idle: bool) -> list[list[str]]:
-    rows: list[list[str]] = [[] for _ in range(schedule.devices)]
-    for node in _nodes(schedule):
-        row = rows[node.device]
-        if idle:
-            row += [""] * (node.level - len(row))
-        row.append(node.word)
-    if idle:
-        steps = max(map(len, rows))
-        rows = [row + [""] * (steps - len(row)) for row in rows]
-    return rows
-
-
-def _with_communication(program: Program) -> list[list[str]]:
-    """Each device's instructions in the program's one order, on one stream."""
-    schedule = program.schedule
-    ops = list(schedule.ops)
-    left = np.bincount(schedule.ops.stage, minlength=schedule.stages).tolist()
-    whole = list(left)
-    rows: list[list[str]] = [[] for _ in range(schedule.devices)]
-    device, action = program.device.tolist(), program.action.tolist()
-    first, count = program.first_op.tolist(), program.op_count.tolist()
-    messages, message = program.messages.tolist(), program.message.tolist()
-    done: list[list[str]] = [[] for _ in range(schedule.devices)]
-    for i in range(len(program)):
-        row = rows[device[i]]
-        if action[i] == Action.COMPUTE:
-            _close(row, done[device[i]])
-            members = ops[first[i] : first[i] + count[i]]
-            for stage in (op.stage for op in members):
-                if left[stage] == whole[stage]:
-                    row.append(f"{stage}UNSHARD")
-                left[stage] -= 1
-                if not left[stage]:
-                    done[device[i]] += [f"{stage}REDUCE_GRAD", f"{stage}RESHARD"]
-            row.append(_word(members))
-        elif action[i] != Action.LOCAL:
-            kind, source, target, _, micro_batch, *_ = messages[message[i]]
-            letter = "F" if kind == MessageKind.ACTIVATION else "B"
-            sends = action[i] == Action.SEND
-            verb, stage = ("SEND", source) if sends else ("RECV", target)
-            row.append(f"{stage}{verb}_{letter}{micro_batch}")
-    for row, closing in zip(rows, done):
-        _close(row, closing)
-    return rows
-
-
-def _close(row: list[str], closing: list[str]) -> None:
-    """Reduce and reshard finished stages, behind the sends of their last op."""
-    row += closing
-    closing.clear()

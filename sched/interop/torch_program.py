@@ -24,10 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.errors import ParameterError
+from pipeproof.sched.instructions import Action, MessageKind
 from pipeproof.sched.interop.torch_comms import transfer
 from pipeproof.sched.interop.torch_csv import TorchCsv
+from pipeproof.sched.lists import Lists
 from pipeproof.sched.lower import lower
-from pipeproof.sched.program import Action, Lists, MessageKind, Program, Stored
+from pipeproof.sched.program import Program, Stored
 
 
 def torch_program(csv: TorchCsv) -> Program:

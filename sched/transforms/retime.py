@@ -15,10 +15,10 @@ import numpy as np
 
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.exact import Number, is_number, plain
+from pipeproof.sched.instructions import Action
 from pipeproof.sched.ir import BESIDE_KINDS, Kind, Schedule
 from pipeproof.sched.lower import lower
 from pipeproof.sched.matching import meetings
-from pipeproof.sched.program import Action
 from pipeproof.sched.transforms.list_order import orders
 from pipeproof.sched.transforms.op_graph import Graph
 

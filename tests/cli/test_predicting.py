@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pipeproof.cli import main
-from pipeproof.cli.options import number, sizes
+from pipeproof.cli.values import number, sizes
 from pipeproof.sched import CATALOG, catalog, lower, recompute
 from pipeproof.sim import Cluster, Cost, DeadlockError, simulate
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pipeproof.cli import main, shape
-from pipeproof.cli.options import memory_size
+from pipeproof.cli.values import memory_size
 from pipeproof.sched import catalog
 from pipeproof.sim import MODELS, Transformer, simulate
 from pipeproof.sim import transformer as originals

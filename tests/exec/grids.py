@@ -16,8 +16,8 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.device_mesh import init_device_mesh
 
 from pipeproof.exec import Pipeline, reference
-from pipeproof.exec.bind import holders
 from pipeproof.exec.group import Ranks
+from pipeproof.exec.homes import holders
 from pipeproof.sched import Schedule, catalog, recompute
 
 POSITIONS = 3

@@ -37,15 +37,15 @@ from pipeproof.exec import (
     split_evenly,
     transport,
 )
-from pipeproof.exec.bind import holders
 from pipeproof.exec.errors import BatchError, RankError
 from pipeproof.exec.group import Ranks
+from pipeproof.exec.homes import holders
 from pipeproof.exec.launch import launch
 from pipeproof.exec.profile import Profile
 from pipeproof.exec.tensors import flat
 from pipeproof.sched import Schedule, Trace, catalog, recompute, with_steps
+from pipeproof.sched.instructions import Message
 from pipeproof.sched.lower import Messages
-from pipeproof.sched.program import Message
 
 WIDTH = 4
 

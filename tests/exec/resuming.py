@@ -15,8 +15,8 @@ from torch.distributed.checkpoint import state_dict as states
 from torch.nn import functional
 
 from pipeproof.exec import Pipeline, split_at
-from pipeproof.exec.bind import holders
 from pipeproof.exec.group import Ranks
+from pipeproof.exec.homes import holders
 from pipeproof.sched import catalog, with_steps
 
 FLAT = states.StateDictOptions(flatten_optimizer_state_dict=True)

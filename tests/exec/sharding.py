@@ -16,8 +16,8 @@ from jobs import digest, same_values
 from torch import Tensor, nn
 
 from pipeproof.exec import Pipeline, reference
-from pipeproof.exec.bind import holders
 from pipeproof.exec.group import Ranks
+from pipeproof.exec.homes import holders
 from pipeproof.exec.sharded import Sharded
 
 STEPS = 3

@@ -16,8 +16,8 @@ from torch.nn import functional
 from torch.optim import SGD, Adam
 
 from pipeproof.exec import Pipeline, reference
-from pipeproof.exec.bind import holders
 from pipeproof.exec.group import Ranks
+from pipeproof.exec.homes import holders
 from pipeproof.sched import Schedule, catalog, reduce_gradients, with_steps
 
 STEPS = 3

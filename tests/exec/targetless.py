@@ -10,8 +10,8 @@ from jobs import WIDTH, digest
 from torch import Tensor, nn
 
 from pipeproof.exec import Pipeline, reference
-from pipeproof.exec.bind import holders
 from pipeproof.exec.group import Ranks
+from pipeproof.exec.homes import holders
 from pipeproof.sched import Schedule, catalog
 
 POSITIONS = 5

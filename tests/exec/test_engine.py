@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +17,11 @@ from pipeproof.sched import catalog
 mse = functional.mse_loss
 
 
-def without_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.autograd.graph, "_engine_run_backward", None)
+def put(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+    """Another engine in the place of autograd's."""
+    other = SimpleNamespace(run_backward=run)
+    monkeypatch.setattr(torch.autograd.Variable, "_execution_engine", other)
     engine.entry.cache_clear()
-    assert engine.entry() is None
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +33,7 @@ def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_this_torch_has_an_entry() -> None:
-    assert engine.entry() is torch.autograd.graph._engine_run_backward
+    assert engine.entry() == torch.autograd.Variable._execution_engine.run_backward
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zb-h1", "zb-v"])
@@ -44,18 +47,16 @@ def test_without_an_entry_all_is_the_same(
         theirs.load_state_dict(ours.state_dict())
     Pipeline(stages, plan, mse).step(x, y)
 
-    without_entry(monkeypatch)
+    monkeypatch.setattr(engine, "entry", lambda: None)
     against_reference(twin, plan, x, y)
 
     assert same(grads(stages), grads(twin))
 
 
+@pytest.mark.parametrize("run", [None, lambda *_, **__: (torch.ones(2),)])
 def test_an_entry_that_does_something_else_is_not_used(
-    monkeypatch: pytest.MonkeyPatch,
+    run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        torch.autograd.graph, "_engine_run_backward", lambda *_, **__: (torch.ones(2),)
-    )
-    engine.entry.cache_clear()
+    put(monkeypatch, run)
 
     assert engine.entry() is None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeproof.exec import Pipeline, StepError
+from pipeproof.exec.instructions import Surroundings
 from pipeproof.exec.runtime import Runtime
 from pipeproof.exec.ties import shares_of
 from pipeproof.sched import Action, catalog, prove
@@ -74,7 +75,7 @@ def test_the_program_says_when_and_in_which_order() -> None:
         shares = shares_of(list(twin), None)
         cpu = [torch.device("cpu")]
         other._runtime = Runtime(
-            program, homes, functional.mse_loss, cpu, shares=shares
+            program, homes, functional.mse_loss, cpu, Surroundings(shares=shares)
         )
         other.step(x, y)
         return twin[0][0].weight.grad

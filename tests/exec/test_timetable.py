@@ -14,7 +14,7 @@ from strategies import whole_language
 
 from pipeproof.exec.timetable import Times, merged
 from pipeproof.sched import Program, Schedule, catalog, lower
-from pipeproof.sched.program import Action
+from pipeproof.sched.instructions import Action
 from pipeproof.sim import Cluster, Cost, simulate
 
 TRANSFERS = (Action.SEND, Action.RECV)

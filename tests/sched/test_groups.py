@@ -23,8 +23,8 @@ from pipeproof.sched import (
     prove,
 )
 from pipeproof.sched.groups import needs, turns_of_others
+from pipeproof.sched.lists import Lists
 from pipeproof.sched.matching import misgrouped
-from pipeproof.sched.program import Lists
 from pipeproof.sched.row import Case, Row
 from pipeproof.sched.streams import (
     STREAM_MODELS,

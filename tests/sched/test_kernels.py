@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import near_valid, schedules, whole_language
+from strategies import near_valid, schedules, stepping, whole_language
 
-from pipeproof.sched import Program, Schedule, catalog, check, kernels, lower
+from pipeproof.sched import Kind, Program, Schedule, catalog, check, kernels, lower
 from pipeproof.sched.kernels import csr, levels
 from pipeproof.sim import simulate
 
@@ -98,16 +98,22 @@ def test_programs_are_the_same_compiled(
 @given(
     schedule=schedules(linear=True)
     | whole_language()
+    | stepping()
     | near_valid()
     | near_valid(whole_language())
+    | near_valid(stepping())
 )
 def test_the_quick_look_and_the_rules_agree(schedule: Schedule) -> None:
     """Clean for one is clean for the other, and they tell the same levels."""
     quick = schedule.clean_levels
     judged = dataclasses.replace(schedule)
     judged.__dict__["clean_levels"] = None
+    summed = len(schedule.placement.pipes) > 1 or schedule.has(Kind.REDUCE)
 
-    assert (quick is not None) == judged.report.ok
+    if schedule.has(Kind.STEP) and (summed or schedule.ties):
+        assert quick is None  # what waits for sums is left to the rules
+    else:
+        assert (quick is not None) == judged.report.ok
     if quick is not None:
         assert quick.tolist() == judged.level_of_node.tolist()
 

@@ -26,7 +26,7 @@ from pipeproof.sched import (
     lower,
     prove,
 )
-from pipeproof.sched.program import Stream, StreamKind
+from pipeproof.sched.instructions import Stream, StreamKind
 from pipeproof.sched.row import Case, Row
 from pipeproof.sched.terms import Reference, Terms
 

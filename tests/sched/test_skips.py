@@ -21,7 +21,7 @@ from pipeproof.sched import (
     prove,
 )
 from pipeproof.sched.interop.json_form import format_json, parse_json
-from pipeproof.sched.interop.torch_csv import format_torch_csv
+from pipeproof.sched.interop.torch_writer import format_torch_csv
 from pipeproof.sched.lower import POLICIES
 
 

@@ -31,7 +31,8 @@ from pipeproof.sched import (
     reduce_gradients,
     with_steps,
 )
-from pipeproof.sched.program import Lists, Stored
+from pipeproof.sched.lists import Lists
+from pipeproof.sched.program import Stored
 from pipeproof.sched.row import Case, Row
 from pipeproof.sim import Cost, fit, simulate
 

@@ -31,7 +31,7 @@ from pipeproof.sched import (
     with_steps,
 )
 from pipeproof.sched.interop.json_form import format_json, parse_json
-from pipeproof.sched.interop.torch_csv import format_torch_csv
+from pipeproof.sched.interop.torch_writer import format_torch_csv
 from pipeproof.sched.lower import POLICIES
 from pipeproof.sched.matching import meetings
 from pipeproof.sched.transforms.step import steps_behind_sums
@@ -225,21 +225,46 @@ def edited(edit: Callable[[list[Part], int, int], object]) -> Refutation:
     return refuted
 
 
-def test_a_sum_that_comes_too_early_is_refuted() -> None:
+@pytest.mark.parametrize(
+    ("tie", "early", "late"), [((0, 2), "0B0", "0B1"), ((1, 3), "1B0", "1B1")]
+)
+def test_a_sum_that_comes_too_early_is_refuted(
+    tie: tuple[int, int], early: str, late: str
+) -> None:
     """As a race, or, where the backward behind it waits, for what it lacks."""
+    schedule = catalog.make("interleaved", devices=2, micro_batches=2)
+    program = lower(schedule.with_ties([tie]))
+    parts = parts_of(program)
+    labels = [program.label(i) for i in range(len(program))]
+    first, last = labels.index(early), labels.index(late)
+    device = int(program.device[first])
+    here = [part for part in parts if part.action == Action.TIE]
+    moved = next(part for part in here if program.device[part.key] == device)
+    parts.remove(moved)
+    moved.waits = [first]
+    parts.insert(first + 1, moved)
+    assert prove(assembled(program, parts)).findings[0].rule == "race"
+
+    next(part for part in parts if part.key == last).waits.append(moved.key)
+    refuted = str(prove(assembled(program, parts)))
+    named = "=".join(map(str, tie))
+    assert f"the sum of tie {named} has that of stage {tie[0]} before it is" in refuted
+
+
+def test_a_sum_before_anything_is_added_lacks_it() -> None:
     schedule = catalog.make("interleaved", devices=2, micro_batches=2)
     program = lower(schedule.with_ties([(0, 2)]))
     parts = parts_of(program)
     labels = [program.label(i) for i in range(len(program))]
-    early, late = labels.index("0B0"), labels.index("0B1")
+    first = labels.index("2B0")
     tie = parts.pop()
-    tie.waits = [early]
-    parts.insert(early + 1, tie)
-    assert prove(assembled(program, parts)).findings[0].rule == "race"
+    tie.waits = []
+    parts.insert(first, tie)
+    next(part for part in parts if part.key == first).waits.append(tie.key)
+    (found,) = prove(assembled(program, parts)).findings
 
-    next(part for part in parts if part.key == late).waits.append(tie.key)
-    refuted = prove(assembled(program, parts))
-    assert "the sum of tie 0=2 has that of stage 0 before it is done" in str(refuted)
+    lacks = "lacks that of stage 0, lacks that of stage 2"
+    assert found.found == f"the sum of tie 0=2 {lacks}"
 
 
 @pytest.mark.parametrize(
@@ -270,17 +295,20 @@ def test_a_wrong_sum_is_refuted_in_words(
     assert found in str(edited(edit))
 
 
-def test_another_stages_gradient_is_refuted() -> None:
+@pytest.mark.parametrize(("tie", "other"), [((0, 3), 2), ((1, 2), 0)])
+def test_another_stages_gradient_is_refuted(tie: tuple[int, int], other: int) -> None:
+    """That of the other stage of a device."""
     schedule = catalog.make("interleaved", devices=2, micro_batches=2)
-    program = lower(schedule.with_ties([(0, 3)]))
+    program = lower(schedule.with_ties([tie]))
     parts = parts_of(program)
     gradients = {str(program.buffer_at(n)): n for n in range(len(program.buffers))}
-    parts[-2].reads = [gradients["gradient 2"]]
-    refuted = prove(assembled(program, parts))
+    own = gradients[f"gradient {(other + 2) % 4}"]
+    reader = next(part for part in parts[-2:] if own in part.reads)
+    reader.reads = [gradients[f"gradient {other}"]]
+    refuted = str(prove(assembled(program, parts)))
 
-    assert "the sum of tie 0=3 lacks that of stage 0, has that of stage 2" in str(
-        refuted
-    )
+    lacked = (other + 2) % 4
+    assert f"lacks that of stage {lacked}, has that of stage {other}" in refuted
 
 
 def test_a_sum_of_no_tie_is_refuted() -> None:
@@ -300,18 +328,45 @@ def test_what_is_no_gradient_is_refuted() -> None:
     assert "the sum of tie 0=2 has what is no stage's gradient" in str(refuted)
 
 
-def test_what_is_written_over_a_sum_is_refuted() -> None:
-    """By a hand-over, behind the sum."""
-    schedule = catalog.make("zb-v", devices=2, micro_batches=2).with_ties([(1, 2)])
-    program = lower(schedule)
+@pytest.mark.parametrize(
+    ("over", "lost"),
+    [
+        ([(1, "0=1", "gradient 1")], ["0=1"]),
+        ([(1, "0=1", "gradient 1"), (1, "2=3", "gradient 2")], ["0=1", "2=3"]),
+        ([(1, "0=1", "tied 2=3"), (0, "0=1", "tied 2=3")], ["0=1"]),
+    ],
+)
+def test_what_is_written_over_a_sum_is_refuted(
+    over: list[tuple[int, str, str]], lost: list[str]
+) -> None:
+    """By a hand-over behind the sums: on one device, of both ties, on both devices."""
+    schedule = catalog.make("zb-v", devices=2, micro_batches=2)
+    program = lower(schedule.with_ties([(0, 1), (2, 3)]))
     parts = parts_of(program)
-    tie = parts[-1]
     local = next(part for part in parts if part.action == Action.LOCAL)
-    over = {"reads": tie.reads[:1], "writes": tie.writes[:], "frees": []}
-    parts.append(dataclasses.replace(local, key=-1, waits=[tie.key], **over))
+    buffers = {
+        (program.buffer_at(n).device, str(program.buffer_at(n))): n
+        for n in range(len(program.buffers))
+    }
+    for device, tie, by in over:
+        behind = [
+            part.key
+            for part in parts
+            if part.action == Action.TIE and program.device[part.key] == device
+        ]
+        moves = {
+            "reads": [buffers[device, by]],
+            "writes": [buffers[device, f"tied {tie}"]],
+            "frees": [],
+        }
+        parts.append(
+            dataclasses.replace(local, key=-1, stream=device, waits=behind, **moves)
+        )
     refuted = prove(assembled(program, parts))
 
-    assert "what lies there in the end is not what tie 1=2 summed" in str(refuted)
+    assert [finding.found for finding in refuted.findings] == [
+        f"what lies there in the end is not what tie {tie} summed" for tie in lost
+    ]
 
 
 def test_two_ties_in_different_orders_wait_for_each_other() -> None:

@@ -24,7 +24,8 @@ from strategies import (
 
 from pipeproof.sched import Action, Program, Schedule, Trace, catalog, lower
 from pipeproof.sched.exact import Number
-from pipeproof.sched.program import Lists, Stored
+from pipeproof.sched.lists import Lists
+from pipeproof.sched.program import Stored
 from pipeproof.sim import Cluster, Cost, DeadlockError, simulate
 from pipeproof.sim.cluster import STREAM_MODELS, StreamModel
 

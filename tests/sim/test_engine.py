@@ -31,7 +31,8 @@ from pipeproof.sched import (
     lower,
     overlap,
 )
-from pipeproof.sched.program import Lists, Stream, StreamKind
+from pipeproof.sched.instructions import Stream, StreamKind
+from pipeproof.sched.lists import Lists
 from pipeproof.sim import Cluster, Cost, DeadlockError, Link, simulate
 from pipeproof.sim.cluster import STREAM_MODELS, StreamModel
 

@@ -23,9 +23,10 @@ from pipeproof.sched import (
     op,
     recompute,
 )
+from pipeproof.sched.lists import Lists
 from pipeproof.sched.memory import Held, Ledger
 from pipeproof.sched.peaks import peaks_by_buffer, peaks_by_op
-from pipeproof.sched.program import Lists, Stored
+from pipeproof.sched.program import Stored
 from pipeproof.sched.weights import Weights
 from pipeproof.sim import Cost, simulate
 

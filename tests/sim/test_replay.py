@@ -19,7 +19,7 @@ from strategies import (
 
 from pipeproof.sched import CATALOG, Program, Schedule, Trace, catalog, kernels, lower
 from pipeproof.sched.errors import ParameterError, UnsupportedError
-from pipeproof.sched.program import Lists
+from pipeproof.sched.lists import Lists
 from pipeproof.sched.row import Case
 from pipeproof.sched.trace import Timetable
 from pipeproof.sim import (

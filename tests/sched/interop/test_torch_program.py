@@ -21,8 +21,9 @@ from pipeproof.sched import (
     prove,
     recompute,
 )
-from pipeproof.sched.interop.torch_csv import format_torch_csv, read_torch_csv
+from pipeproof.sched.interop.torch_csv import read_torch_csv
 from pipeproof.sched.interop.torch_program import torch_program
+from pipeproof.sched.interop.torch_writer import format_torch_csv
 
 
 def program_of(text: str):  # noqa: ANN201
