@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeproof.sched.instructions import Action, BufferKind
 from pipeproof.sched.ir import Schedule
 from pipeproof.sched.lower import lower
 from pipeproof.sched.memory import lifetimes
-from pipeproof.sched.program import Action, BufferKind, Program
+from pipeproof.sched.program import Program
 
 Floats = NDArray[np.float64]
 Index = NDArray[np.signedinteger[Any]]
