@@ -55,7 +55,7 @@ class ToldLosses:
         one = len(self.dtypes) == 1
         dtypes = list(self.dtypes) * len(self.numbers) if one else self.dtypes
         return [
-            torch.tensor(number, dtype=dtype, device=self.device)
+            torch.scalar_tensor(number, dtype=dtype, device=self.device)
             for number, dtype in zip(self.numbers, dtypes)
         ]
 
@@ -64,7 +64,8 @@ class ToldLosses:
         """As of `Losses`."""
         if self.known is None:
             return Losses(self.parts).total
-        return torch.tensor(self.known, dtype=self.dtypes[0], device=self.device)
+        dtype = self.dtypes[0]
+        return torch.scalar_tensor(self.known, dtype=dtype, device=self.device)
 
 
 @dataclass

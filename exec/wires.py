@@ -81,11 +81,17 @@ def _patient() -> Iterator[None]:
     usual = sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER
     try:
         if usual:
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            _scheduled_as(os.SCHED_BATCH)
         yield
     finally:
         if usual:
-            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+            _scheduled_as(os.SCHED_OTHER)
+
+
+def _scheduled_as(policy: int) -> None:
+    """This thread, from now on."""
+    with suppress(PermissionError):  # a sandbox may forbid it
+        os.sched_setscheduler(0, policy, os.sched_param(0))
 
 
 class Pending:
