@@ -41,7 +41,7 @@ def drawn(count: int) -> list[Layer]:
     """Layers at random."""
     draw = random.Random(count)
     return [
-        Layer(draw.random(), 2 * draw.random(), 4, draw.random(), 0.1)
+        Layer(draw.random(), 2 * draw.random(), 4, 0.1 + draw.random(), 0.1, output=0.1)
         for _ in range(count)
     ]
 

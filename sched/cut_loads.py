@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.errors import ParameterError
-from pipeproof.sched.in_flight import InFlight, in_flight
+from pipeproof.sched.in_flight import InFlight, in_flight, largest, live_at_moments
+from pipeproof.sched.in_transit import in_transit, stages_held
 from pipeproof.sched.ir import Schedule
 from pipeproof.sched.layers import Layer, with_memory
 
@@ -21,18 +22,22 @@ Index = NDArray[np.int64]
 ROUNDING = 1e-9
 """Relative; what a prefix sum may be off by, with room to spare."""
 
+BLOCK = 2048
+"""Partitions that are looked at together: what is known of them stays in a cache."""
+
 
 class Loads:
     """What a stage of some layers adds to quantities of the devices that hold it.
 
     Each quantity is linear: a factor for each property of the layers, summed over
-    the stage, and one for those of its first layer.
+    the stage, and one for those of the cuts at both of its ends.
 
     Attributes:
         prefix: of each property, its sums over the first 0, 1, … layers.
-        first: of each property, of each layer if it is a stage's first.
+        first: of each property, of a cut where a stage begins, at 0, 1, … layers.
+        last: likewise, where it ends.
         factors: [device, quantity, stage, property].
-        firsts: likewise, for `first`.
+        firsts, lasts: likewise, for `first` and `last`.
         across: [start, end], what comes to a stage of these layers over skip
             connections from before it; None where the model has none.
         acrosses: [device, quantity, stage], its factors.
@@ -41,14 +46,17 @@ class Loads:
     def __init__(
         self,
         prefix: Floats,
-        first: Floats,
         factors: Floats,
-        firsts: Floats,
+        first: Floats | None = None,
+        firsts: Floats | None = None,
+        last: Floats | None = None,
+        lasts: Floats | None = None,
         across: Floats | None = None,
         acrosses: Floats | None = None,
     ) -> None:
-        self.prefix, self.first = prefix, first
-        self.factors, self.firsts = factors, firsts
+        self.prefix, self.factors = prefix, factors
+        self.first, self.firsts = first, firsts
+        self.last, self.lasts = last, lasts
         self.across, self.acrosses = across, acrosses
 
     @property
@@ -65,7 +73,10 @@ class Loads:
         """[case, quantity] of stages of these layers, start inclusive, end not."""
         inside = self.prefix[:, end] - self.prefix[:, start]
         result: Floats = (self.factors[device, :, stage] @ inside).T
-        result += (self.firsts[device, :, stage] @ self.first[:, start]).T
+        if self.first is not None and self.firsts is not None:
+            result += (self.firsts[device, :, stage] @ self.first[:, start]).T
+        if self.last is not None and self.lasts is not None:
+            result += (self.lasts[device, :, stage] @ self.last[:, end]).T
         if self.across is not None and self.acrosses is not None:
             result += np.outer(self.across[start, end], self.acrosses[device, :, stage])
         return result
@@ -78,6 +89,44 @@ class Loads:
                 ends = cuts[stage : stage + 1], cuts[stage + 1 : stage + 2]
                 total[device] += self.of_stage(device, stage, *ends)[0]
         return total
+
+    def fit(
+        self, device: int, stages: Sequence[int], cuts: Index, limit: float
+    ) -> NDArray[np.bool_]:
+        """Of many partitions, where these stages' quantities are within a limit."""
+        result = np.ones(len(cuts), dtype=np.bool_)
+        for first in range(0, len(cuts), BLOCK):
+            some = cuts[first : first + BLOCK]
+            total = np.zeros((len(some), self.quantities), order="F")
+            for stage in stages:
+                total += self.of_stage(
+                    device, stage, some[:, stage], some[:, stage + 1]
+                )
+            result[first : first + BLOCK] = total.max(axis=1) <= limit
+        return result
+
+    def relative_to(self, limits: Floats) -> Loads:
+        """The same quantities as parts of each device's limit."""
+
+        def divided(factors: Floats | None) -> Floats | None:
+            if factors is None:
+                return None
+            shape = (len(limits), *[1] * (factors.ndim - 1))
+            result: Floats = factors / limits.reshape(shape)
+            return result
+
+        factors = divided(self.factors)
+        assert factors is not None
+        return Loads(
+            self.prefix,
+            factors,
+            self.first,
+            divided(self.firsts),
+            self.last,
+            divided(self.lasts),
+            self.across,
+            divided(self.acrosses),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +176,7 @@ class Question:
         forward, backward, weights, activations, entry = columns
         counts = in_flight(schedule)
         self.time = self._times(forward, backward, counts, speed)
+        _leave_out_the_batch(layers, activations, entry)
         self.bytes = self._bytes(layers, weights, activations, entry, counts)
         self.caps: tuple[Loads, Floats] | None = None
         if memory is not None:
@@ -141,9 +191,7 @@ class Question:
     ) -> Loads:
         ran = np.stack([counts.forwards, counts.backwards], axis=-1)
         factors = ran[:, None].astype(float) / speed[:, None, None, None]
-        nothing = np.zeros((1, len(forward)))
-        firsts = np.zeros((*factors.shape[:3], 1))
-        return Loads(_prefix(forward, backward), nothing, factors, firsts)
+        return Loads(_prefix(forward, backward), factors)
 
     def _bytes(
         self,
@@ -153,24 +201,30 @@ class Question:
         entry: Floats,
         counts: InFlight,
     ) -> Loads:
-        moments = max(len(peaks) for peaks in counts.peaks)
-        size = self._schedule.devices, moments, self._schedule.stages, 2
-        factors, firsts = np.zeros(size), np.zeros(size)
-        acrosses = np.zeros(size[:3])
-        holds = counts.forwards > 0
-        factors[..., 0] = holds[:, None]
-        for device, peaks in enumerate(counts.peaks):
-            whole, stored, rebuilt = peaks.transpose(1, 0, 2)
-            factors[device, : len(peaks), :, 1] = whole + rebuilt
-            firsts[device, : len(peaks), :, 0] = whole + rebuilt
-            # What an R adds to a stored input is all but that.
-            firsts[device, : len(peaks), :, 1] = stored - rebuilt
-            acrosses[device, : len(peaks)] = whole + stored
+        takes = any(layer.takes for layer in layers)
+        peaks_of = list(_peaks(self._schedule, skips=takes))
+        moments = max(len(peaks) for peaks in peaks_of)
+        size = self._schedule.devices, moments, self._schedule.stages
+        factors, firsts = np.zeros((*size, 2)), np.zeros((*size, 3))
+        lasts, acrosses = np.zeros((*size, 1)), np.zeros(size)
+        factors[..., 0] = (counts.forwards > 0)[:, None]
+        for device, peaks in enumerate(peaks_of):
+            here = device, slice(len(peaks))
+            full, inputs, going, returned, *held = peaks.swapaxes(0, 1)
+            factors[here][..., 1] = full
+            firsts[here][..., 0] = full
+            firsts[here][..., 1] = inputs - full  # which include theirs
+            firsts[here][..., 2] = returned
+            lasts[here][..., 0] = going
+            acrosses[here] = held[0] if takes else 0
         unkept = np.array([not layer.keeps_input for layer in layers])
-        first = np.stack([np.where(unkept, entry, 0), entry])
-        across = _across(layers) if any(layer.takes for layer in layers) else None
+        output = np.array([0.0, *_numbers(layers, "output")])
+        first = np.stack([np.where(unkept, entry, 0), entry, output[:-1]])
+        across = _across(layers) if takes else None
         prefix = _prefix(weights, activations)
-        return Loads(prefix, first, factors, firsts, across, acrosses)
+        return Loads(
+            prefix, factors, first, firsts, output[None], lasts, across, acrosses
+        )
 
     def _least(self, cost: Floats, counts: InFlight, speed: Floats) -> float:
         """All work on all devices, and the longest layer where it is shortest."""
@@ -179,6 +233,39 @@ class Question:
         copies = (counts.forwards > 0).sum(0)
         one = (cost / (fastest * copies)[:, None]).min(axis=0)
         return max(whole, float(one.max())) * (1 - ROUNDING)
+
+
+def _peaks(schedule: Schedule, *, skips: bool) -> Iterator[Floats]:
+    """Of each device, [moment, class, stage] that it holds when it may have most.
+
+    The classes are all activations; all inputs, of these and of what is stored or has
+    arrived; outputs and their gradients; gradients of inputs; and, with skips, what
+    is kept of micro-batches, whole or stored. A stage with one more of any takes more.
+    """
+    columns = stages_held(schedule), live_at_moments(schedule), in_transit(schedule)
+    for stages, kept, beside in zip(*columns):
+        whole, stored, rebuilt = kept.swapaxes(0, 1)
+        arriving, going, returned = beside.swapaxes(0, 1)
+        held = whole + stored
+        classes = [whole + rebuilt, held + arriving, going, returned]
+        found = largest(np.stack([*classes, *([held] if skips else [])], axis=1))
+        peaks = np.zeros((*found.shape[:2], schedule.stages))
+        peaks[..., stages] = found
+        yield peaks
+
+
+def _leave_out_the_batch(
+    layers: Sequence[Layer], activations: Floats, entry: Floats
+) -> None:
+    """The first stage's input is a view of the batch, and weighs nothing.
+
+    Raises:
+        ParameterError: a first layer that keeps its input, and less than that.
+    """
+    with_memory(layers[:1])
+    if layers[0].keeps_input:
+        activations[0] -= entry[0]
+    entry[0] = 0
 
 
 def _prefix(*columns: Floats) -> Floats:
@@ -203,7 +290,7 @@ def _across(layers: Sequence[Layer]) -> Floats:
 
 def _numbers(layers: Sequence[Layer], name: str) -> Floats:
     result = np.array([getattr(layer, name) for layer in layers], dtype=float)
-    if (loss := layers[-1].loss) is not None and name != "input":
+    if (loss := layers[-1].loss) is not None and name not in ("input", "output"):
         result[-1] += getattr(loss, name)
     for number, value in enumerate(result.tolist()):
         if not (math.isfinite(value) and value >= 0):

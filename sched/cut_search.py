@@ -124,27 +124,23 @@ class Search:
     ) -> tuple[Index, Floats]:
         """All ways to give a device its stages."""
         load = np.zeros((len(cuts), self._objective.quantities))
-        held = None
-        if self._caps is not None:
-            held = np.zeros((len(cuts), self._caps[0].quantities))
         placed = placed.copy()
         for stage in stages:
+            source = np.arange(len(cuts))
             if not placed[stage]:
                 placed[stage] = True
-                source, cuts = self._expand(
-                    device, stage, cuts, limit - load.max(axis=1)
-                )
-                load, worst = load[source], worst[source]
-                held = None if held is None else held[source]
+                room = limit - load.max(axis=1)
+                source, cuts = self._expand(device, stage, cuts, room)
             ends = cuts[:, stage], cuts[:, stage + 1]
-            load = load + self._objective.of_stage(device, stage, *ends)
+            load = load[source] + self._objective.of_stage(device, stage, *ends)
             good = load.max(axis=1) <= limit
-            if held is not None and self._caps is not None:
+            source, cuts, load = source[good], cuts[good], load[good]
+            worst = worst[source]
+            if self._caps is not None:
                 loads, caps = self._caps
-                held = held + loads.of_stage(device, stage, *ends)
-                good &= held.max(axis=1) <= caps[device]
-                held = held[good]
-            cuts, load, worst = cuts[good], load[good], worst[good]
+                known = stages[: stages.index(stage) + 1]
+                fits = loads.fit(device, known, cuts, caps[device])
+                cuts, load, worst = cuts[fits], load[fits], worst[fits]
         return cuts, np.maximum(worst, load.max(axis=1, initial=0))
 
     def _expand(

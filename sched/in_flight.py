@@ -4,6 +4,8 @@ A device runs its ops in order, so how many activations of each of its stages it
 holds at once follows from the order alone::
 
     device 0 | F0 F1 F2 B0 F3 B1 B2 B3      at most 3 of stage 0
+
+What is on its way between stages `in_transit` counts.
 """
 
 from __future__ import annotations
@@ -13,9 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeproof.sched.in_transit import Changes, moment_of_op, stages_held
 from pipeproof.sched.ir import Kind, Schedule
 
 Floats = NDArray[np.float64]
+
+KEPT = 3
+"""Classes of what stages keep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,7 @@ def in_flight(schedule: Schedule) -> InFlight:
     An activation is there from F until B or W; of one that will be recomputed F stores
     a part, and R adds the rest. What is offloaded is not there in between.
     """
-    ops, table = schedule.ops, schedule.table
+    ops = schedule.ops
     device, part = schedule.device_of_op, 1 / schedule.slices
     size = schedule.devices, schedule.stages
     forwards, recomputations, backwards = np.zeros((3, *size))
@@ -58,41 +64,44 @@ def in_flight(schedule: Schedule) -> InFlight:
     ):
         np.add.at(found, (device[these], ops.stage[these]), part)
 
-    has_r = table.has(Kind.R)[ops.micro_batch, ops.slice, ops.stage]
-    born, died = np.zeros((2, len(ops), 3))
-    first = ops.kind == Kind.F
-    born[:, 0] = (first & ~has_r) | (ops.kind == Kind.RELOAD)
-    born[:, 1] = first & has_r
-    born[:, 2] = again
-    died[:, 0] = (ended & ~has_r) | (ops.kind == Kind.OFFLOAD)
-    died[:, 1] = died[:, 2] = ended & has_r
     peaks = []
-    for number in range(schedule.devices):
-        mine = np.flatnonzero(device == number)
-        held, column = np.unique(ops.stage[mine], return_inverse=True)
-        change = np.zeros((2, len(mine), 3, len(held)))
-        rows = np.arange(len(mine))
-        change[0, rows, :, column] = born[mine] * part
-        change[1, rows, :, column] = died[mine] * part
-        # What an op makes is there while what it ends still is.
-        live = np.cumsum(change[0] - change[1], axis=0) + change[1]
-        largest = _largest(live)
-        peaks.append(np.zeros((*largest.shape[:2], schedule.stages)))
-        peaks[-1][..., held] = largest
+    for held, live in zip(stages_held(schedule), live_at_moments(schedule)):
+        # Waiting stored inputs, in case one should weigh more than the activations
+        # that it is said to be part of.
+        waiting = live[:, 1:2] - live[:, 2:3]
+        found = largest(np.concatenate([live, waiting], axis=1))[:, :KEPT]
+        peaks.append(np.zeros((*found.shape[:2], schedule.stages)))
+        peaks[-1][..., held] = found
     return InFlight(forwards, recomputations, backwards, peaks)
 
 
-def _largest(live: Floats) -> Floats:
-    """Of these moments those than which no other has as much of everything.
+def live_at_moments(schedule: Schedule) -> list[Floats]:
+    """Of each device, [moment, class, stage held] that it keeps, as in `InFlight`.
 
-    Nor as many stored inputs that wait for their R, in case one should weigh more than
-    the activations that it is said to be part of.
+    The moments are those of `in_transit`.
     """
-    waiting = live[:, 1:2] - live[:, 2:3]
-    rows = np.concatenate([live, waiting], axis=1)
-    rows = np.unique(rows.reshape(len(live), -1), axis=0)[::-1]
+    ops, device = schedule.ops, schedule.device_of_op
+    has_r = schedule.table.has(Kind.R)[ops.micro_batch, ops.slice, ops.stage]
+    ended = np.isin(ops.kind, (Kind.B, Kind.W))
+    first, again = ops.kind == Kind.F, ops.kind == Kind.R
+    born = [(first & ~has_r) | (ops.kind == Kind.RELOAD), first & has_r, again]
+    died = [(ended & ~has_r) | (ops.kind == Kind.OFFLOAD), *[ended & has_r] * 2]
+    moment, part = moment_of_op(schedule), 1 / schedule.slices
+    changes = Changes.of(schedule, KEPT)
+    for of_class in range(KEPT):
+        # What an op makes is there while what it ends still is.
+        for later, these, by in ((0, born, part), (1, died, -part)):
+            which = np.flatnonzero(these[of_class])
+            place = device[which], of_class, ops.stage[which]
+            changes.add(moment[which] + later, *place, by)
+    return changes.totals()
+
+
+def largest(moments: Floats) -> Floats:
+    """Of [moment, class, stage] those than which no other has as much of everything."""
+    rows = np.unique(moments.reshape(len(moments), -1), axis=0)[::-1]
     kept: list[NDArray[np.float64]] = []
     for row in rows:  # descending, so none later covers an earlier one
         if not any((row <= other).all() for other in kept):
             kept.append(row)
-    return np.array(kept).reshape(-1, 4, live.shape[2])[:, :3]
+    return np.array(kept).reshape(-1, *moments.shape[1:])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeproof.sched.cut_loads import Loads, Question
+from pipeproof.sched.cut_loads import Question
 from pipeproof.sched.cut_search import MOST_STATES, Search
 from pipeproof.sched.errors import ParameterError
 from pipeproof.sched.ir import Schedule
@@ -21,7 +21,8 @@ class Partition:
     Attributes:
         sizes: layers in each stage.
         busy: time that each device computes in a step.
-        bytes: weights and activations on each device when it has most.
+        bytes: weights, activations and tensors on their way, on each device when it
+            has most.
         exact: whether no partition has a smaller bottleneck; False only where more
             than `MOST_STATES` ways to cut had to be compared.
         bound: time of the busiest device below which no partition comes: the
@@ -53,9 +54,12 @@ def partition(
     recomputations and backwards that the schedule gives it. Its memory is that of
     its stages' weights and of as many activations and stored inputs of each as the
     schedule keeps at once, with what skip connections bring from other stages; what is
-    kept of them by the stage that gives them is among its activations. Tensors on their
-    way between stages, and what an op needs only while it runs, are not counted. What a
-    split backward keeps for W counts as the whole activation.
+    kept of them by the stage that gives them is among its activations. Beside these are
+    the tensors that wait at the cuts: as many as the schedule's program has receives
+    posted, and sends not done, at once, if links keep up with ops. So no simulation
+    with free links takes more. The batch is not counted, nor what is on its way over a
+    skip, what another device offloads here, or what an op needs only while it runs.
+    What a split backward keeps for W counts as the whole activation.
 
     Args:
         layers: in order, at least as many as stages.
@@ -66,6 +70,7 @@ def partition(
     Raises:
         ParameterError: fewer layers than stages, numbers that are none or negative,
             speeds or memory for another number of devices, or no partition fits.
+        UnsupportedError: a schedule that is not lowered to a program yet.
     """
     question = Question(layers, schedule, speeds, memory)
     cuts, exact = Search(
@@ -124,10 +129,7 @@ def _too_small(question: Question) -> str:
     """Why no partition fits, with what would."""
     assert question.caps is not None
     asked, limits = question.caps
-    per_byte = 1 / limits[:, None, None, None]
-    factors, firsts = asked.factors * per_byte, asked.firsts * per_byte
-    acrosses = None if asked.acrosses is None else asked.acrosses * per_byte[..., 0]
-    relative = Loads(asked.prefix, asked.first, factors, firsts, asked.across, acrosses)
+    relative = asked.relative_to(limits)
     cuts, _ = Search(relative, None, 1.0, None).best()
     assert cuts is not None
     share = relative.of(cuts).max(axis=1)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, Adam, Optimizer
 
-from pipeproof.exec import Pipeline, StepError, reference
+from pipeproof.exec import Pipeline, StepError, reference, split_at
+from pipeproof.exec.examples import gpt_layers, token_loss
 from pipeproof.sched import (
     Kind,
     Schedule,
@@ -206,6 +207,30 @@ def test_tied_stages_train_as_their_reference(name: str) -> None:
 
     assert equal(weights(stages), weights(twins))
     assert stages[-1][0].weight is stages[0][0].weight
+
+
+def test_a_gpt_whose_head_is_its_embedding() -> None:
+    torch.manual_seed(0)
+    layers = gpt_layers(vocabulary=32, tokens=8, width=16, layers=2)
+    layers[-1][1].weight = layers[0].token.weight
+    schedule = with_steps(catalog.make("1f1b", devices=4, micro_batches=4))
+    stages = split_at(layers, [1] * 4)
+    twins = list(copy.deepcopy(nn.ModuleList(stages)))
+    pipeline = Pipeline(stages, schedule, token_loss, optimizers=adam(stages))
+    own, losses = adam(twins), []
+    for number in range(3):
+        ids = torch.randint(32, (8, 8))
+        torch.manual_seed(number)
+        losses.append(pipeline.step(ids, ids))
+        torch.manual_seed(number)
+        reference(twins, schedule, token_loss, ids, ids)
+        for optimizer in own:
+            assert optimizer is not None
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert equal(weights(stages), weights(twins))
+    assert losses[2] < losses[0]
 
 
 def test_one_optimizer_updates_what_is_shared_and_all_have_its_state() -> None:

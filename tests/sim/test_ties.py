@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from strategies import costs, policies, schedules
 
-from pipeproof.sched import Action, ParameterError, Schedule, catalog, lower
+from pipeproof.sched import (
+    Action,
+    ParameterError,
+    Schedule,
+    catalog,
+    lower,
+    with_steps,
+)
 from pipeproof.sim import Cluster, Cost, Link, simulate
 
 TIED = catalog.make("1f1b", devices=3, micro_batches=2).with_ties([(0, 2)])
@@ -36,6 +43,32 @@ def test_the_slowest_link_and_its_latency_count_in_each_round() -> None:
     (first, *_) = [i for i, it in enumerate(trace.program) if it.action == Action.TIE]
 
     assert trace.end[first] - trace.start[first] == 2 * (2 * 3 / Fraction(1, 2) + 5)
+
+
+def test_steps_wait_for_the_sum_and_those_of_other_stages_do_not() -> None:
+    """Device 1 has none of the tie, and steps while the others still sum."""
+    cost = Cost(weight_grad=0, boundary_bytes=0, tied_bytes=6, step=1)
+    trace = simulate(with_steps(TIED), cost, Cluster(link_bandwidth=1))
+    program = trace.program
+    ends = {program.label(i): trace.end[i] for i in range(len(program))}
+
+    assert ends["0STEP"] == ends["2STEP"] == ends["tie 0=2"] + 1
+    assert ends["tie 0=2"] == ends["0B1"] + 6
+    assert ends["1STEP"] == ends["1B1"] + 1 < ends["tie 0=2"]
+
+
+def test_devices_that_hold_all_stages_of_a_tie_send_nothing() -> None:
+    schedule = catalog.make("chimera", devices=4, micro_batches=4)
+    cost = Cost(boundary_bytes=0, tied_bytes=8)
+
+    def taken(*tie: int) -> set:
+        trace = simulate(schedule.with_ties([tie]), cost, Cluster(link_bandwidth=1))
+        sums = [n for n, it in enumerate(trace.program) if it.action == Action.TIE]
+        return {trace.end[n] - trace.start[n] for n in sums}
+
+    assert taken(0, 3) == {0}
+    # All four have a copy: each sends three others a quarter, twice.
+    assert taken(0, 1) == {2 * 3 * 2}
 
 
 def test_what_waits_and_what_is_critical_is_said() -> None:
