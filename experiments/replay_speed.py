@@ -244,7 +244,7 @@ SCHEDULES = (
     ("zb-v", 64, 1024),
     ("seq1f1b", 64, 512),
     ("hanayo", 64, 512),
-    # Two pipes, overlap groups or copies, which take the general way of `check`.
+    # With two pipes, overlap groups or copies.
     ("dualpipe-v", 64, 512),
     ("dualpipe", 64, 1024),
     ("chimera", 64, 1024),

@@ -174,12 +174,13 @@ def _wait(
     of a device is that of its compute stream.
     """
     blocking, late = policies[0], policies[1]
+    lone = len(compute) == len(node)  # without groups
     w = 0
     for i in range(len(action)):
         hop = hop_of[i]
         if hop >= 0:  # a tensor handed on
             if action[i] == _SEND:  # for its producer
-                waits[w] = compute[node[source[hop]]]
+                waits[w] = compute[source[hop] if lone else node[source[hop]]]
                 w += 1
             elif action[i] == _RECV and late:  # just in time
                 ready = last[device[target[hop]]]

@@ -180,11 +180,15 @@ def _produce(
     between need it too: so the last one to name a consumer stands first in its list.
     """
     stages, skips, pipes = sizes[0], sizes[1], sizes[2]
+    lone = len(by_rank) == len(kind)  # without groups
     hop = 0
     sent = 0
     for rank in range(len(by_rank)):
         node = by_rank[rank]
-        for op in range(starts[node], starts[node + 1]):
+        first, end = node, node + 1
+        if not lone:
+            first, end = starts[node], starts[node + 1]
+        for op in range(first, end):
             at = stage[op]
             if kind[op] == _F and at < stages - 1:
                 after = forward[place[op] + 1]
@@ -217,8 +221,8 @@ def _produce(
             pipe = pipe_of[micro_batch[op]] if pipes > 1 else 0
             down_here = kind[op] == _F
             begin = down_at[at] if down_here else up_at[at]
-            end = down_at[at + 1] if down_here else up_at[at + 1]
-            for nth in range(begin, end):
+            behind = down_at[at + 1] if down_here else up_at[at + 1]
+            for nth in range(begin, behind):
                 if down_here:
                     skip = skips_down[nth]
                     after = forward[place[op] + skip_target[skip] - at]

@@ -239,7 +239,11 @@ class Schedule:
 
     def has(self, kind: Kind) -> bool:
         """Whether any op is of this kind."""
-        return bool((self.ops.kind == kind).any())
+        return kind <= self._last_kind and bool((self.ops.kind == kind).any())
+
+    @cached_property
+    def _last_kind(self) -> int:
+        return int(self.ops.kind.max(initial=-1))
 
     @property
     def offloads_to_devices(self) -> bool:

@@ -141,6 +141,7 @@ def _append(
     different ones.
     """
     devices, phase_of_messages = sizes[0], sizes[1]
+    lone = len(by_rank) == len(node_of)  # without groups
     end = 0
     for step in range(len(by_rank)):
         for phase in range(BEFORE, BEHIND + 1):
@@ -158,8 +159,8 @@ def _append(
                         node = reduces[place]
                     stream[end] = stream_of_kind[kind[node] * devices + device[node]]
                     action[end] = action_of_kind[kind[node]]
-                    first_op[end] = starts[node]
-                    op_count[end] = starts[node + 1] - starts[node]
+                    first_op[end] = node if lone else starts[node]
+                    op_count[end] = 1 if lone else starts[node + 1] - starts[node]
                     message[end] = -1
                     hop_of[end] = -1
                     compute[node] = end

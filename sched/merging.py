@@ -32,9 +32,8 @@ def peaks_with_copies(
     one behind those of all streams what its copies change on the device they go to.
     """
     schedule, streams = program.schedule, program.streams
-    moving = np.flatnonzero(
-        (program.action == Action.COMPUTE) | (program.action == Action.COPY)
-    )
+    copies = np.flatnonzero(program.action == Action.COPY)
+    moving = np.concatenate([program.computes, copies])
     # At most a birth and a death of each op, and of each copy also elsewhere.
     here = np.bincount(program.stream[moving], minlength=len(streams))
     here *= 2 * int(program.op_count.max(initial=1))

@@ -60,6 +60,8 @@ class Nodes:
     @cached_property
     def beside(self) -> NDArray[np.bool_]:
         """Whether each runs beside the compute stream."""
+        if self.kind.max(initial=0) < min(BESIDE_KINDS):
+            return np.zeros(len(self.kind), dtype=np.bool_)
         beside = np.zeros(len(Kind), dtype=np.bool_)
         beside[list(BESIDE_KINDS)] = True
         return beside[self.kind]

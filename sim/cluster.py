@@ -247,6 +247,13 @@ class Cluster:
             return link
         return replace(link, bandwidth=slower(link.bandwidth, self.nic_bandwidth))
 
+    @property
+    def only_link(self) -> Link | None:
+        """The link between any two devices, if all are alike whatever their nodes."""
+        if self.links or self.within_node is not None or self.nic_bandwidth is not None:
+            return None
+        return Link(self.link_latency, self.link_bandwidth)
+
     def own_link(self, source: int, target: int) -> Link:
         """The link between two devices, whatever the network cards can take."""
         named = self.links.get((source, target))

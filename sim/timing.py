@@ -238,8 +238,9 @@ def _by_stream(
 
 def _copying(program: Program, cluster: Cluster, sizes: Sizes) -> list[Prices]:
     """How long each COPY takes: to and from the host, and between devices."""
+    only = cluster.only_link
     links = {
-        number: cluster.link(*stream.link)
+        number: only or cluster.link(*stream.link)
         for number, stream in enumerate(program.streams)
         if stream.link is not None and stream.kind in BETWEEN_DEVICES
     }
@@ -315,8 +316,9 @@ def _free(latencies: Iterable[Number]) -> bool:
 
 def _links(program: Program, cluster: Cluster) -> dict[int, Link]:
     """The link of each stream that sends."""
+    only = cluster.only_link
     return {
-        number: cluster.link(stream.device, stream.peer)
+        number: only or cluster.link(stream.device, stream.peer)
         for number, stream in enumerate(program.streams)
         if stream.kind == StreamKind.SEND and stream.peer is not None
     }

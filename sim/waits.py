@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeproof.sched import Action, Program
 from pipeproof.sched.groups import Edges, for_all, needs, turns_of_others
+from pipeproof.sched.instructions import StreamKind
 from pipeproof.sched.lists import Lists
 from pipeproof.sched.matching import meetings
 from pipeproof.sched.streams import turn_of
@@ -41,6 +42,10 @@ def _turns(program: Program, cluster: Cluster) -> NDArray[np.int32]:
     """The same, but for groups."""
     first: dict[Hashable, int] = {}
     model, shared = cluster.streams, cluster.shared_processor
+    if model == "dir" and not shared:
+        homes = [s.device for s in program.streams if s.kind == StreamKind.COMPUTE]
+        if len(set(homes)) == len(homes):  # no two are one
+            return program.stream
     numbers = [
         first.setdefault(
             turn_of(program, number, model, shared_processor=shared), number

@@ -40,6 +40,28 @@ def test_a_link_is_that_of_the_pair_or_the_node_or_all() -> None:
     assert cluster.own_link(1, 2) == Link(3)
 
 
+@pytest.mark.parametrize(
+    ("given", "alike"),
+    [
+        ({}, True),
+        ({"link_latency": 2, "link_bandwidth": 8}, True),
+        ({"devices_per_node": 2, "link_latency": 2}, True),
+        ({"links": {(0, 1): Link(3)}}, False),
+        ({"devices_per_node": 2, "within_node": Link(1)}, False),
+        ({"devices_per_node": 2, "nic_bandwidth": 4}, False),
+    ],
+)
+def test_one_link_stands_for_all_where_all_are_alike(
+    given: dict[str, Any], alike: bool
+) -> None:
+    cluster = Cluster(**given)
+    pairs = [(a, b) for a in range(4) for b in range(4) if a != b]
+    different = {cluster.link(*pair) for pair in pairs}
+
+    assert (cluster.only_link is not None) == alike == (len(different) == 1)
+    assert not alike or different == {cluster.only_link}
+
+
 def test_nodes_and_cards() -> None:
     by_order = Cluster(devices_per_node=4, nic_bandwidth=1, devices_per_nic=2)
     by_name = Cluster(node_of=[1, 0, 1, 1], nic_bandwidth=1, devices_per_nic=2)
