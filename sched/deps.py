@@ -246,12 +246,12 @@ def order(schedule: Schedule, table: OpTable) -> Order:
     kind = schedule.ops.kind[first_op]
     computes = ~np.isin(kind, BESIDE_KINDS)
     edges_from, edges_to = [before[apart]], [after[apart]]
-    previous, _ = neighbours(device, computes)
+    previous = neighbours(device, computes)
     for copies in (Kind.OFFLOAD, Kind.RELOAD):  # each on a stream, in order
         mine = kind == copies
         if not mine.any():
             continue
-        ahead, _ = neighbours(device, mine)
+        ahead = neighbours(device, mine)
         following = np.flatnonzero(mine & (ahead >= 0)).astype(np.int32)
         edges_from.append(ahead[following])
         edges_to.append(following)
@@ -264,30 +264,22 @@ def order(schedule: Schedule, table: OpTable) -> Order:
 
 
 def neighbours(
-    device: NDArray[np.int32], counts: NDArray[np.bool_]
-) -> tuple[Index, Index]:
-    """For each node the nearest that counts before and behind it on its device."""
-    size = len(device)
-    near = new_columns(*[(size, np.int32)] * 2)
-    columns = [device, counts, *near]
-    before, behind = run(_neighbours, columns, results=[2, 3], size=size)
-    return before, behind
+    device: NDArray[np.int32], counts: NDArray[np.bool_], *, behind: bool = False
+) -> Index:
+    """For each node the nearest on its device that counts, before or behind; or -1."""
+    (near,) = new_columns((len(device), np.int32))
+    columns = [device, counts, np.array([behind]), near]
+    return run(_neighbours, columns, results=[3], size=len(device))[0]
 
 
-def _neighbours(device: Any, counts: Any, before: Any, behind: Any) -> None:
+def _neighbours(device: Any, counts: Any, behind: Any, near: Any) -> None:
     """Devices ascend."""
     size = len(device)
     last = -1
-    for node in range(size):
+    for place in range(size):
+        node = size - 1 - place if behind[0] else place
         if last >= 0 and device[last] != device[node]:
             last = -1
-        before[node] = last
-        if counts[node]:
-            last = node
-    last = -1
-    for node in range(size - 1, -1, -1):
-        if last >= 0 and device[last] != device[node]:
-            last = -1
-        behind[node] = last
+        near[node] = last
         if counts[node]:
             last = node

@@ -69,12 +69,12 @@ class Nodes:
     @cached_property
     def previous(self) -> Index:
         """The node before each on its device's compute stream, or -1."""
-        return neighbours(self.device, ~self.beside)[0]
+        return neighbours(self.device, ~self.beside)
 
     @cached_property
     def following(self) -> Index:
         """The node behind each on its device's compute stream, or -1."""
-        return neighbours(self.device, ~self.beside)[1]
+        return neighbours(self.device, ~self.beside, behind=True)
 
 
 @dataclass(frozen=True)

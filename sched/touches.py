@@ -94,7 +94,12 @@ What is handed on, and gradients of outputs, are only there between stages.
 
 def touching(touch: Touch, block: Block) -> NDArray[np.bool_]:
     """Which ops do this to a buffer of this block, at kind × HOWS + how."""
-    return np.array([(touch, block) in some for some in TOUCHES])
+    return np.array(_touching(touch, block))
+
+
+@cache
+def _touching(touch: Touch, block: Block) -> list[bool]:
+    return [(touch, block) in some for some in TOUCHES]
 
 
 @cache
