@@ -33,10 +33,12 @@ def peaks_with_copies(
     """
     schedule, streams = program.schedule, program.streams
     copies = np.flatnonzero(program.action == Action.COPY)
-    moving = np.concatenate([program.computes, copies])
+    (moving,) = new_columns((len(program.computes) + len(copies), np.int64))
+    np.concatenate([program.computes, copies], out=moving)
     # At most a birth and a death of each op, and of each copy also elsewhere.
-    here = np.bincount(program.stream[moving], minlength=len(streams))
-    here *= 2 * int(program.op_count.max(initial=1))
+    here = np.zeros(len(streams), dtype=np.int64)
+    counted = [moving, program.stream, program.op_count, here]
+    (here,) = run(_count, counted, results=[3], size=len(moving))
     copying = [stream.kind != StreamKind.COMPUTE for stream in streams]
     at = np.concatenate([[0], np.cumsum([here, np.where(copying, here, 0)])])
     total = int(at[-1])
@@ -76,6 +78,11 @@ def peaks_with_copies(
         np.zeros(schedule.devices, dtype=np.int64),
     ]
     return run(_merge, merged, results=[7], size=total)[0]
+
+
+def _count(moving: Any, stream: Any, op_count: Any, events: Any) -> None:
+    for i in moving:
+        events[stream[i]] += 2 * op_count[i]
 
 
 def _queue(
