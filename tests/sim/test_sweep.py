@@ -1,6 +1,7 @@
 """Grids of predictions, in one process or several, and the file they are kept in."""
 
 import importlib
+import subprocess
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -450,3 +451,34 @@ def test_a_fault_says_at_which_point() -> None:
     with pytest.raises(ZeroDivisionError) as caught:
         swept(grid([faulty], [2], [4]))
     assert "'schedule': 'faulty', 'devices': 2" in caught.value.__notes__[0]
+
+
+WORKERS = """
+import signal
+
+from joblib import Parallel, delayed
+
+from pipeproof.sim.sweep import _interrupts_later
+
+
+def blocked():
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+if __name__ == "__main__":
+    parallel = Parallel(n_jobs=2, return_as="generator_unordered")
+    with _interrupts_later():
+        answers = parallel(delayed(blocked)() for _ in range(4))
+    print(*answers, blocked())
+"""
+
+
+def test_workers_never_hear_control_c(tmp_path: Path) -> None:
+    """In a process of its own, whose first workers they are."""
+    path = tmp_path / "workers.py"
+    path.write_text(WORKERS)
+    ran = subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, timeout=60
+    )
+
+    assert ran.stdout.split() == ["True"] * 4 + ["False"], ran.stderr
