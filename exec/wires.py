@@ -12,10 +12,9 @@ NCCL's waits only order the device's stream and return.
 from __future__ import annotations
 
 import os
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from functools import cache
 from queue import SimpleQueue
@@ -39,8 +38,8 @@ in a second."""
 def gloo(store: Store, rank: int, size: int, timeout: timedelta) -> Backend:
     """A gloo communicator.
 
-    All of a process share one thread that serves their sockets: see `_devices`. With
-    one for each, as torch makes them, these would compete for the op's core.
+    All of a process share one thread that serves their sockets. With one for each, as
+    torch makes them, these would compete for the op's core.
 
     Args:
         store: where its ranks meet, theirs alone.
@@ -57,47 +56,34 @@ def gloo(store: Store, rank: int, size: int, timeout: timedelta) -> Backend:
 
 @cache
 def _devices(interfaces: str) -> list[Any]:
-    """Of gloo, as torch chooses them.
+    """Of gloo, as torch chooses them."""
+    named = [
+        ProcessGroupGloo.create_device(interface=x) for x in interfaces.split(",") if x
+    ]
+    return named or [ProcessGroupGloo.create_default_device()]
 
-    A device's thread spins while another thread holds the lock of a link that has news
-    for it. One that sends holds it, and the kernel likes to let the thread that it
-    wakes by that run in its place, at once and on its core: then the threads of two
-    ranks may each spin for as long as they are let, for locks that are held by senders
-    which they keep from running. So they are made not to run in anybody's place. A
-    process that is bound to one core has them as they are: there, what is under way
-    would wait for the op that runs.
+
+def _letting_run(start: Callable[..., Any]) -> Callable[..., Any]:
+    """One of torch's functions, around which threads run that wait for this core.
+
+    gloo's thread spins while another thread holds the lock of a link that has news for
+    it, and one that sends holds it. A thread that is due for the core of one that
+    computes gets it when that next enters the kernel: if this is to send, with the lock
+    held, gloo's thread spins for its whole turn, milliseconds. So it has its turn
+    before, when nothing is held; and after, when the send may have put on this core
+    what it woke up at the other end.
     """
-    with _patient():
-        named = [
-            ProcessGroupGloo.create_device(interface=x)
-            for x in interfaces.split(",")
-            if x
-        ]
-        return named or [ProcessGroupGloo.create_default_device()]
+    if not hasattr(os, "sched_yield"):
+        return start
+    let_run = os.sched_yield
 
+    def started(*arguments: Any) -> Any:
+        let_run()
+        work = start(*arguments)
+        let_run()
+        return work
 
-@contextmanager
-def _patient() -> Iterator[None]:
-    """Threads started meanwhile run in no other's place when they wake (Linux)."""
-    # They inherit it. It is no lower priority: only what they preempt is different.
-    usual = (
-        sys.platform == "linux"
-        and os.sched_getscheduler(0) == os.SCHED_OTHER
-        and len(os.sched_getaffinity(0)) > 1
-    )
-    try:
-        if usual:
-            _scheduled_as(os.SCHED_BATCH)
-        yield
-    finally:
-        if usual:
-            _scheduled_as(os.SCHED_OTHER)
-
-
-def _scheduled_as(policy: int) -> None:
-    """This thread, from now on."""
-    with suppress(PermissionError):  # a sandbox may forbid it
-        os.sched_setscheduler(0, policy, os.sched_param(0))
+    return started
 
 
 class Pending:
@@ -165,8 +151,9 @@ class Wire:
     ) -> None:
         self.place, self.tag = place, tag
         self.peer, self.blocks = peer, blocks
-        self._send = group.send  # type: ignore[attr-defined]
-        self._recv = group.recv  # type: ignore[attr-defined]
+        send, recv = group.send, group.recv  # type: ignore[attr-defined]
+        self._send = _letting_run(send) if blocks else send
+        self._recv = _letting_run(recv) if blocks else recv
         self._queue: SimpleQueue[Pending | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 

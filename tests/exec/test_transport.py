@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from pipeproof.exec.forms import Form
 from pipeproof.exec.transport import taken_before
+from pipeproof.exec.wires import Wire
 from pipeproof.sched import catalog, lower
 
 
@@ -78,3 +83,28 @@ def test_what_has_gaps_is_sent_without_them() -> None:
     assert tensor.stride() == form.parts[0].stride == (2, 1)
     assert form.parts[0].contiguous
     assert tensor.tolist() == [[0, 2], [4, 6], [8, 10]]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_yield"), reason="a core is not given here")
+@pytest.mark.parametrize(
+    ("blocks", "calls"),
+    [
+        (True, ["turn", "send", "turn", "turn", "recv", "turn"]),
+        (False, ["send", "recv"]),
+    ],
+)
+def test_gloos_thread_has_its_turn_when_no_link_is_locked(
+    blocks: bool, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a sender that it kept from running it spun for the sender's lock."""
+    called: list[str] = []
+    monkeypatch.setattr(os, "sched_yield", lambda: called.append("turn"))
+    group: Any = SimpleNamespace(
+        send=lambda *_: called.append("send"), recv=lambda *_: called.append("recv")
+    )
+    wire = Wire(group, 1, 1, blocks)
+
+    wire.send(torch.ones(2), followed=False)
+    wire.receive(torch.ones(2))
+
+    assert called == calls
