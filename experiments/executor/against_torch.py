@@ -127,14 +127,18 @@ def torch_step(
     loss = functional.mse_loss
     runtime: Any
     if exported:
-        runtime = theirs._PipelineScheduleRuntime(parts, MICRO_BATCHES, loss_fn=loss)
+        runtime = theirs._PipelineScheduleRuntime(
+            parts, schedule.micro_batches, loss_fn=loss
+        )
         with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
             file.write(format_torch_csv(schedule))
             file.flush()
             runtime._load_csv(file.name, format="compute_only")
     else:
         given = parts if chunks > 1 else parts[0]
-        runtime = getattr(theirs, str(kind))(given, MICRO_BATCHES, loss_fn=loss)
+        runtime = getattr(theirs, str(kind))(
+            given, schedule.micro_batches, loss_fn=loss
+        )
     first, last = 0 in mine, len(stages) - 1 in mine
 
     def step(x: Tensor, y: Tensor) -> None:
@@ -238,47 +242,16 @@ def compared(ranks: Ranks, model: str, name: str, exported: bool, rounds: int) -
     return row
 
 
-def pipelined(ranks: Ranks, model: str, micro_batches: int, rounds: int) -> Row:
-    """1F1B on the ranks against the model on one, in ms: alone, and on all at once."""
-    make, shape, factor = MODELS[model]
-    torch.manual_seed(0)
-    schedule = catalog.make("1f1b", devices=RANKS, micro_batches=micro_batches)
-    stages = make(RANKS, shape[-1])
-    whole = nn.Sequential(*copy.deepcopy(stages))
-    x, y = torch.randn(2, micro_batches * shape[0], *shape[1:])
-    ours = our_step(stages, schedule, ranks)
-
-    def alone() -> None:
-        for a, b in zip(x.tensor_split(micro_batches), y.tensor_split(micro_batches)):
-            (functional.mse_loss(whole(a), b) / micro_batches).backward()
-
-    ways: dict[str, Callable[[], Any]] = {
-        "ranks": lambda: ours(x, y),
-        "one": lambda: alone() if ranks.rank == 0 else None,
-        "each": alone,
-    }
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    for round_ in range(-WARM, rounds * factor):
-        for way, step in ways.items():
-            dist.barrier()
-            start = time.perf_counter()
-            step()
-            if round_ >= 0:
-                times[way].append(time.perf_counter() - start)
-    slower = torch.tensor([times[way] for way in ways])
-    dist.all_reduce(slower, dist.ReduceOp.MAX)
-    ideal = slower[1:] / RANKS * (micro_batches + RANKS - 1) / micro_batches
-    ratios = (slower[0] / ideal).median(1).values
-    fastest = slower[0].min() / ideal.min(1).values
-    shown = [slower.median(1).values * 1e3, ratios, fastest]
-    return [value for part in shown for value in part.tolist()]
-
-
-def everything(ranks: Ranks, rounds: int) -> tuple[dict[str, dict[str, Row]], Any]:
-    """All rows of all tables, by model."""
+def start(ranks: Ranks) -> None:
+    """Have torch's default group meet as ours did."""
     torch.set_num_threads(1)
     store = PrefixStore("torch", ranks.store)
     dist.init_process_group("gloo", store=store, rank=ranks.rank, world_size=RANKS)
+
+
+def everything(ranks: Ranks, rounds: int) -> dict[str, dict[str, Row]]:
+    """All rows of all tables, by model."""
+    start(ranks)
     found: dict[str, dict[str, Row]] = {}
     for model in MODELS:
         found[model] = {}
@@ -287,14 +260,8 @@ def everything(ranks: Ranks, rounds: int) -> tuple[dict[str, dict[str, Row]], An
             if ranks.rank == 0:
                 print(model, title, file=sys.stderr)
             found[model][title] = compared(ranks, model, name, exported, rounds)
-    split = {
-        (model, micro_batches): pipelined(ranks, model, micro_batches, rounds)
-        for model, (_, _, factor) in MODELS.items()
-        if factor == 1
-        for micro_batches in (8, 16)
-    }
     dist.destroy_process_group()
-    return found, split
+    return found
 
 
 def main() -> None:
@@ -303,9 +270,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="of each way")
     parser.add_argument("-o", "--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    start = os.getloadavg()[1]
+    before = os.getloadavg()[1]
     # A busy machine may not let a rank's thread beat for long.
-    tables, split = launch(everything, RANKS, arguments.rounds, lost_s=120)[0]
+    tables = launch(everything, RANKS, arguments.rounds, lost_s=120)[0]
     flat = [row for rows in tables.values() for row in rows.values()]
     summaries = {
         "Ratio": [row[2] for row in flat],
@@ -319,7 +286,7 @@ def main() -> None:
         f"{RANKS} ranks with gloo on one shared x86-64 machine of {os.cpu_count()} "
         f"cores, one thread each, {MICRO_BATCHES} micro-batches, torch "
         f"{torch.__version__}, float32. Load average over five minutes before and "
-        f"after: {start:.1f}, {os.getloadavg()[1]:.1f}; one alone would make it 2.",
+        f"after: {before:.1f}, {os.getloadavg()[1]:.1f}; one alone would make it 2.",
         "",
         "A step of ours, a step of theirs and the bare ops in turn in the same "
         f"processes, {arguments.rounds} rounds and more for tiny models; gradients "
@@ -354,21 +321,6 @@ def main() -> None:
         for title, row in rows.items():
             cells = [*(f"{v:.2f}" for v in row[:4]), *(f"{v:.0f}" for v in row[4:])]
             text.append(f"| {title} | " + " | ".join(cells) + " |")
-    text += [
-        "",
-        "## The moderate models on two ranks against one",
-        "",
-        "1F1B, ms; and its ratio to (unpipelined / 2) (M + 1) / M. Unpipelined: the "
-        "whole model, micro-batch by micro-batch, on one rank while the other waits; "
-        "and on both at once, which share the machine as the two ranks do.",
-        "",
-        "| model | M | 2 ranks | alone | both at once | ratio to alone | to both | "
-        "fastest: to alone | to both |",
-        "|-|-|-|-|-|-|-|-|-|",
-    ]
-    for (model, micro_batches), row in split.items():
-        cells = [*(f"{v:.1f}" for v in row[:3]), *(f"{v:.2f}" for v in row[3:])]
-        text.append(f"| {model} | {micro_batches} | " + " | ".join(cells) + " |")
     arguments.output.write_text("\n".join(text) + "\n")
     print("\n".join(text))
 
