@@ -5,7 +5,7 @@ Three parts, and in each a second opinion that shares no code with the first:
 * schedules: every edit of an op. `check` against an interpreter of schedules;
   what `check` accepts is trained, and its gradients compared bit by bit.
 * programs: edits of an instruction, all or many of each kind. `prove` against a
-  player of programs in random orders (`tests/programs.py`).
+  player of programs in random orders (`tests/playing.py`).
 * torch's CSV with communication: a sample of the edits of a cell. The reader and
   `prove` against torch's own runtime, two processes with gloo, whose gradients are
   compared with those of a step without a pipeline.

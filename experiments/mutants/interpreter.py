@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from typing import Any
 
-from programs import of_loss, reference, term
+from terms import of_loss, reference, term
 
 from pipeproof.sched import Kind, Op, Schedule
 

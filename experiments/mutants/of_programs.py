@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from playing import computes_the_gradient, slots_of
 from program_edits import edits_of_program
-from programs import computes_the_gradient, slots_of
 from tally import Tallies, Tally
 
 from pipeproof.sched import Action, BufferKind, Program, prove

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import assembled, computes_the_gradient, mutant, parts_of
+from playing import computes_the_gradient
+from programs import assembled, mutant, parts_of
 from strategies import schedules, stepping, whole_language
 from test_contract import POLICIES, each_row
 
