@@ -204,16 +204,22 @@ class Forwards:
                 came |= values[buffer]
             leaves = value if carry is None and not came else (value, came, carry)
             before = tensors.versions(leaves)
-            found = stage.run(
-                value,
-                step.seed,
-                micro_batch,
-                part,
-                carry,
-                step.keywords_at(stage.device, micro_batch, part),
-                came,
-                recordings.get(where) if recordings else None,
-            )
+            try:
+                found = stage.run(
+                    value,
+                    step.seed,
+                    micro_batch,
+                    part,
+                    carry,
+                    step.keywords_at(stage.device, micro_batch, part),
+                    came,
+                    recordings.get(where) if recordings else None,
+                )
+            except RuntimeError as error:
+                # Autograd itself refuses to change a leaf.
+                if "leaf Variable that requires grad" not in str(error):
+                    raise
+                raise ModelError(_in_place(op, leaves, before)) from error
             if tensors.versions(leaves) != before:
                 raise ModelError(_in_place(op, leaves, before))
             return found
@@ -277,7 +283,7 @@ def _in_place(op: Op, leaves: Any, before: Any) -> str:
     ]
     source = f"stage {op.stage - 1}'s output" if op.stage else "the batch"
     what = f"input in place, which is {source}"
-    if not changed[0]:
+    if any(changed[1:]) and not changed[0]:
         what = "carry in place, which is what an earlier slice left"
         if len(changed) == 3 and changed[1]:
             what = "skips in place, which is what earlier stages gave"

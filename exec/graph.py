@@ -11,6 +11,9 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 Root = Tensor | GradientEdge
 """An output, or its edge in the graph."""
 
+Steps = tuple[tuple[int, tuple[int, ...]], ...]
+"""Numbers of nodes: one, and those that it leads to, -1 for nothing."""
+
 
 def node_of(root: Root) -> Node:
     """Where a backward from it starts."""
@@ -118,34 +121,21 @@ class Graph:
                     seen.add(child)
                     waiting.append(child)
 
-    def paths(
-        self, targets: list[Node]
-    ) -> tuple[dict[Node, int], list[tuple[int, tuple[int, ...]]]]:
-        """The number of each node on the ways to these, and the steps to them."""
-        parent: dict[Node, Node] = {}
-        for node in self.order:
-            for child, _ in self.below[node]:
-                if child is not None:
-                    parent.setdefault(child, node)
-        wanted = dict.fromkeys(self._roots)
-        for target in targets:
-            node = target
-            while node not in wanted:
-                wanted[node] = None
-                node = parent[node]
+    def numbered(self) -> tuple[dict[Node, int], Steps]:
+        """The number of each node as it is found, the roots first; and the steps."""
         place = {root: i for i, root in reversed(list(enumerate(self._roots)))}
         count = len(self._roots)
         steps: list[tuple[int, tuple[int, ...]]] = []
         for node in self.order:
             children: list[int] = []
-            for number, (child, _) in enumerate(self.below[node]):
-                if child in wanted and child not in place and parent[child] is node:
-                    place[child] = count + len(children)
-                    children.append(number)
+            for child, _ in self.below[node]:
+                if child is not None and child not in place:
+                    place[child] = count
+                    count += 1
+                children.append(-1 if child is None else place[child])
             if children:
                 steps.append((place[node], tuple(children)))
-                count += len(children)
-        return place, steps
+        return place, tuple(steps)
 
     def levels(self, forks: list[Node]) -> list[set[Node]]:
         """Forks none of which is below another, together."""

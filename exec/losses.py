@@ -21,11 +21,13 @@ class Loss:
         call: (output, targets) → loss; targets are None where there are none.
         takes_targets, needs_targets: whether it can be called with them, and whether
             it must.
+        modules: of one that is a module.
     """
 
     call: Callable[[Any, Any], Any]
     takes_targets: bool
     needs_targets: bool
+    modules: tuple[nn.Module, ...] = ()
 
     @classmethod
     def of(cls, loss_fn: LossFn | None) -> Loss:
@@ -34,16 +36,18 @@ class Loss:
             return cls(lambda output, _: output, False, False)
         alone: Any = loss_fn
         both: Any = loss_fn
+        modules = tuple(loss_fn.modules()) if isinstance(loss_fn, nn.Module) else ()
         if not _may_be_called(loss_fn, 2):
-            return cls(lambda output, _: alone(output), False, False)
+            return cls(lambda output, _: alone(output), False, False, modules)
         if not _may_be_called(loss_fn, 1):
-            return cls(both, True, True)
+            return cls(both, True, True, modules)
         return cls(
             lambda output, targets: (
                 alone(output) if targets is None else both(output, targets)
             ),
             True,
             False,
+            modules,
         )
 
     def check(self, targets: Value | None) -> None:

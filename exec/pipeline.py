@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from pipeproof.exec.batch import (
     Value,
     check_scale,
 )
-from pipeproof.exec.errors import BatchError
+from pipeproof.exec.errors import BatchError, ModelError
 from pipeproof.exec.evaluation import evaluating, joined
 from pipeproof.exec.grid import Grid
 from pipeproof.exec.group import Along, Ranks
@@ -210,6 +210,12 @@ class Pipeline:
                 else among(grid, training, self.program, self._devices)
             )
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise ModelError(
+            "a Pipeline can be neither copied nor pickled: copy its stages, and make "
+            "another of them"
+        )
+
     @property
     def trace(self) -> Trace:
         """The measured trace of the last recorded step, in seconds.
@@ -391,9 +397,10 @@ class Pipeline:
         if batch.inputs is None and isinstance(self._company, Alone):
             raise BatchError("got no inputs: only other ranks' may be None")
         stages = self._runtime.stages
+        modules = [module for stage in stages for module in stage.modules]
         with (
             self._company.together("the evaluation"),
-            evaluating([module for stage in stages for module in stage.modules]),
+            evaluating([*modules, *self._loss.modules]),
             torch.no_grad(),
             step_seed(self._sources) as seed,
         ):

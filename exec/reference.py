@@ -35,6 +35,7 @@ from pipeproof.exec.errors import BatchError
 from pipeproof.exec.losses import Loss
 from pipeproof.exec.rng import generators, key, of_replica, seed, step_seed
 from pipeproof.exec.skips import Routes, gives_of, handed_over
+from pipeproof.exec.tensors import mapped
 from pipeproof.exec.units import (
     StageModule,
     check_sliced,
@@ -98,7 +99,7 @@ def reference(
     parts = schedule.micro_batches, schedule.slices
     made = Loss.of(loss_fn)
     made.check(targets)
-    batch = split("inputs", inputs, *parts)
+    batch = [list(map(_begun, of)) for of in split("inputs", inputs, *parts)]
     if targets is None:
         size, labels = size_of("inputs", inputs, parts[1]), no_targets(*parts)
     else:
@@ -256,14 +257,32 @@ class _MicroBatch:
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             grads: list[Tensor | None] = [None] * (len(parameters) + len(wanted))
             if pairs:
-                ends, given = zip(*pairs)
-                grads[:] = torch.autograd.grad(
-                    ends, [*parameters, *wanted], given, allow_unused=True
-                )
+                grads = _backward(pairs, [*parameters, *wanted])
             found.append(grads[: len(parameters)])
             of_leaf = iter(grads[len(parameters) :])
             arrived = [next(of_leaf) if x.requires_grad else None for x in leaves]
         return found[::-1]
+
+
+def _begun(value: Value) -> Value:
+    """The same values, where a graph begins."""
+    return mapped(lambda x: _leaves(x) if isinstance(x, Tensor) else x, value)
+
+
+def _backward(
+    ends: Sequence[tuple[Tensor, Tensor | None]], leaves: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The gradients of these; not by `grad`, which reentrant checkpointing refuses."""
+    before = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    try:
+        roots, given = zip(*ends)
+        torch.autograd.backward(roots, given)
+        return [leaf.grad for leaf in leaves]
+    finally:
+        for leaf, grad in zip(leaves, before):
+            leaf.grad = grad
 
 
 def _tensors(carry: Any) -> list[Tensor]:
@@ -315,10 +334,17 @@ def _uses(stages: Sequence[StageModule] | nn.Sequential) -> list[_Use]:
     ]
     times = Counter(key for of_stage in found for key in of_stage)
     return [
-        _Use(x, number, x if times[key] == 1 else x.detach().requires_grad_())
+        _Use(x, number, x if times[key] == 1 else _standing_for(x))
         for number, of_stage in enumerate(found)
         for key, x in of_stage.items()
     ]
+
+
+def _standing_for(parameter: Tensor) -> Tensor:
+    """A leaf with the same values and hooks."""
+    leaf = parameter.detach().requires_grad_()
+    leaf._backward_hooks = parameter._backward_hooks
+    return leaf
 
 
 def _own_leaves(
@@ -391,7 +417,10 @@ def _sum(grads: Iterable[Tensor | None]) -> Tensor | None:
     total = None
     for grad in grads:
         if grad is not None:
-            total = grad if total is None else total + grad
+            if total is None or total.is_sparse:  # sparse + dense there is not
+                total = grad if total is None else grad + total
+            else:
+                total = total + grad
     return total
 
 
@@ -400,5 +429,7 @@ def _accumulate(parameter: Tensor, grad: Tensor | None) -> None:
         return
     if parameter.grad is None:
         parameter.grad = grad.detach().clone()
+    elif parameter.grad.is_sparse:
+        parameter.grad = grad + parameter.grad
     else:
         parameter.grad += grad

@@ -92,7 +92,20 @@ def accumulate(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> 
         if parameter.grad is None:
             parameter.grad = grad
         else:
-            parameter.grad += grad
+            parameter.grad = added(parameter.grad, grad)
+
+
+def total(one: Tensor, other: Tensor) -> Tensor:
+    """Of two gradients, of which either may be sparse."""
+    return other + one if one.is_sparse else one + other
+
+
+def added(one: Tensor, other: Tensor) -> Tensor:
+    """The same, in place of the first where it can be."""
+    if one.is_sparse and not other.is_sparse:
+        return other + one
+    one += other
+    return one
 
 
 class Reduction(Protocol):
@@ -129,10 +142,10 @@ def _total(parameter: Tensor, found: Sequence[Tensor | None]) -> Tensor | None:
     there = [grad for grad in found if grad is not None]
     if not there:
         return None
-    total = there[0].to(parameter.device)
+    result = there[0].to(parameter.device)
     for grad in there[1:]:
-        total += grad.to(parameter.device)
-    return total
+        result = added(result, grad.to(parameter.device))
+    return result
 
 
 class Replica(Stage):

@@ -26,7 +26,7 @@ from functools import partial
 import numpy as np
 from torch import Tensor, nn
 
-from pipeproof.exec.replicas import Accumulate, Reduction, Run, Sums, accumulate
+from pipeproof.exec.replicas import Accumulate, Reduction, Run, Sums, accumulate, total
 from pipeproof.exec.stage import Stage
 from pipeproof.exec.ties import NO_SHARES, Shares, in_words
 from pipeproof.sched import Action, Program
@@ -163,5 +163,5 @@ def _chain(grads: Iterable[Tensor | None]) -> Tensor | None:
     result: Tensor | None = None
     for grad in grads:
         if grad is not None:
-            result = grad if result is None else result + grad
+            result = grad if result is None else total(result, grad)
     return result

@@ -127,13 +127,13 @@ class Splitter:
         """
         starts = [node_of(root) for root in roots]
         for number, plan in enumerate(self._plans):
-            nodes = recognised(plan, starts)
+            nodes = recognised(plan, starts, leaves)
             if nodes is not None:
                 if number:
                     self._plans.insert(0, self._plans.pop(number))  # the latest first
                 return _halved(plan, nodes, roots, gradients, leaves)
         plan = walked(starts, leaves, at_once=self._at_once)
-        nodes = recognised(plan, starts)
+        nodes = recognised(plan, starts, leaves)
         assert nodes is not None  # in the graph that it was made from
         with _running(self._modules) as ran:
             result = _halved(plan, nodes, roots, gradients, leaves)

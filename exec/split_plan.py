@@ -1,8 +1,9 @@
 """What a backward in two halves needs, for one shape of a stage's graph.
 
-The walk is done once for a shape of graph. A later graph is recognised by the
-kind and the order of creation of the nodes that the walk found; one that differs
-is walked anew. `split.py` says what is looked for.
+The walk is done once for a shape of graph. A later graph is recognised by what leads
+where in it, by the kind and the order of creation of its nodes, and by its leaves: all
+of them, for a layer that is left out or no longer frozen may show in one place only.
+One that differs is walked anew. `split.py` says what is looked for.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils.checkpoint import CheckpointFunction
 
-from pipeproof.exec.graph import Graph, variable_of
+from pipeproof.exec.graph import Graph, Steps, variable_of
 from pipeproof.exec.slot import tensor_of
 
 LET_GO_FROM = 1 << 15
@@ -59,10 +60,11 @@ class Plan:
     """What one shape of graph needs.
 
     Attributes:
-        steps: how to come to the nodes, which are numbered as they are found, the
-            roots first: (node, which of those that it leads to).
+        roots: how many.
+        steps: what leads where; nodes are numbered as they are found, the roots first.
         marks: of all nodes but leaves.
         leaves: (node, parameter) of those that take up a gradient.
+        ends: leaves that are inputs.
         caught: (node, output) of each fork's gradients.
         calls: of W.
         early: leaves whose gradient is formed in I.
@@ -70,9 +72,11 @@ class Plan:
         whole: whether I is the undivided backward.
     """
 
-    steps: tuple[tuple[int, tuple[int, ...]], ...]
+    roots: int
+    steps: Steps
     marks: tuple[Mark, ...]
     leaves: tuple[tuple[int, Tensor], ...]
+    ends: tuple[int, ...]
     caught: tuple[tuple[int, int], ...]
     calls: tuple[Call, ...]
     early: tuple[Tensor, ...]
@@ -80,19 +84,33 @@ class Plan:
     whole: bool
 
 
-def recognised(plan: Plan, roots: list[Node]) -> list[Node] | None:
-    """The plan's nodes in another graph; None if that has another shape."""
-    nodes: list[Any] = list(roots)
-    try:
-        for number, children in plan.steps:
-            below = nodes[number].next_functions
-            for child in children:
-                nodes.append(below[child][0])
-    except (IndexError, AttributeError):  # a node that leads to fewer, or to none
+def recognised(
+    plan: Plan, roots: list[Node], inputs: list[Tensor]
+) -> list[Node] | None:
+    """The plan's nodes in another graph; None if that has another shape.
+
+    Args:
+        plan: of a graph.
+        roots: of another.
+        inputs: its leaves whose gradients I is for.
+    """
+    if len(roots) != plan.roots:
         return None
+    nodes: list[Any] = list(roots)
+    for number, children in plan.steps:
+        below = nodes[number].next_functions
+        if len(below) != len(children):
+            return None
+        for (node, _), child in zip(below, children):
+            if (node is None) != (child < 0):
+                return None
+            if child == len(nodes):
+                nodes.append(node)
+            elif child >= 0 and nodes[child] is not node:
+                return None
     newest = roots[0]._sequence_nr()
     for mark in plan.marks:
-        node: Any = nodes[mark.node]
+        node = nodes[mark.node]
         if (
             type(node) is not mark.kind
             or newest - node._sequence_nr() != mark.age
@@ -102,6 +120,9 @@ def recognised(plan: Plan, roots: list[Node]) -> list[Node] | None:
     for number, leaf in plan.leaves:
         if variable_of(nodes[number]) is not leaf:
             return None
+    known = set(map(id, inputs))
+    if any(id(variable_of(nodes[number])) not in known for number in plan.ends):
+        return None
     return nodes
 
 
@@ -128,7 +149,6 @@ def walked(roots: list[Node], inputs: list[Tensor], *, at_once: bool) -> Plan:
     leaves = {n: leaf for n in graph.order if (leaf := variable_of(n)) is not None}
     # All outputs of a fork, for another graph of this shape may use others.
     caught = [(fork, i) for fork in late for i in range(len(fork._input_metadata))]
-    inner = [node for node in graph.order if node in spine and node not in ends]
     needed = {n for fork in late for n in graph.off(fork, spine)} | late.keys()
     addresses = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
     spare = [
@@ -137,22 +157,23 @@ def walked(roots: list[Node], inputs: list[Tensor], *, at_once: bool) -> Plan:
         if late and node not in needed
         for attribute in _large(node, addresses)
     ]
-    place, steps = graph.paths(
-        [*late, *inner[-1:], *leaves, *(node for node, _ in spare)]
-    )
+    place, steps = graph.numbered()
+    found = [(i, node) for node, i in place.items() if i >= len(roots)]
     calls = []
     for level in graph.levels(list(late)):
         members = [i for i, (fork, _) in enumerate(caught) if fork in level]
         below = [leaves[leaf] for fork in level for leaf in late[fork]]
         calls.append(Call(tuple(members), tuple(below)))
     return Plan(
-        steps=tuple(steps),
+        roots=len(roots),
+        steps=steps,
         marks=tuple(
             _mark(number, node, roots[0])
-            for node, number in place.items()
+            for number, node in [*enumerate(roots), *found]
             if node not in leaves
         ),
         leaves=tuple((place[n], leaf) for n, leaf in leaves.items() if n not in ends),
+        ends=tuple(place[n] for n in leaves if n in ends),
         caught=tuple((place[fork], output) for fork, output in caught),
         calls=tuple(calls),
         early=tuple(leaves[leaf] for leaf in early),

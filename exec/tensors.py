@@ -96,10 +96,13 @@ def wants_grad(value: Any) -> bool:
 
 
 def versions(value: Any) -> Any:
-    """Counters that an in-place change of any of it raises."""
+    """Counters that an in-place change of any of it raises.
+
+    What is made in inference mode counts none.
+    """
     if isinstance(value, Tensor):
-        return value._version
-    return [leaf._version for leaf in flat(value) if isinstance(leaf, Tensor)]
+        return 0 if value.is_inference() else value._version
+    return [versions(leaf) for leaf in flat(value) if isinstance(leaf, Tensor)]
 
 
 def handed_on(value: Any, wants_grad: bool | None = None) -> Any:

@@ -67,6 +67,8 @@ def is_plain(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.Sequential)
         and type(module).forward is nn.Sequential.forward
+        and not module._parameters
+        and not module._buffers
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks

@@ -15,7 +15,7 @@ have its state, so that what they save is what ranks would.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Protocol
@@ -101,7 +101,7 @@ def _check(stage: Stage, optimizer: Optimizer | None) -> None:
             f"the optimizer of stage {stage.number} must be a torch.optim.Optimizer or "
             f"None, got {type(optimizer).__name__}"
         )
-    if optimizer is not None and not _needs_nothing(optimizer.step):
+    if optimizer is not None and not _needs_nothing(optimizer):
         raise ModelError(
             f"the optimizer of stage {stage.number}, {type(optimizer).__name__}, needs "
             "a closure that runs the model again: use one that steps by gradients alone"
@@ -123,10 +123,13 @@ def _check(stage: Stage, optimizer: Optimizer | None) -> None:
         )
 
 
-def _needs_nothing(function: Callable[..., Any]) -> bool:
-    """Whether it can be called as it is; True of one that does not say."""
+def _needs_nothing(optimizer: Optimizer) -> bool:
+    """Whether its `step` can be called as it is; True of one that does not say.
+
+    A learning rate's scheduler hides it behind a function that says something else.
+    """
     try:
-        signature(function).bind()
+        signature(type(optimizer).step).bind(optimizer)
     except TypeError:
         return False
     except ValueError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import re
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -381,6 +382,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
         lambda stages: [*sgd(stages)[:1], torch.optim.Adam(stages[1].parameters())],
         stages=tied()[::3],
     ),
+    "copying": lambda: copy.deepcopy(pipeline()),
     "norm, stepped": lambda: stepping(sgd).clip_grad_norm_(1.0),
     "scaler, stepped": lambda: stepping(sgd).step(
         X, X, scaler=torch.amp.GradScaler("cpu")

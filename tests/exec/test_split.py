@@ -239,6 +239,29 @@ def test_walks_a_graph_that_changed_anew() -> None:
         assert same(later, learned)
 
 
+def test_what_is_no_longer_frozen_learns_again() -> None:
+    """A leaf more, which shows at its own place in the graph only."""
+    ours, theirs = ([nn.Linear(WIDTH, WIDTH) for _ in range(6)] for _ in range(2))
+    pipelined, whole = nn.Sequential(*ours), nn.Sequential(*theirs)
+    whole.load_state_dict(pipelined.state_dict())
+    x, y = torch.randn(2, 8, WIDTH)
+    schedule = catalog.make("zb-h1", devices=2, micro_batches=4)
+    pipeline = Pipeline([ours[:3], ours[3:]], schedule, functional.mse_loss)
+    for frozen in (None, 0, 3, None, 5, 4):
+        for layers in (ours, theirs):
+            for number, layer in enumerate(layers):
+                layer.requires_grad_(number != frozen)
+                layer.zero_grad()
+        pipeline.step(x, y)
+        functional.mse_loss(whole(x), y).backward()
+
+        pairs = list(zip(pipelined.parameters(), whole.parameters()))
+        assert [p.grad is None for p, _ in pairs] == [q.grad is None for _, q in pairs]
+        assert all(
+            torch.allclose(p.grad, q.grad) for p, q in pairs if p.grad is not None
+        )
+
+
 def test_tells_outputs_of_one_node_apart() -> None:
     """Whose gradient arrives may change while the graph's shape does not."""
     which = [0]
