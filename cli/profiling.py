@@ -20,6 +20,7 @@ from pipeproof.cli.running import (
     devices_of,
     optimizers_of,
     rank_of_torchrun,
+    settle,
 )
 from pipeproof.cli.source import load
 from pipeproof.exec import (
@@ -30,7 +31,9 @@ from pipeproof.exec import (
     keep_memory,
     launch,
 )
+from pipeproof.exec.homes import holders, torch_devices
 from pipeproof.exec.profile import Profile, StageBytes, profile
+from pipeproof.exec.tensors import placed
 from pipeproof.sched import Kind, Program, Schedule, Trace, lower
 from pipeproof.sim import Cost, Link, Measured, cost_of, links_of, simulate, write_cost
 from pipeproof.sim.fit import FIELDS
@@ -108,6 +111,10 @@ def _found(wish: Wish, ranks: Ranks | None) -> Found:
     schedule = wish.schedule
     example = load_example(wish.model, schedule, wish.batch, wish.dtype, wish.seed)
     devices = devices_of(wish.device)
+    homes = torch_devices(devices, schedule)
+    first, last = (homes[holders(schedule, n)[0]] for n in (0, schedule.stages - 1))
+    inputs, targets = placed(example.inputs, first), placed(example.targets, last)
+    example = replace(example, inputs=inputs, targets=targets)
     optimizers = optimizers_of(example.stages, schedule, lr=0.0)
     taken = profile(
         example.stages,
@@ -129,7 +136,7 @@ def _found(wish: Wish, ranks: Ranks | None) -> Found:
         ranks=ranks or False,
         optimizers=optimizers,
     )
-    steps, peak = fresh(pipeline, example, wish.rounds)
+    steps, peak = fresh(pipeline, example, wish.rounds, devices)
     said = [(steps, peak)] if ranks is None else ranks.exchange([steps, peak], "steps")
     return Found(
         measured_from(taken, text),
@@ -139,13 +146,17 @@ def _found(wish: Wish, ranks: Ranks | None) -> Found:
     )
 
 
-def fresh(pipeline: Pipeline, example: Example, rounds: int) -> tuple[list[float], int]:
+def fresh(
+    pipeline: Pipeline, example: Example, rounds: int, devices: list[torch.device]
+) -> tuple[list[float], int]:
     """Seconds of steps that nothing watches, and one's peak of live activations."""
     steps = []
     parameters = [p for stage in example.stages for p in stage.parameters()]
     for _ in range(rounds + 1):
+        settle(devices)
         began = perf_counter()
         pipeline.step(example.inputs, example.targets)
+        settle(devices)
         steps.append(perf_counter() - began)
         for parameter in parameters:
             parameter.grad = None

@@ -24,6 +24,7 @@ from pipeproof.cli.simulating import tell
 from pipeproof.cli.source import load
 from pipeproof.exec import Example, Pipeline, Ranks, keep_memory, launch
 from pipeproof.exec.batch import split
+from pipeproof.exec.homes import as_named
 from pipeproof.sched import (
     Certificate,
     Kind,
@@ -179,7 +180,7 @@ def _train(training: Training, ranks: Ranks | None = None) -> Trained:
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
-        _settle(devices)
+        settle(devices)
         seconds.append(perf_counter() - started)
         if not quiet:
             took = f"{seconds[-1] * 1e3:,.1f} ms"
@@ -265,18 +266,10 @@ def devices_of(names: str) -> list[torch.device]:
     Raises:
         ParameterError: torch knows no such device, or it is not there.
     """
-    devices = []
-    for name in names.split(","):
-        try:
-            devices.append(torch.device(name))
-            torch.empty(0, device=devices[-1])
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ParameterError(f"device {name!r} cannot be used: {reason}") from None
-    return devices
+    return list(map(as_named, names.split(",")))
 
 
-def _settle(devices: list[Any]) -> None:
+def settle(devices: list[torch.device]) -> None:
     """Wait until queued work is done, so that its time is measured too."""
     for device in devices:
         if device.type == "cuda":

@@ -59,7 +59,7 @@ def _measured(
     ends = []
     for pending in receives:
         ranks.wait(pending, "a link that is measured")
-        if device.type == "cuda":  # its waits order the stream alone
-            torch.cuda.synchronize(device)
+        if device.type == "cuda":  # NCCL's waits order this stream alone
+            torch.cuda.current_stream(device).synchronize()
         ends.append(perf_counter())
     return (COUNT - 1) * SIZE / (ends[-1] - ends[0]) if ends else None

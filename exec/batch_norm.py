@@ -43,6 +43,8 @@ class Deferred(_BatchNorm):
     origin: Tensor
     mean: Tensor
     squares: Tensor
+    used: bool = False
+    """Whether `seen` is not 0, without asking the device."""
 
     def make_room(self) -> None:
         """Add the buffers for one step."""
@@ -66,6 +68,7 @@ class Deferred(_BatchNorm):
         )
 
     def _add(self, input: Tensor) -> None:
+        self.used = True
         dims = [dim for dim in range(input.dim()) if dim != 1]
         count = input.numel() // max(input.shape[1], 1)
         first = input.mean(dims).to(self.origin.dtype)
@@ -81,12 +84,13 @@ class Deferred(_BatchNorm):
 
     def forget(self) -> None:
         """Nothing is added up."""
+        self.used = False
         for buffer in (self.seen, self.mean, self.squares):
             buffer.zero_()
 
     def move(self) -> None:
         """Move the running statistics, by all that was added up, once."""
-        if not self.seen:
+        if not self.used:
             return
         self.num_batches_tracked += 1
         by = self.momentum

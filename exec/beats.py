@@ -11,7 +11,7 @@ goes on as a whole.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import count
 
@@ -100,6 +100,7 @@ class Beats:
         at: what its rank is doing.
         moves: counts what it has waited for.
         waits: for what it waits meanwhile, and on which wire if it does so there.
+        aborts: end what is under way between devices, of which no wait is in Python.
         interrupts: of this process.
         interrupted: how many there had been when its rank began what it is doing.
     """
@@ -120,6 +121,7 @@ class Beats:
         self.at = BETWEEN_STEPS
         self.moves = 0
         self.waits: tuple[object, Wire | None] | None = None
+        self.aborts: list[Callable[[], None]] = []
         self.interrupts = interrupts()
         self.interrupted = 0
         self._over = threading.Event()
@@ -160,6 +162,12 @@ class Beats:
         if (waits := self.waits) is not None and waits[1] is not None:
             waits[1].interrupt()
 
+    def _abort(self) -> None:
+        """Each once: a device waits for one that failed as long as it is let."""
+        while self.aborts:
+            with suppress(RuntimeError):
+                self.aborts.pop()()
+
     def _look_and_beat(self) -> None:
         look_s = self._lost_s / LOOKS
         still, before = 0, ""
@@ -176,6 +184,8 @@ class Beats:
                 reason = f"no rank has moved for {self._timeout_s:g} s:\n{now}"
                 self._record.write(Failure(-1, reason))
             failed = self._record.read() is not None
+            if failed:
+                self._abort()
             if failed or self.interrupts.count() > self.interrupted:
                 self._end_wait()
             if self._over.wait(look_s):

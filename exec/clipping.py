@@ -43,7 +43,7 @@ def total(found: Sequence[float], norm_type: float) -> float:
     """Of all gradients, from each one's norm."""
     if math.isinf(norm_type):
         return max(found, default=0.0)
-    parts = torch.tensor(found, dtype=torch.float64)
+    parts = torch.tensor(found, dtype=torch.float64, device="cpu")
     return float(torch.linalg.vector_norm(parts, norm_type))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ from pipeproof.exec.errors import RankError
 from pipeproof.exec.failure import Failure, Record, failure_of
 from pipeproof.exec.host import host_clock
 from pipeproof.exec.stores import another
-from pipeproof.exec.wires import Pending, TextWire, Wire, gloo
+from pipeproof.exec.wires import NEVER, Pending, TextWire, Wire, gloo
 from pipeproof.sched.errors import ParameterError
 
 CONNECT_S = 30.0
@@ -39,6 +40,7 @@ POLL_S = 0.1
 HOST = torch.device("cpu")
 LEAVING_S = 1.0
 TIMEOUT_S = 30.0
+P2P_WARNING = "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING"
 TAGS = ("control", "headers", "loans")
 """Of the communicator that all ranks share."""
 Along = dist.ProcessGroup | DeviceMesh
@@ -168,10 +170,15 @@ class Ranks:
         place = members.index(self.rank), len(members)
         if not on_gpu:
             return gloo(store, *place, timedelta(seconds=CONNECT_S))
+        # It warns that the messages of one communicator are in order: as they must be.
+        os.environ.setdefault(P2P_WARNING, "false")
         nccl: Any = dist.ProcessGroupNCCL
-        made: Backend = nccl(store, *place, timeout=timedelta(seconds=CONNECT_S))
+        # A deadline of its own would end the process where a stage takes long.
+        made: Backend = nccl(store, *place, timeout=NEVER)
         # Or its first message would make it, in whatever order these come.
         made.eager_connect_single_device(device)
+        if hasattr(made, "abort"):  # newer torch
+            self._beats.aborts.append(made.abort)
         return made
 
     def _text(self, group: Backend, peer: int, tag: str) -> TextWire:
@@ -298,6 +305,8 @@ class Ranks:
         beats.moves += 1
         if pending.error is not None:
             self.broken(pending.error, what, pending.wire.peer)
+        if not pending.wire.blocks:  # it only orders a stream, and sees no failure
+            self.end_if_failed()
 
     def wait_beside(self, pending: Pending, what: object) -> None:
         """As `wait`, for a thread beside the step, which is no sign of life.
@@ -345,6 +354,16 @@ class Ranks:
         self.record.write(Failure(self.rank, text))
         self.check()
 
+    def end_if_failed(self) -> None:
+        """As `check`, of failures that are known here.
+
+        Without a look into the store, which is slow: the thread that beats looks there.
+
+        Raises:
+            RankError: as `check`.
+        """
+        self._end_with(self.record.known)
+
     def check(self) -> None:
         """Go on, unless a rank has failed.
 
@@ -364,9 +383,8 @@ class Ranks:
         Args:
             what: as in "failed in the step".
         """
-        # Without a look into the store, which is slow: the thread that beats looks
-        # there, and a rank that knows of no failure yet learns of it when it waits.
-        self._end_with(self.record.known)
+        # A rank that knows of no failure yet learns of it when it waits.
+        self.end_if_failed()
         self._beats.at = what
         self._beats.interrupted = self._beats.interrupts.seen()
         try:

@@ -20,15 +20,30 @@ def torch_devices(
     """One for each device of the schedule; the same where one is named for all.
 
     Raises:
-        ParameterError: another number of them.
+        ParameterError: another number of them, or one that cannot be used.
     """
     if len(devices) not in (1, schedule.devices):
         raise ParameterError(
             f"devices must name one device for all or {schedule.devices}, one for "
             f"each of the schedule's, got {len(devices)}"
         )
-    named = list(map(torch.device, devices))
+    named = list(map(as_named, devices))
     return named * schedule.devices if len(named) == 1 else named
+
+
+def as_named(device: str | torch.device) -> torch.device:
+    """A device as the tensors on it name it: of several GPUs, which.
+
+    Raises:
+        ParameterError: torch knows no such device, or it is not there.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ParameterError(
+            f"device {str(device)!r} cannot be used: {reason}"
+        ) from None
 
 
 def holders(schedule: Schedule, stage: int) -> list[int]:

@@ -247,7 +247,9 @@ class Pipeline:
             inputs: shape (rows, …), or tuples, lists and dicts of such, with ints
                 and the like among them, which every micro-batch gets; (rows,
                 positions, …) where the schedule has slices, cut likewise along
-                positions. A tensor that is not to be cut is marked `Whole`.
+                positions. A tensor that is not to be cut is marked `Whole`. From
+                pinned memory a GPU copies when it comes to it: leave it as it is
+                until the loss is known.
             targets: likewise, of as many rows (and positions); none if the loss takes
                 none.
             keywords: further inputs by name, for every unit of any stage whose

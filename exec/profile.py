@@ -24,7 +24,7 @@ from pipeproof.exec import tensors
 from pipeproof.exec.bandwidth import Rates
 from pipeproof.exec.batch import LossFn, LossScale, Value, split
 from pipeproof.exec.group import Ranks
-from pipeproof.exec.homes import holders
+from pipeproof.exec.homes import holders, torch_devices
 from pipeproof.exec.losses import Loss
 from pipeproof.exec.measure import ActivationMeter
 from pipeproof.exec.pipeline import Pipeline
@@ -149,7 +149,10 @@ def profile(
     labels = None
     if targets is not None:
         parts = schedule.micro_batches, schedule.slices
-        labels = split("targets", targets, *parts)[0][0]
+        named = [devices] if isinstance(devices, (str, torch.device)) else devices
+        home = holders(schedule, schedule.stages - 1)[0]
+        device = torch_devices(named, schedule)[home]
+        labels = tensors.placed(split("targets", targets, *parts)[0][0], device)
     traces, outside = [], []
     own = [optimizers[n] for n in mine] if optimizers is not None else []
     with ExitStack() as hooked, _as_they_were(parameters, own):
@@ -295,7 +298,8 @@ class _Weighed:
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         meter = ActivationMeter([self._stage])
         meter.ignore(*leaves, *_tensors(targets))
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), meter:
+        gpus = sorted({leaf.device.index for leaf in leaves if leaf.is_cuda})
+        with torch.random.fork_rng(devices=gpus), torch.enable_grad(), meter:
             output, gone = self._run(units)
             last = number == self._schedule.stages - 1
             near = _tensors(gone.pop(number + 1, []))

@@ -303,6 +303,7 @@ class Ranked:
             found = self._ranks.told(ours, self._last_ranks[0], what)
         else:
             found = self._merged(self._ranks.exchange(_each(step), what))
+        self._ranks.end_if_failed()  # what a device had not to wait for is no number
         numbers, dtypes, total = found
         types = [DTYPES[dtype] for dtype in dtypes]
         step.told = ToldLosses(numbers, types, self._device, total)

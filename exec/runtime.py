@@ -69,7 +69,8 @@ class Runtime:
         self.takes_keywords = frozenset[str]().union(
             *(stage.takes_keywords for stage in self.stages)
         )
-        self._kinds = sorted({stage.device.type for stage in self.stages})
+        kinds = {stage.device.type for stage in self.stages}
+        self._kinds = sorted(filter(torch.amp.is_autocast_available, kinds))
         self.clock: Clock
         self.ran_s = 0.0
         self._space = Workspace(program, homes)

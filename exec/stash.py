@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -155,7 +156,9 @@ class Stash:
 class Copies:
     """A place in the memory of this process: the host's, or another device's.
 
-    On a GPU, copies run on a stream of their own, behind what is queued so far.
+    On a GPU, copies run on two streams of their own, one away and one back, each behind
+    what is queued so far. All of its memory is the compute stream's, and not free while
+    they use it.
 
     Args:
         device: of the stage.
@@ -173,7 +176,7 @@ class Copies:
 
     def get(self) -> list[Tensor]:
         """Copy them back."""
-        back = self._copied(self._copies, self._device)
+        back = self._copied(self._copies, self._device, back=True)
         self._copies.clear()
         return back
 
@@ -182,24 +185,32 @@ class Copies:
         if self._event is not None:
             torch.cuda.current_stream(self._device).wait_event(self._event)
 
-    def _copied(self, data: list[Tensor], place: torch.device) -> list[Tensor]:
+    def _copied(
+        self, data: list[Tensor], place: torch.device, *, back: bool = False
+    ) -> list[Tensor]:
+        copies = [_room(row, place) for row in data]
         if self._device.type != "cuda":
-            return [_copied(row, place) for row in data]
-        compute = torch.cuda.current_stream(self._device)
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(compute)
+            for copy, row in zip(copies, data):
+                copy.copy_(row)
+            return copies
+        stream = _stream(self._device, back)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
         if self._event is not None:
             stream.wait_event(self._event)
         with torch.cuda.stream(stream):
-            copies = [_copied(row, place) for row in data]
+            for copy, row in zip(copies, data):
+                copy.copy_(row, non_blocking=True)
             self._event = stream.record_event()
-        for row in data:
-            if row.is_cuda:  # its memory is free when the copy is done
-                row.record_stream(stream)
-        for copy in copies:
-            if copy.device == self._device:
-                copy.record_stream(compute)
+        for tensor in (*data, *copies):
+            if tensor.is_cuda:
+                tensor.record_stream(stream)
         return copies
+
+
+@cache
+def _stream(device: torch.device, back: bool) -> torch.cuda.Stream:
+    """Of a GPU, the stream of copies away from it, or back."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _movable(tensor: Tensor) -> bool:
@@ -246,8 +257,7 @@ def _region(entries: list[Entry]) -> Region:
     )
 
 
-def _copied(data: Tensor, place: torch.device) -> Tensor:
-    """The same bytes in memory of their own, pinned where a GPU copies to the host."""
+def _room(data: Tensor, place: torch.device) -> Tensor:
+    """Memory for a copy, pinned where it goes between a GPU and the host."""
     pinned = data.is_cuda and place.type == "cpu"
-    copy = torch.empty(data.shape, dtype=data.dtype, device=place, pin_memory=pinned)
-    return copy.copy_(data, non_blocking=True)
+    return torch.empty(data.shape, dtype=data.dtype, device=place, pin_memory=pinned)

@@ -151,11 +151,15 @@ class Across:
             size = pending.tensor.nbytes
             sent.append((message.send, size, pending))
             held += size
-        # NCCL's waits order the stream of the thread that calls them: not one beside.
-        while held > HELD and self._out[peer].blocks:
+        # NCCL's waits order the stream of the thread that calls them, and not one
+        # beside; but it can be asked.
+        while held > HELD and (self._out[peer].blocks or sent[0][2].gone):
             _, size, pending = sent.popleft()
             held -= size
-            pending.wire.follow(pending)
+            if pending.wire.blocks:
+                pending.wire.follow(pending)
+            else:
+                pending.let_go()
         self._held[peer] = held
 
     def _announce(

@@ -124,6 +124,11 @@ class Pending:
         except RuntimeError as error:
             self.error = error
 
+    @property
+    def gone(self) -> bool:
+        """Whether it is known to have, where that can be asked: of NCCL."""
+        return self.work is None or bool(self.work.is_completed())
+
     def let_go(self) -> None:
         """Nobody need wait for it: it is known to have gone."""
         if self.wire.blocks:
@@ -196,7 +201,7 @@ class Wire:
         """Have all waits on the communicator fail, now and ever after."""
         if self.blocks:
             with suppress(RuntimeError):
-                never = self._recv([torch.empty(1)], self.place, NO_TAG)
+                never = self._recv([torch.empty(1, device="cpu")], self.place, NO_TAG)
                 never.wait(AT_ONCE)
 
     def close(self, timeout_s: float) -> None:
@@ -230,7 +235,7 @@ class TextWire:
     def __init__(self, out: Wire, into: Wire, wait: Wait) -> None:
         self._out, self._into, self._wait = out, into, wait
         self._ahead: Pending | None = None
-        self._first = torch.empty(FIRST_BYTES, dtype=torch.uint8)
+        self._first = torch.empty(FIRST_BYTES, dtype=torch.uint8, device="cpu")
         self._bytes = self._first.numpy().data
 
     def send(self, text: str, *, followed: bool = True) -> list[Pending]:
@@ -257,7 +262,7 @@ class TextWire:
         length = int.from_bytes(self._bytes[:LENGTH_BYTES], "little")
         data = self._bytes[LENGTH_BYTES : LENGTH_BYTES + length].tobytes()
         if length > len(data):
-            rest = torch.empty(length - len(data), dtype=torch.uint8)
+            rest = torch.empty(length - len(data), dtype=torch.uint8, device="cpu")
             self._wait(self._into.receive(rest), what)
             data += rest.numpy().tobytes()
         return data.decode()

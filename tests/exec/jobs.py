@@ -15,6 +15,7 @@ import psutil
 import torch
 from models import Attention, Nested
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore
 from torch.nn import functional
 
 from pipeproof.exec import Pipeline, group, transport, wires
@@ -306,3 +307,20 @@ def listening(ranks: Ranks, job: Job) -> list[str]:
     part(ranks, job)
     found = psutil.Process().net_connections(kind="inet")
     return [c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN]
+
+
+def under_another_default(ranks: Ranks, job: Job) -> Result:
+    """As `part`, by a company that meets while torch makes tensors elsewhere."""
+    stages, batches = job.stages(), job.batches()
+    given = job.schedule, job.loss
+    torch.set_default_device("meta")
+    try:
+        store = PrefixStore("another default", ranks.store)
+        company = Ranks(store, ranks.rank, ranks.size)
+        pipeline = Pipeline(stages, *given, ranks=company)
+        torch.manual_seed(5)
+        losses = [digest(pipeline.step(*batch)) for batch in batches]
+        company.leave()
+    finally:
+        torch.set_default_device(None)
+    return Result(losses, grads_of(stages, []), 0.0)

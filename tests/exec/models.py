@@ -56,7 +56,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).chunk(3, dim=2)
         if carry:
             k, v = torch.cat([carry[0], k], 1), torch.cat([carry[1], v], 1)
-        seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
+        seen = q.new_ones(q.shape[1], k.shape[1], dtype=torch.bool)
         scores = q @ k.transpose(1, 2) / q.shape[2] ** 0.5
         unseen = ~seen.tril(k.shape[1] - q.shape[1])
         y = x + scores.masked_fill(unseen, -torch.inf).softmax(2) @ v
@@ -76,9 +76,10 @@ class Shift(nn.Module):
         self.linear = nn.Linear(width, width)
 
     def forward(self, x: Tensor, carry: Any = None) -> Any:
-        last, (count,) = carry or (torch.zeros_like(x[:, :1]), (torch.tensor(1),))
+        one = x.new_tensor(1, dtype=torch.int64)
+        last, (count,) = carry or (torch.zeros_like(x[:, :1]), (one,))
         y = self.linear(x) + torch.cat([last, x[:, :-1]], 1)
-        at = count + torch.arange(x.shape[1])
+        at = count + torch.arange(x.shape[1], device=x.device)
         y = y / at[:, None]
         return y if carry is None else (y, (x[:, -1:], (at[-1] + 1,)))
 
