@@ -8,7 +8,7 @@ import torch
 
 from pipeproof.exec.alone import Alone
 from pipeproof.exec.grid import Grid
-from pipeproof.exec.homes import originals, place
+from pipeproof.exec.homes import originals, place, tell_of_others
 from pipeproof.exec.instructions import Surroundings
 from pipeproof.exec.ranked import Ranked
 from pipeproof.exec.recomputed import recompute_only
@@ -34,6 +34,7 @@ def alone(
     schedule, stages = program.schedule, list(of.stages)
     check_wrapped(stages, schedule, None)
     homes = place(stages, schedule, devices, of.routes)
+    tell_of_others(homes, stages, of.loss.modules)
     if of.recomputed is not None:
         recompute_only(homes, stages, schedule, of.recomputed)
     optimizers = updated_by(of.optimizers, originals(homes))
@@ -58,6 +59,7 @@ def among(
         devices: likewise.
     """
     ranked = Ranked(grid, program, of, devices)
+    tell_of_others(ranked.homes, of.stages, of.loss.modules)
     for stage in ranked.homes.values():
         if program.schedule.slices > 1:
             check_sliced(stage.units)

@@ -72,7 +72,7 @@ class Forwards:
 
         def graph() -> tuple[Any, Any, Any]:
             """Where its backward starts."""
-            output, carry, left = compute()
+            output, carry, left = stage.buffers.keeping_graph(compute)
             carried = carry and self._carry_on(op, carry)
             if out >= 0:
                 values[out] = tensors.handed_on(output)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from pipeproof.exec.errors import ModelError
 from pipeproof.exec.replicas import Replica
 from pipeproof.exec.skips import NO_ROUTES, Routes
 from pipeproof.exec.stage import Stage
-from pipeproof.exec.units import StageModule, check_sliced
+from pipeproof.exec.units import StageModule, check_sliced, units_of
 from pipeproof.sched import ParameterError, Schedule
 
 
@@ -99,6 +100,35 @@ def originals(homes: Mapping[tuple[int, int], Stage]) -> list[Stage]:
     """The stages as the user has them, in order."""
     found = {stage.number: stage.original for stage in homes.values()}
     return [found[number] for number in sorted(found)]
+
+
+def tell_of_others(
+    homes: Mapping[tuple[int, int], Stage],
+    stages: Sequence[StageModule | None],
+    loss: Sequence[nn.Module],
+) -> None:
+    """Tell stages what modules run in them beside their own, and whose buffers are.
+
+    Args:
+        homes: the stages here.
+        stages: all of the model's that are known here.
+        loss: the modules of the loss, which the last stage runs.
+    """
+    last = len(stages) - 1
+    holders: dict[int, set[int]] = {}
+    for number, module in enumerate(stages):
+        units = [] if module is None else units_of(module)
+        for unit in [*units, *(loss if number == last else ())]:
+            for buffer in unit.buffers():
+                holders.setdefault(id(buffer), set()).add(number)
+    for (number, _), stage in homes.items():
+        if number == last:
+            stage.buffers.also(loss)
+        stage.buffers.shared = {
+            where: " and ".join(map(str, sorted(those)))
+            for where, buffer in stage.buffers
+            if len(those := holders.get(id(buffer), ())) > 1
+        }
 
 
 def refuse_shared(homes: Mapping[tuple[int, int], Stage]) -> None:

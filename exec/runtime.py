@@ -155,6 +155,8 @@ class Runtime:
 
     def _end(self) -> None:
         """Let go of every tensor of the step, whether or not it came to its end."""
+        for stage in self.stages:
+            stage.end()
         self._space.forget()
         if self._around.transport is not None:
             self._around.transport.forget()

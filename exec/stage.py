@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from operator import is_not
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ class Stage:
         routes: Routes = NO_ROUTES,
     ) -> None:
         modules = modules_of(number, module)
-        self.number = number
+        self.number, self._module = number, module
         self.units = units_of(module)
         if not self.units:
             raise ModelError(f"stage {number} is empty: give it at least one module")
@@ -145,7 +146,12 @@ class Stage:
         return any(parameter.requires_grad for parameter in self.parameters)
 
     def begin(self) -> None:
-        """Get ready for a step."""
+        """Get ready for a step.
+
+        Raises:
+            ModelError: its sequence is not what it was.
+        """
+        self._refuse_others()
         self._staying = None
         for norm in self._deferred:
             norm.forget()
@@ -158,6 +164,19 @@ class Stage:
                 zip(self.units, self._keywords), start=self.first_unit
             )
         ]
+
+    def _refuse_others(self) -> None:
+        now = units_of(self._module)
+        if len(now) != len(self.units) or any(map(is_not, now, self.units)):
+            raise ModelError(
+                f"stage {self.number} has other modules in its sequence than when the "
+                "pipeline was made, or has got hooks since that are the sequence's: "
+                "make another pipeline"
+            )
+
+    def end(self) -> None:
+        """A step is over, whether or not it has come to its end."""
+        self.buffers.end()
 
     def complete(self) -> None:
         """A step has come to its end: what waited for the whole batch is done."""

@@ -33,6 +33,7 @@ class Resumed:
         first, last: steps to make.
         name: of the schedule.
         stepped: whether its STEPs step the optimizers, one for each stage.
+        tied: whether the last layer has the first one's weight.
     """
 
     path: Path
@@ -42,12 +43,13 @@ class Resumed:
     last: int
     name: str = "1f1b"
     stepped: bool = False
+    tied: bool = False
 
 
 def resumed(ranks: Ranks | None, job: Resumed) -> dict[str, str]:
     """The part of the model here afterwards; from the start, it is written."""
     if ranks is None:
-        return _train(False, 1, job)
+        return _train(False, len(job.sizes), job)
     meeting = dist.FileStore(str(job.meeting), ranks.size)
     dist.init_process_group(
         "gloo", store=meeting, rank=ranks.rank, world_size=ranks.size
@@ -62,16 +64,19 @@ def _train(ranks: Ranks | bool, size: int, job: Resumed) -> dict[str, str]:
     torch.manual_seed(job.first)  # weights that are read come from the checkpoint
     layers = [nn.Linear(WIDTH, WIDTH), nn.Dropout(0.3), nn.Tanh()]
     model = nn.Sequential(*layers, *(nn.Linear(WIDTH, WIDTH) for _ in range(5)))
+    if job.tied:
+        model[-1].weight = model[0].weight
     plan = catalog.make(job.name, devices=size, micro_batches=4)
     schedule = with_steps(plan) if job.stepped else plan
     stages = split_at(model, job.sizes)
-    rank = ranks.rank if isinstance(ranks, Ranks) else 0
-    mine = [n for n in range(len(stages)) if rank in holders(schedule, n)]
-    groups: list[Any] = [
-        [p for module in stages[n] for p in module.parameters()] for n in mine
+    mine = [
+        n
+        for n in range(len(stages))
+        if not isinstance(ranks, Ranks) or ranks.rank in holders(schedule, n)
     ]
+    groups: list[Any] = [list(stages[n].parameters()) for n in mine]
     if not job.stepped:
-        groups = [[p for group in groups for p in group]]
+        groups = [list({id(p): p for group in groups for p in group}.values())]
     optimizers = [torch.optim.Adam(group, lr=0.01) for group in groups]
     given: list[Any] | None = None
     if job.stepped:

@@ -168,6 +168,21 @@ def test_a_pipeline_is_not_copied_by_halves(twin: Callable[[Pipeline], object]) 
         twin(pipeline)
 
 
+def test_a_sequence_that_changes_behind_the_pipeline_s_back_is_refused() -> None:
+    stages = mlp(2)
+    plan = catalog.make("1f1b", devices=2, micro_batches=4)
+    pipeline = Pipeline(stages, plan, mse)
+    pipeline.step(*rows())
+    hook = stages[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ModelError, match="stage 1 has other modules in its sequence"):
+        pipeline.step(*rows())
+    hook.remove()
+    pipeline.step(*rows())
+    del stages[0][1]
+    with pytest.raises(ModelError, match="stage 0 has other modules in its sequence"):
+        pipeline.evaluate(*rows())
+
+
 def test_what_a_sequential_holds_itself_is_part_of_its_stage() -> None:
     stages = mlp(2)
     stages[1].register_parameter("own", nn.Parameter(torch.ones(3)))

@@ -114,6 +114,13 @@ def changing_buffers() -> list[nn.Module]:
     return [nn.BatchNorm1d(4, dtype=torch.float64) for _ in range(4)]
 
 
+def changed_since() -> None:
+    stages = mlp(2)
+    pipeline = Pipeline(stages, schedule(), mse)
+    stages[1][0] = nn.Identity()
+    pipeline.step(X, X)
+
+
 def tied() -> list[nn.Module]:
     stages = mlp(4)
     stages[3][0].weight = stages[0][0].weight
@@ -326,6 +333,8 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "loss": lambda: step(loss=lambda y, _: y),
     "no gradient": lambda: step(loss=lambda y, _: y.detach().sum()),
     "weights": lambda: step(scale=lambda _: 0),
+    "changed": lambda: changed_since(),
+    "shared state": lambda: step(stages=[(norm := changing_buffers()[0]), norm]),
     "replicas": lambda: step(stages=changing_buffers(), plan=schedule("chimera", 4)),
     "positions": lambda: step(
         TWO_POSITIONS,

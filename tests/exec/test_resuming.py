@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,27 @@ def test_two_ranks_then_one_process_or_four(
     sizes = (1, 3, 2, 2)
     parts = do(resumed, Resumed(path, tmp_path / "f", sizes, 2, 4, stepped=stepped))
     assert {k: v for part in parts for k, v in part.items()} == expected
+
+
+@pytest.mark.parametrize("stepped", [False, True], ids=["yours", "STEPs"])
+def test_moments_of_what_is_tied(stepped: bool, do: Do, tmp_path: Path) -> None:
+    """One entry of the checkpoint, whichever ranks hold the weight."""
+    job = Resumed(tmp_path / "whole", tmp_path / "a", (3, 5), 0, 4, tied=True)
+    expected = resumed(None, job)
+    assert expected["0.weight"] == expected["7.weight"]
+    half = replace(job, path=tmp_path / "half", last=2, stepped=stepped)
+    rest = replace(half, first=2, last=4)
+
+    do(resumed, replace(half, meeting=tmp_path / "b"), 2)
+    assert resumed(None, rest) == expected
+    four = replace(rest, meeting=tmp_path / "c", sizes=(1, 3, 2, 2))
+    parts = do(resumed, four)
+    assert {k: v for part in parts for k, v in part.items()} == expected
+
+    resumed(None, replace(half, path=tmp_path / "one"))
+    there = replace(four, path=tmp_path / "one", meeting=tmp_path / "d")
+    again = do(resumed, there)
+    assert {k: v for part in again for k, v in part.items()} == expected
 
 
 def test_several_stages_on_a_rank(do: Do, tmp_path: Path) -> None:
