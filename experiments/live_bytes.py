@@ -8,6 +8,7 @@ and frees within itself does not, nor what was made before.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from typing import Any
 
 from torch import Tensor
@@ -19,13 +20,17 @@ class LiveBytes(TorchDispatchMode):
     """Counts while it is entered, in this thread.
 
     Attributes:
-        live: bytes now, of what was made since.
-        peak: the most there were.
+        where: what is made now counts for this device, or whatever it is.
+        live, peak: bytes now, of what was made since, and the most there were.
+        live_of, peak_of: the same for each.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.where = 0
         self.live = self.peak = 0
+        self.live_of: Counter[int] = Counter()
+        self.peak_of: Counter[int] = Counter()
         self._seen: set[int] = set()
 
     def __torch_dispatch__(
@@ -45,14 +50,20 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _see(self, storage: Any) -> None:
-        identity, size = id(storage), storage.nbytes()
+        identity = id(storage)
         if identity in self._seen:
             return
         self._seen.add(identity)
-        weakref.finalize(storage, self._gone, identity, size).atexit = False
+        made = identity, storage.nbytes(), self.where
+        weakref.finalize(storage, self._gone, *made).atexit = False
+        self._add(storage.nbytes(), self.where)
+
+    def _gone(self, identity: int, size: int, where: int) -> None:
+        self._seen.discard(identity)
+        self._add(-size, where)
+
+    def _add(self, size: int, where: int) -> None:
         self.live += size
         self.peak = max(self.peak, self.live)
-
-    def _gone(self, identity: int, size: int) -> None:
-        self._seen.discard(identity)
-        self.live -= size
+        self.live_of[where] += size
+        self.peak_of[where] = max(self.peak_of[where], self.live_of[where])
