@@ -13,6 +13,7 @@ import torch
 
 from pipeproof.exec import StepError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PATH = Path(__file__).parents[2] / "experiments" / "executor" / "on_gpu.py"
 
 
