@@ -56,6 +56,9 @@ class Search:
         self._layers = objective.layers
         self._stages = objective.factors.shape[2]
         self._held_by = objective.held_by()
+        if caps is not None:  # of which some may hold what others park there
+            both = zip(self._held_by, caps[0].held_by())
+            self._held_by = [sorted({*ours, *more}) for ours, more in both]
         # Those that hold the same stages, in two pipes, follow each other.
         self._order = sorted(range(len(self._held_by)), key=self._held_by.__getitem__)
         self._exact = True

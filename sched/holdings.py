@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from pipeproof.sched.instructions import Action, BufferKind
 from pipeproof.sched.ir import Kind, Schedule
 from pipeproof.sched.lower import lower
+from pipeproof.sched.memory import lifetimes
 from pipeproof.sched.moments import Moments
 from pipeproof.sched.program import Program
 from pipeproof.sched.skips import MAX_SKIPS
@@ -163,8 +164,9 @@ class _Spans:
     Attributes:
         device, stage, held: of each, where it lies and what it is.
         skip: over which it goes; -1 for none.
-        first, behind: its moments.
-        moments: of each device, how many there are.
+        first, behind: its moments, those of its source.
+        source: the device itself, or the one that parks it there.
+        moments: of the program.
     """
 
     device: Index
@@ -173,7 +175,8 @@ class _Spans:
     skip: Index
     first: Index
     behind: Index
-    moments: Index
+    source: Index
+    moments: Moments
 
     @classmethod
     def of(cls, program: Program, moments: Moments, *, late: bool = False) -> _Spans:
@@ -187,7 +190,9 @@ class _Spans:
         first, behind = moments.of_buffers
         if late:
             first = moments.at_the_latest
-        columns = [device, stage, held, skip, first, behind]
+        born, _ = lifetimes(program)
+        source = np.where(moments.parked, program.device[born], device)
+        columns = [device, stage, held, skip, first, behind, source]
         # What has arrived is an input until a forward takes it up.
         stored = np.flatnonzero((kind == BufferKind.STORED_INPUT) & (skip < 0))
         taken = moments.taken(stored, first[stored])
@@ -202,27 +207,46 @@ class _Spans:
         parts = zip(columns, later, both)
         columns = [np.concatenate(some) for some in parts]
         there = (columns[2] >= 0) & (columns[4] < columns[5])
-        device, stage, held, skip, first, behind = (c[there] for c in columns)
-        return cls(device, stage, held, skip, first, behind, moments.count)
+        device, stage, held, skip, first, behind, source = (c[there] for c in columns)
+        return cls(device, stage, held, skip, first, behind, source, moments)
 
 
 def _on(device: int, spans: _Spans, program: Program) -> Holdings:
     here = np.flatnonzero(spans.device == device)
-    stage, skip = spans.stage[here], spans.skip[here]
-    stages, column = np.unique(stage, return_inverse=True)
-    length, part = int(spans.moments[device]), 1 / program.schedule.slices
-    first, behind = spans.first[here], np.minimum(spans.behind[here], length)
+    stages = np.unique(spans.stage[here])
+    sources = spans.source[here]
+    held, over = _counted(device, here[sources == device], stages, spans, program)
+    for source in np.unique(sources[sources != device]).tolist():
+        parked = _counted(source, here[sources == source], stages, spans, program)
+        for first, last, own, skips in zip(
+            *spans.moments.meanwhile(device, source), held, over
+        ):
+            own += parked[0][first : last + 1].max(axis=0)
+            skips += parked[1][first : last + 1].max(axis=0)
+    return Holdings(stages.tolist(), held, (over[:, 0], over[:, 1]))
+
+
+def _counted(
+    device: int, these: Index, stages: Index, spans: _Spans, program: Program
+) -> tuple[Floats, Floats]:
+    """At each moment of a device, of these: [moment, `Held`, stage], and of skips.
+
+    The latter [moment, come or to go, which of the schedule's].
+    """
+    schedule = program.schedule
+    length, part = int(spans.moments.count[device]), 1 / schedule.slices
     held = np.zeros((length + 1, len(Held), len(stages)))
-    over = np.zeros((2, length + 1, len(program.schedule.skips)))
-    ends = np.array(program.schedule.skips).reshape(-1, 2)
-    for moment, by in ((first, part), (behind, -part)):
-        chain = skip < 0
-        what = spans.held[here][chain]
-        np.add.at(held, (moment[chain], what, column[chain]), by)
-        away = (stage != ends[skip, 1])[~chain].astype(int) if len(ends) else skip[:0]
-        np.add.at(over, (away, moment[~chain], skip[~chain]), by)
-    held, over = np.cumsum(held, axis=0), np.cumsum(over, axis=1)
-    return Holdings(stages.tolist(), held[:-1], (over[0, :-1], over[1, :-1]))
+    over = np.zeros((length + 1, 2, len(schedule.skips)))
+    targets = np.array([target for _, target in schedule.skips], dtype=np.int64)
+    chain = these[spans.skip[these] < 0]
+    skips = these[spans.skip[these] >= 0]
+    for moment, by in ((spans.first, part), (spans.behind, -part)):
+        at = np.minimum(moment, length)
+        column = np.searchsorted(stages, spans.stage[chain])
+        np.add.at(held, (at[chain], spans.held[chain], column), by)
+        goes = (spans.stage[skips] != targets[spans.skip[skips]]).astype(np.int64)
+        np.add.at(over, (at[skips], goes, spans.skip[skips]), by)
+    return np.cumsum(held, axis=0)[:-1], np.cumsum(over, axis=0)[:-1]
 
 
 def held_as(program: Program) -> tuple[Index, NDArray[np.bool_]]:

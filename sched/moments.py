@@ -50,10 +50,13 @@ class Moments:
 
     @cached_property
     def of_buffers(self) -> tuple[Index, Index]:
-        """The first moment at which each can be there, and the first when it is not."""
+        """The first moment at which each can be there, and the first when it is not.
+
+        Of what one device parks in another's memory, of the one that does.
+        """
         program = self._program
         born, died = lifetimes(program)
-        device = program.buffers[:, 1]
+        device = np.where(self.parked, program.device[born], program.buffers[:, 1])
         first = np.zeros(len(born), dtype=np.int64)
         behind = np.full(len(born), np.iinfo(np.int64).max)
         own_birth, own_death = self._computes[born], self._computes[died] & (died >= 0)
@@ -68,21 +71,42 @@ class Moments:
             first[mine] = np.where(seen > 0, seen + 1, 0)
             mine = deaths[(device[deaths] >= some.start) & (device[deaths] < some.stop)]
             at = ended[died[mine], device[mine] - some.start] + 1
-            at += self._more_skips | (died[mine] >= local[born[mine]])
-            behind[mine] = at
-        foreign = deaths[program.device[died[deaths]] != device[deaths]]
-        behind[foreign] = np.iinfo(np.int64).max  # whoever fetches it takes its time
+            later = died[mine] >= local[born[mine]]
+            behind[mine] = at + (self._more_skips | later | self.parked[mine])
         return first, behind
+
+    @property
+    def parked(self) -> NDArray[np.bool_]:
+        """Of each buffer, whether it is one device's in another's memory."""
+        found: NDArray[np.bool_] = self._program.buffers[:, 0] == BufferKind.OFFLOADED
+        return found
+
+    def meanwhile(self, device: int, other: int) -> tuple[Index, Index]:
+        """At each moment of a device, the first and last at which another one can be.
+
+        What it is behind has begun only when that was over, and what waits for it is
+        yet to begin.
+        """
+        ours, theirs = (
+            np.flatnonzero(self._computes & (self._program.device == one))
+            for one in (device, other)
+        )
+        seen = self._started_before(other)[ours]
+        first = np.where(seen > 0, seen + 1, 0)
+        first = np.concatenate([[0], np.repeat(first, 2)])
+        waiting = self._started_before(device)[theirs]
+        moments = np.arange(self.count[device])
+        following = np.searchsorted(waiting, moments + (moments % 2 == 0))
+        return first, 2 * following  # the gap before that op
 
     @property
     def at_the_latest(self) -> Index:
         """When each must be there: what is received, when an op first reads it."""
         program, (first, behind) = self._program, self.of_buffers
         born, _ = lifetimes(program)
-        parked = program.buffers[:, 0] == BufferKind.OFFLOADED
         received = program.action[born] == Action.RECV
         first = np.where(received, self._at[self._reader], first)
-        return np.where(parked, behind, first)
+        return np.where(self.parked, behind, first)
 
     @cached_property
     def _reader(self) -> Index:
@@ -118,9 +142,22 @@ class Moments:
         """
         devices = self._program.schedule.devices
         width = max(1, BLOCK // len(self._program))
+        if devices <= width:
+            yield slice(0, devices), *self._of_all
+            return
         for begin in range(0, devices, width):
             some = slice(begin, min(begin + width, devices))
             yield some, *self._of_some(some)
+
+    def _started_before(self, device: int) -> Index:
+        """Of each instruction, the device's last op before it starts."""
+        if self._program.schedule.devices * len(self._program) <= BLOCK:
+            return self._of_all[0][:, device]
+        return self._of_some(slice(device, device + 1))[0][:, 0]
+
+    @cached_property
+    def _of_all(self) -> tuple[Index, Index]:
+        return self._of_some(slice(0, self._program.schedule.devices))
 
     def _of_some(self, some: slice) -> tuple[Index, Index]:
         program = self._program

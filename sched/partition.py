@@ -56,9 +56,9 @@ def partition(
     schedule keeps at once, and of the tensors that wait at the cuts, or for the end of
     a skip connection: as many as the schedule's program has receives posted, and sends
     not done, at once, however soon other devices are. So no simulation with free links
-    takes more, whatever ops take. Where each device has one stage of a model without
-    skips, nor others' activations, a schedule that keeps to 1F1B's order takes as much;
-    in others what waits may be less, for what is received depends on all cuts.
+    takes more, whatever ops take. What another device offloads here is there for as
+    long as it may be. Where each device has one stage of a model without skips, they
+    take as much; with several, what waits may be less, for that depends on all cuts.
     `fit_recompute` says what given cuts take. The batch is not counted, nor what an op
     needs only while it runs.
 

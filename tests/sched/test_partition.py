@@ -246,7 +246,7 @@ def test_no_other_cuts_are_better_in_a_thousand_cases() -> None:
     assert 300 < fitted < 1000
 
 
-LINEAR = ("naive", "gpipe", "1f1b", "zb-h1", "zb-h2", "terapipe", "seq1f1b")
+LINEAR = ("naive", "gpipe", "1f1b", "zb-h1", "zb-h2", "terapipe", "seq1f1b", "bpipe")
 """Rows with one stage on each device, whose neighbours are never far ahead."""
 
 
@@ -456,10 +456,11 @@ def test_what_a_skip_brings_is_held_where_it_is_taken() -> None:
         partition(layers, schedule, memory=24)
 
 
-@pytest.mark.parametrize("name", ["1f1b", "zb-v", "interleaved"])
-def test_skips_are_counted_in_the_search(name: str) -> None:
+@pytest.mark.parametrize("name", ["1f1b", "zb-v", "interleaved", "bpipe"])
+def test_skips_and_parked_activations_are_counted_in_the_search(name: str) -> None:
     draw = random.Random(name)
-    schedule = catalog.make(name, devices=2, micro_batches=4)
+    devices = 4 if name == "bpipe" else 2
+    schedule = catalog.make(name, devices=devices, micro_batches=4)
     for _ in range(20):
         count = schedule.stages + 2
         layers = [
@@ -476,9 +477,15 @@ def test_skips_are_counted_in_the_search(name: str) -> None:
             for stages in cut_in_all_ways(count, schedule.stages)
         }
         memory = draw.choice([max(taken) for _, taken in found.values()])
-        best = min(max(b) for b, taken in found.values() if max(taken) <= memory)
+        if name == "bpipe":  # where one has less, for itself and what others park
+            memory = [memory, memory, memory, 0.8 * memory]
+        fits = [b for b, taken in found.values() if np.all(np.array(taken) <= memory)]
+        if not fits:
+            with pytest.raises(ParameterError, match=r"no partition of .* fits"):
+                partition(layers, schedule, memory=memory)
+            continue
 
         result = partition(layers, schedule, memory=memory)
 
-        assert result.bottleneck == best
-        assert max(result.bytes) <= memory
+        assert result.bottleneck == min(map(max, fits))
+        assert np.all(np.array(result.bytes) <= memory)
