@@ -8,7 +8,6 @@ from time import perf_counter
 from typing import Any
 
 import click
-import numpy as np
 import torch
 
 from pipeproof.cli.model import load_example
@@ -23,6 +22,7 @@ from pipeproof.cli.running import (
     settle,
 )
 from pipeproof.cli.source import load
+from pipeproof.cli.together import peak_of_process, peaks_of
 from pipeproof.exec import (
     ActivationMeter,
     Example,
@@ -37,9 +37,6 @@ from pipeproof.exec.tensors import placed
 from pipeproof.sched import Kind, Program, Schedule, Trace, lower
 from pipeproof.sim import Cost, Link, Measured, cost_of, links_of, simulate, write_cost
 from pipeproof.sim.fit import FIELDS
-
-COUNTED = ("activations", "weight_grad_stash", "stored_inputs")
-"""Classes of bytes that an ActivationMeter counts."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +62,14 @@ class Found:
         peaks: bytes of live activations in it, of each device; of all together
             in one process.
         shared: whether one processor runs all devices.
+        returned: of each stage, the bytes of its output that it keeps.
     """
 
     measured: Measured
     steps: list[float]
     peaks: list[int]
     shared: bool
+    returned: list[int]
 
 
 def measure(
@@ -143,6 +142,7 @@ def _found(wish: Wish, ranks: Ranks | None) -> Found:
         [max(of_rank) for of_rank in zip(*(steps for steps, _ in said))],
         [peak for _, peak in said],
         ranks is None and len(devices) == 1,
+        [stage.returned for stage in taken.stages],
     )
 
 
@@ -201,22 +201,15 @@ def predicted(program: Program, found: Measured, *, shared: bool) -> Trace:
     return simulate(program, found.cost, cluster)
 
 
-def peaks_of(trace: Trace, *, shared: bool) -> list[int]:
-    """Most bytes that a meter would count, of each device, or of all together."""
-    devices = [None] if shared else range(trace.program.schedule.devices)
-    result = []
-    for device in devices:
-        by_class = trace.memory(device).by_class
-        counted = np.sum([by_class[name] for name in COUNTED], axis=0)
-        result.append(int(counted.max()))
-    return result
-
-
 def _report(schedule: Schedule, found: Found, *, as_json: bool) -> None:
     program = lower(schedule, receives="late" if found.shared else "early")
     trace = predicted(program, found.measured, shared=found.shared)
     step = float(trace.makespan) + found.measured.step_outside
-    peaks = peaks_of(trace, shared=found.shared)
+    if found.shared:
+        cost = found.measured.cost
+        peaks = [peak_of_process(program, cost, found.returned)]
+    else:
+        peaks = peaks_of(trace, shared=False)
     if as_json:
         emit_json(
             {

@@ -7,6 +7,7 @@ The stages run `variants` of the schedule, in turn and on the same batch;
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class StageBytes:
             connections bring.
         left: of it, beside these, what I leaves for W.
         input, output: the boundary tensors; no input of the first stage's.
+        returned: what of the output is among the activations.
         weights, gradients: held all the time.
         skips: stages further on, with what goes there over a skip connection.
     """
@@ -58,6 +60,7 @@ class StageBytes:
     left: int
     input: int
     output: int
+    returned: int
     weights: int
     gradients: int
     skips: tuple[tuple[int, int], ...] = ()
@@ -305,6 +308,7 @@ class _Weighed:
             near = _tensors(gone.pop(number + 1, []))
             roots = [loss_fn(output, targets)] if last else _tensors(output) + near
             handed_on = 0 if last else _bytes(roots)
+            handed = [] if last else [weakref.ref(x.untyped_storage()) for x in roots]
             over = [(to, _bytes(_tensors(values))) for to, values in gone.items()]
             roots += _tensors(gone)
             roots = [root for root in roots if root.requires_grad]
@@ -313,6 +317,7 @@ class _Weighed:
             edges: list[Any] = [get_gradient_edge(root) for root in roots]
             del output, gone, near, roots
             kept = meter.live
+            returned = _alive(handed)
             _, rest = Splitter(units).input_grads(edges, ones, wanted)
             del edges
             left = meter.live
@@ -330,6 +335,7 @@ class _Weighed:
             slices * left,
             slices * of_input,
             slices * handed_on,
+            slices * min(handed_on, returned),
             _bytes(parameters),
             _bytes(trained),
             [(to, slices * size) for to, size in sorted(over)],
@@ -367,6 +373,12 @@ def _leaf(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+
+
+def _alive(storages: Iterable[weakref.ref[Any]]) -> int:
+    """Bytes of those that still are."""
+    found = {id(of): of for storage in storages if (of := storage()) is not None}
+    return sum(of.nbytes() for of in found.values())
 
 
 def _bytes(found: Iterable[Tensor]) -> int:

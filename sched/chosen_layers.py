@@ -11,13 +11,13 @@ the last, those stay that no other beats in time and in bytes at every moment::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched.layers import Layer, Memory, brought, with_memory
+from pipeproof.sched.layers import Layer, Memory, brought, kept, with_loss, with_memory
 
 Floats = NDArray[np.float64]
 Index = NDArray[np.int64]
@@ -33,6 +33,7 @@ class Again:
     Attributes:
         layers: of the stage.
         start: number of the first of them in the whole model.
+        entry: bytes that have come to it, of those that count with what is stored.
         runs: how many R of it each device has, in a step.
         stored: of each moment, how many micro-batches' stored parts are there.
         rebuilt: of each moment, how many have what an R adds.
@@ -41,6 +42,7 @@ class Again:
 
     layers: list[Layer]
     start: int
+    entry: float
     runs: Floats
     stored: Floats
     rebuilt: Floats
@@ -105,6 +107,9 @@ def least_time(
     return search.through(), search.exact
 
 
+_START = _Seen(False, True, frozenset(), frozenset())
+
+
 class _Search:
     def __init__(
         self,
@@ -122,10 +127,8 @@ class _Search:
 
     def _all(self) -> Iterator[tuple[Again, Layer]]:
         for of in self._stages:
-            for layer in of.layers:
+            for layer in with_loss(of.layers):
                 yield of, layer
-                if layer.loss is not None:
-                    yield of, layer.loss
 
     def through(self) -> Choice | None:
         size = len(self._base) + len(self._room)
@@ -149,46 +152,49 @@ class _Search:
     def _stage(
         self, of: Again, shift: int, values: Floats, chosen: list[int]
     ) -> tuple[Floats, list[int]]:
-        memories = with_memory(of.layers)
-        loss = of.layers[-1].loss
-        behind = with_memory([loss]) if loss is not None else []
-        later = _used_later([*memories, *behind])
-        came = brought(of.layers, of.start)
-        entry, size = frozenset(came), sum(came.values())
-        values = values + self._added(of, 0, size, 0)
-        start = _Seen(False, True, entry, frozenset())
-        ways = {start: (values, chosen)}
-        for place, (layer, memory) in enumerate(zip(of.layers, memories)):
+        """Each way so far with all ways to run some layers of a stage again."""
+        values = values + self._added(of, 0, of.entry, 0)
+        ends = _Ways()
+        again = of.runs.any()
+        for seen, (some, masks) in self._layer_by_layer(of, shift, values, chosen):
+            if not (again and (of.whole or seen.every)):
+                ends.values.append(some)
+                ends.chosen.append(masks)
+        if again:  # all of it, whose forward then makes no graph
+            every = range(len(of.layers))
+            time = sum(layer.forward for layer in with_loss(of.layers))
+            rebuilt = kept(of.layers, every, of.start).rebuilt
+            ends.values.append(values + self._added(of, time, 0, rebuilt))
+            bits = ((1 << len(every)) - 1) << shift
+            ends.chosen.append([mask | bits for mask in chosen])
+        nothing = values[:0], list[int]()
+        if not ends.values:
+            return nothing
+        return self._best({_START: ends}).get(_START, nothing)
+
+    def _layer_by_layer(
+        self, of: Again, shift: int, values: Floats, chosen: list[int]
+    ) -> Iterable[tuple[_Seen, tuple[Floats, list[int]]]]:
+        layers = with_loss(of.layers)
+        memories = with_memory(layers)
+        later = _used_later(memories)
+        entry = frozenset(brought(memories, of.layers, of.start))
+        ways = {replace(_START, stored=entry): (values, chosen)}
+        options = (False, True) if of.runs.any() and not of.whole else (False,)
+        for place, (layer, memory) in enumerate(zip(layers, memories)):
             self._left -= _most(of, layer)
             following: dict[_Seen, _Ways] = {}
-            for seen, (values, chosen) in ways.items():
-                for again in self._options(of, seen):
+            for seen, (some, masks) in ways.items():
+                # The loss runs again where all of the stage does.
+                for again in options if place < len(of.layers) else (seen.every,):
                     added, after = _step(memory, seen, later[place], again=again)
                     more = self._added(of, layer.forward * again, *added)
                     into = following.setdefault(after, _Ways())
-                    into.values.append(values + more)
-                    bit = again << (shift + place)
-                    into.chosen.append([mask | bit for mask in chosen])
-            if not (ways := self._best(following)):
-                return np.zeros((0, values.shape[1])), []
-        if loss is not None:
-            self._left -= _most(of, loss)
-        last = _Ways()
-        for seen, (values, chosen) in ways.items():
-            if loss is not None:
-                again = seen.every
-                added, _ = _step(behind[0], seen, frozenset(), again=again)
-                values = values + self._added(of, loss.forward * again, *added)
-            last.values.append(values)
-            last.chosen.append(chosen)
-        only = self._best({start: last})
-        return only.get(start, (np.zeros((0, values.shape[1])), []))
-
-    @staticmethod
-    def _options(of: Again, seen: _Seen) -> list[bool]:
-        if not of.runs.any():
-            return [False]
-        return [True] if of.whole else [False, True]
+                    into.values.append(some + more)
+                    bit = again << (shift + place) if place < len(of.layers) else 0
+                    into.chosen.append([mask | bit for mask in masks])
+            ways = self._best(following)
+        return ways.items()
 
     def _added(self, of: Again, time: float, stored: float, rebuilt: float) -> Floats:
         return np.concatenate(

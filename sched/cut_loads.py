@@ -11,16 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.errors import ParameterError
-from pipeproof.sched.in_flight import InFlight, in_flight, largest, live_at_moments
-from pipeproof.sched.in_transit import in_transit, stages_held
+from pipeproof.sched.holdings import Held, holdings, largest, skips_between_any
 from pipeproof.sched.ir import Schedule
-from pipeproof.sched.layers import Layer, with_memory
+from pipeproof.sched.layers import Layer
+from pipeproof.sched.runs import Runs, runs_of
+from pipeproof.sched.spans import LayerSpans, Spans
 
 Floats = NDArray[np.float64]
 Index = NDArray[np.int64]
 
 ROUNDING = 1e-9
 """Relative; what a prefix sum may be off by, with room to spare."""
+
+FULL = ((Held.KEPT, Held.AGAIN), (Held.LEFT, Held.AGAIN_LEFT))
+"""Without and with an R, which rebuilds all: until I, and until W."""
+
+BYTES = ("activations", "input", "output")
+"""Of a layer, beside its weights."""
 
 BLOCK = 2048
 """Partitions that are looked at together: what is known of them stays in a cache."""
@@ -29,35 +36,20 @@ BLOCK = 2048
 class Loads:
     """What a stage of some layers adds to quantities of the devices that hold it.
 
-    Each quantity is linear: a factor for each property of the layers, summed over
-    the stage, and one for those of the cuts at both of its ends.
+    Each quantity is linear: a factor for each property of the stage.
 
     Attributes:
-        prefix: of each property, its sums over the first 0, 1, … layers.
-        first: of each property, of a cut where a stage begins, at 0, 1, … layers.
-        last: likewise, where it ends.
+        properties: of stages, by the layers at which they begin and end.
         factors: [device, quantity, stage, property].
-        firsts, lasts: likewise, for `first` and `last`.
-        across: [start, end], what comes to a stage of these layers over skip
-            connections from before it; None where the model has none.
-        acrosses: [device, quantity, stage], its factors.
     """
 
-    def __init__(
-        self,
-        prefix: Floats,
-        factors: Floats,
-        first: Floats | None = None,
-        firsts: Floats | None = None,
-        last: Floats | None = None,
-        lasts: Floats | None = None,
-        across: Floats | None = None,
-        acrosses: Floats | None = None,
-    ) -> None:
-        self.prefix, self.factors = prefix, factors
-        self.first, self.firsts = first, firsts
-        self.last, self.lasts = last, lasts
-        self.across, self.acrosses = across, acrosses
+    def __init__(self, properties: Sequence[Spans], factors: Floats) -> None:
+        self.properties, self.factors = properties, factors
+
+    @property
+    def layers(self) -> int:
+        """How many."""
+        return len(self.properties[0].prefix) - 1
 
     @property
     def quantities(self) -> int:
@@ -69,16 +61,33 @@ class Loads:
         held = np.asarray(self.factors.any(axis=(1, 3)))
         return [np.flatnonzero(held[device]).tolist() for device in range(len(held))]
 
+    def reach(
+        self, device: int, stage: int, end: Index, room: Floats, direction: int
+    ) -> Index:
+        """How far a stage from one end can go, at most, within what room there is."""
+        best = np.full(len(end), self.layers if direction > 0 else 0)
+        bounds = np.array([one.at_least() for one in self.properties])
+        for to, begin in np.einsum(
+            "qp,pel->qel", self.factors[device, :, stage], bounds
+        ):
+            room_left = room + ROUNDING * (abs(room) + to[-1])
+            if direction > 0:
+                reach = np.searchsorted(to, begin[end] + room_left, "right") - 1
+                best = np.minimum(best, reach)
+            else:
+                first = np.maximum.accumulate(begin)
+                reach = np.searchsorted(first, to[end] - room_left, "left")
+                best = np.maximum(best, reach)
+        return best
+
     def of_stage(self, device: int, stage: int, start: Index, end: Index) -> Floats:
         """[case, quantity] of stages of these layers, start inclusive, end not."""
-        inside = self.prefix[:, end] - self.prefix[:, start]
-        result: Floats = (self.factors[device, :, stage] @ inside).T
-        if self.first is not None and self.firsts is not None:
-            result += (self.firsts[device, :, stage] @ self.first[:, start]).T
-        if self.last is not None and self.lasts is not None:
-            result += (self.lasts[device, :, stage] @ self.last[:, end]).T
-        if self.across is not None and self.acrosses is not None:
-            result += np.outer(self.across[start, end], self.acrosses[device, :, stage])
+        factors = self.factors[device, :, stage]
+        used = np.flatnonzero(factors.any(axis=0)).tolist()
+        if not used:
+            return np.zeros((len(start), self.quantities))
+        numbers = np.stack([self.properties[place].of(start, end) for place in used])
+        result: Floats = (factors[:, used] @ numbers).T
         return result
 
     def of(self, cuts: Index) -> Floats:
@@ -107,26 +116,7 @@ class Loads:
 
     def relative_to(self, limits: Floats) -> Loads:
         """The same quantities as parts of each device's limit."""
-
-        def divided(factors: Floats | None) -> Floats | None:
-            if factors is None:
-                return None
-            shape = (len(limits), *[1] * (factors.ndim - 1))
-            result: Floats = factors / limits.reshape(shape)
-            return result
-
-        factors = divided(self.factors)
-        assert factors is not None
-        return Loads(
-            self.prefix,
-            factors,
-            self.first,
-            divided(self.firsts),
-            self.last,
-            divided(self.lasts),
-            self.across,
-            divided(self.acrosses),
-        )
+        return Loads(self.properties, self.factors / limits[:, None, None, None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,62 +161,39 @@ class Question:
         speed = _per_device("speeds", 1 if speeds is None else speeds, devices)
         columns = [
             _numbers(layers, name)
-            for name in ("forward", "backward", "weights", "activations", "input")
+            for name in ("forward", "backward", "weights", *BYTES)
         ]
-        forward, backward, weights, activations, entry = columns
-        counts = in_flight(schedule)
-        self.time = self._times(forward, backward, counts, speed)
-        _leave_out_the_batch(layers, activations, entry)
-        self.bytes = self._bytes(layers, weights, activations, entry, counts)
+        forward, backward, weights = columns[:3]
+        counts = runs_of(schedule)
+        spans = LayerSpans.of(layers)
+        ran = np.stack([counts.forwards, counts.backwards], axis=-1)
+        self.time = Loads(
+            [_sums(forward), _sums(backward)], ran[:, None] / speed[:, None, None, None]
+        )
+        self.bytes = self._bytes(spans, _sums(weights), counts)
         self.caps: tuple[Loads, Floats] | None = None
         if memory is not None:
             self.caps = self.bytes, _per_device("memory", memory, devices)
         forwards, backwards = counts.forwards.sum(0), counts.backwards.sum(0)
         cost = np.outer(forwards, forward) + np.outer(backwards, backward)
-        self.work = Work(_prefix(cost.min(axis=0))[0], speed)
+        self.work = Work(_sums(cost.min(axis=0)).prefix, speed)
         self.least = self._least(cost, counts, speed)
 
-    def _times(
-        self, forward: Floats, backward: Floats, counts: InFlight, speed: Floats
-    ) -> Loads:
-        ran = np.stack([counts.forwards, counts.backwards], axis=-1)
-        factors = ran[:, None].astype(float) / speed[:, None, None, None]
-        return Loads(_prefix(forward, backward), factors)
-
-    def _bytes(
-        self,
-        layers: Sequence[Layer],
-        weights: Floats,
-        activations: Floats,
-        entry: Floats,
-        counts: InFlight,
-    ) -> Loads:
-        takes = any(layer.takes for layer in layers)
-        peaks_of = list(_peaks(self._schedule, skips=takes))
-        moments = max(len(peaks) for peaks in peaks_of)
-        size = self._schedule.devices, moments, self._schedule.stages
-        factors, firsts = np.zeros((*size, 2)), np.zeros((*size, 3))
-        lasts, acrosses = np.zeros((*size, 1)), np.zeros(size)
+    def _bytes(self, spans: LayerSpans, weights: Spans, counts: Runs) -> Loads:
+        skips = spans.given.across is not None
+        peaks_of = list(_peaks(self._schedule, skips=skips))
+        moments = max(len(peaks) for _, peaks in peaks_of)
+        properties = [weights, spans.kept, spans.left, spans.input, spans.output]
+        properties += [spans.before, spans.brought, spans.given][: 3 if skips else 1]
+        size = self._schedule.devices, moments, self._schedule.stages, len(properties)
+        factors = np.zeros(size)
         factors[..., 0] = (counts.forwards > 0)[:, None]
-        for device, peaks in enumerate(peaks_of):
-            here = device, slice(len(peaks))
-            full, inputs, going, returned, *held = peaks.swapaxes(0, 1)
-            factors[here][..., 1] = full
-            firsts[here][..., 0] = full
-            firsts[here][..., 1] = inputs - full  # which include theirs
-            firsts[here][..., 2] = returned
-            lasts[here][..., 0] = going
-            acrosses[here] = held[0] if takes else 0
-        unkept = np.array([not layer.keeps_input for layer in layers])
-        output = np.array([0.0, *_numbers(layers, "output")])
-        first = np.stack([np.where(unkept, entry, 0), entry, output[:-1]])
-        across = _across(layers) if takes else None
-        prefix = _prefix(weights, activations)
-        return Loads(
-            prefix, factors, first, firsts, output[None], lasts, across, acrosses
-        )
+        for device, (stages, peaks) in enumerate(peaks_of):
+            for place, stage in enumerate(stages):
+                factors[device, : len(peaks), stage, 1:] = peaks[:, :, place]
+        return Loads(properties, factors)
 
-    def _least(self, cost: Floats, counts: InFlight, speed: Floats) -> float:
+    def _least(self, cost: Floats, counts: Runs, speed: Floats) -> float:
         """All work on all devices, and the longest layer where it is shortest."""
         whole = float(self.work.prefix[-1] / speed.sum())
         fastest = np.where(counts.forwards.T > 0, speed, 0).max(axis=1)
@@ -235,57 +202,31 @@ class Question:
         return max(whole, float(one.max())) * (1 - ROUNDING)
 
 
-def _peaks(schedule: Schedule, *, skips: bool) -> Iterator[Floats]:
-    """Of each device, [moment, class, stage] that it holds when it may have most.
+def _peaks(schedule: Schedule, *, skips: bool) -> Iterator[tuple[list[int], Floats]]:
+    """Of each device its stages, and [moment, property, stage] when it may have most.
 
-    The classes are all activations; all inputs, of these and of what is stored or has
-    arrived; outputs and their gradients; gradients of inputs; and, with skips, what
-    is kept of micro-batches, whole or stored. A stage with one more of any takes more.
+    The properties are those of `LayerSpans`. Where there are skips, it has as many of
+    what one brings, and takes along, as of the skip of which there are most.
     """
-    columns = stages_held(schedule), live_at_moments(schedule), in_transit(schedule)
-    for stages, kept, beside in zip(*columns):
-        whole, stored, rebuilt = kept.swapaxes(0, 1)
-        arriving, going, returned = beside.swapaxes(0, 1)
-        held = whole + stored
-        classes = [whole + rebuilt, held + arriving, going, returned]
-        found = largest(np.stack([*classes, *([held] if skips else [])], axis=1))
-        peaks = np.zeros((*found.shape[:2], schedule.stages))
-        peaks[..., stages] = found
-        yield peaks
+    over = skips_between_any(schedule) if skips else None
+    for device, here in enumerate(holdings(schedule, more_skips=skips)):
+        held = here.held.swapaxes(0, 1)
+        first, left = (held[a] + held[b] for a, b in FULL)
+        classes = [first, left - first, held[Held.INPUT] + held[Held.STORED]]
+        classes += [held[Held.GOING], held[Held.RETURNED]]
+        if over is not None:
+            came = held[Held.INPUT] + held[Held.STORED] + held[Held.RETURNED]
+            brought, given = over[device][:, :, here.stages]
+            classes += [np.maximum(came, brought), np.maximum(held[Held.GOING], given)]
+        rows = np.stack(classes, axis=1)
+        found = largest(rows.reshape(len(rows), -1))
+        yield here.stages, found.reshape(-1, *rows.shape[1:])
 
 
-def _leave_out_the_batch(
-    layers: Sequence[Layer], activations: Floats, entry: Floats
-) -> None:
-    """The first stage's input is a view of the batch, and weighs nothing.
-
-    Raises:
-        ParameterError: a first layer that keeps its input, and less than that.
-    """
-    with_memory(layers[:1])
-    if layers[0].keeps_input:
-        activations[0] -= entry[0]
-    entry[0] = 0
-
-
-def _prefix(*columns: Floats) -> Floats:
-    return np.stack([np.concatenate([[0.0], np.cumsum(column)]) for column in columns])
-
-
-def _across(layers: Sequence[Layer]) -> Floats:
-    """[start, end]: bytes that skips bring to a stage of these from layers before.
-
-    Not of what a layer's activations count already, since its backward reads it.
-    """
-    count = len(layers)
-    of_layer = np.zeros((count + 1, count))
-    for number, layer in enumerate(layers):
-        (memory,) = with_memory([layer])
-        read = {at for at, _ in memory.kept}
-        for (source, _), pieces in zip(layer.takes, memory.beside):
-            size = sum(bytes_ for at, bytes_ in pieces if at not in read)
-            of_layer[source + 1 : number + 1, number] += size
-    return np.concatenate([np.zeros((count + 1, 1)), np.cumsum(of_layer, axis=1)], 1)
+def _sums(column: Floats) -> Spans:
+    found = Spans.none(len(column))
+    found.prefix[1:] = np.cumsum(column)
+    return found
 
 
 def _numbers(layers: Sequence[Layer], name: str) -> Floats:

@@ -53,9 +53,12 @@ class Search:
     ) -> None:
         self._objective, self._caps, self._least = objective, caps, least
         self._work = work
-        self._layers = objective.prefix.shape[1] - 1
+        self._layers = objective.layers
         self._stages = objective.factors.shape[2]
         self._held_by = objective.held_by()
+        if caps is not None:  # of which some may hold what others park there
+            both = zip(self._held_by, caps[0].held_by())
+            self._held_by = [sorted({*ours, *more}) for ours, more in both]
         # Those that hold the same stages, in two pipes, follow each other.
         self._order = sorted(range(len(self._held_by)), key=self._held_by.__getitem__)
         self._exact = True
@@ -152,12 +155,16 @@ class Search:
             low, high = self._between(stage, cuts)
             if cuts[0, stage + 1] != UNKNOWN:
                 end = cuts[:, stage + 1]
-                low = np.maximum(low, self._reach(device, stage, end, room, -1))
+                low = np.maximum(
+                    low, self._objective.reach(device, stage, end, room, -1)
+                )
             source, cuts = _chosen(cuts, stage, low, high)
         if len(cuts) and cuts[0, stage + 1] == UNKNOWN:
             low, high = self._between(stage + 1, cuts)
             start = cuts[:, stage]
-            high = np.minimum(high, self._reach(device, stage, start, room[source], 1))
+            high = np.minimum(
+                high, self._objective.reach(device, stage, start, room[source], 1)
+            )
             again, cuts = _chosen(cuts, stage + 1, low, high)
             source = source[again]
         return source, cuts
@@ -168,23 +175,6 @@ class Search:
         place = int(np.searchsorted(known, cut))
         before, after = int(known[place - 1]), int(known[place])
         return cuts[:, before] + (cut - before), cuts[:, after] - (after - cut)
-
-    def _reach(
-        self, device: int, stage: int, end: Index, room: Floats, direction: int
-    ) -> Index:
-        """How far a stage from one end can go, at most, within what room there is."""
-        factors = self._objective.factors[device, :, stage]
-        best = np.full(len(end), self._layers if direction > 0 else 0)
-        for factor in factors:
-            along = factor @ self._objective.prefix
-            room_left = room + ROUNDING * (abs(room) + along[-1])
-            if direction > 0:
-                reach = np.searchsorted(along, along[end] + room_left, "right") - 1
-                best = np.minimum(best, reach)
-            else:
-                reach = np.searchsorted(along, along[end] - room_left, "left")
-                best = np.maximum(best, reach)
-        return best
 
     def _distinct(
         self, others: Sequence[int], cuts: Index, worst: Floats

@@ -124,14 +124,22 @@ def with_memory(layers: Sequence[Layer]) -> list[Memory]:
     return result
 
 
-def brought(layers: Sequence[Layer], start: int) -> dict[int, float]:
+def with_loss(layers: Sequence[Layer]) -> list[Layer]:
+    """Layers, and behind the last the loss, where it has one."""
+    loss = layers[-1].loss
+    return [*layers] if loss is None else [*layers, loss]
+
+
+def brought(
+    memories: Sequence[Memory], layers: Sequence[Layer], start: int
+) -> dict[int, float]:
     """What comes to a stage of these layers: its input, and skips of other stages.
 
     Args:
+        memories: of the layers.
         layers: of the stage.
         start: number of the first in the whole model.
     """
-    memories = with_memory(layers)
     came = dict(memories[0].input)
     for layer, memory in zip(layers, memories):
         for (source, _), pieces in zip(layer.takes, memory.beside):
@@ -148,12 +156,11 @@ def kept(layers: Sequence[Layer], again: Collection[int], start: int = 0) -> Kep
         again: those that its R runs again, by place; all for a whole stage's.
         start: number of the first in the whole model.
     """
-    memories = with_memory(layers)
+    memories = with_memory(with_loss(layers))
     chosen = [place in again for place in range(len(layers))]
-    if (loss := layers[-1].loss) is not None:
-        memories += with_memory([loss])
-        chosen.append(all(chosen))
-    came, entry = brought(layers, start), dict(memories[0].input)
+    whole = all(chosen)
+    chosen += [whole] * (len(memories) - len(layers))
+    came, entry = brought(memories, layers, start), dict(memories[0].input)
     full, left, stored = dict(came), dict[int, float](), dict(came)
     rebuilt, region = 0.0, dict[int, float]()
     before = False
@@ -171,6 +178,8 @@ def kept(layers: Sequence[Layer], again: Collection[int], start: int = 0) -> Kep
             rebuilt += sum(size for at, size in memory.kept if at not in region)
             region |= memory.kept
         before = yes
+    if whole:  # whose forward makes no graph, and stores what has come
+        stored, rebuilt = came, sum(full.values()) - sum(came.values())
     return Kept(
         full=sum(full.values()),
         stored=sum(stored.values()),
@@ -179,6 +188,27 @@ def kept(layers: Sequence[Layer], again: Collection[int], start: int = 0) -> Kep
         input=sum(entry.values()),
         skips=sum(came.values()) - sum(entry.values()),
     )
+
+
+def over_skips(
+    layers: Sequence[Layer], sizes: Sequence[int]
+) -> dict[tuple[int, int], float]:
+    """Of each pair of stages that skips lead from and to, the bytes that go there.
+
+    What goes to the next stage goes there beside the output.
+
+    Args:
+        layers: of the whole model.
+        sizes: layers in each stage.
+    """
+    stage_of = [stage for stage, size in enumerate(sizes) for _ in range(size)]
+    found: dict[tuple[int, int], dict[tuple[int, float], float]] = {}
+    for number, layer in enumerate(layers):
+        for source, size in layer.takes:
+            pair = stage_of[source], stage_of[number]
+            if pair[0] < pair[1]:
+                found.setdefault(pair, {})[source, size] = size
+    return {pair: sum(found[pair].values()) for pair in sorted(found)}
 
 
 def starts_of(sizes: Sequence[int]) -> list[int]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.findings import Finding
+from pipeproof.sched.groups import Edges, for_all
 from pipeproof.sched.instructions import Action, BufferKind, StreamKind
 from pipeproof.sched.program import Program
 from pipeproof.sched.ties import homes_of, meets_nobody, named
@@ -161,6 +162,43 @@ def meetings(program: Program) -> list[NDArray[np.int64]]:
         groups.setdefault((what, of, nth, where if apart else -1), []).append(index)
     return [
         np.array(sorted(group, key=device), dtype=np.int64) for group in groups.values()
+    ]
+
+
+def meeting(program: Program, turn: NDArray[np.int32]) -> Edges:
+    """What one of a REDUCE or a TIE waits for, all of it wait for.
+
+    Args:
+        program: whose.
+        turn: of each instruction, a number that those share which take turns.
+
+    Returns:
+        Which instruction must end before which may start.
+    """
+    pairs = _met(program, turn) if len(program.sums) else []
+    ends = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return for_all(program, ends[:, 0], ends[:, 1])
+
+
+def _met(program: Program, turn: NDArray[np.int32]) -> list[tuple[int, int]]:
+    needs = {index: program.waits_for[index] for index in program.sums.tolist()}
+    theirs = np.zeros(len(program.streams), dtype=np.bool_)
+    theirs[turn[program.sums]] = True
+    members = np.flatnonzero(theirs[turn])
+    members = members[np.argsort(turn[members], kind="stable")]
+    behind = members[1:]
+    is_sum = np.isin(program.action[behind], (Action.REDUCE, Action.TIE))
+    at = 1 + np.flatnonzero(is_sum & (turn[behind] == turn[members[:-1]]))
+    for one, following in zip(members[at - 1].tolist(), members[at].tolist()):
+        needs[following].append(one)
+    return [
+        (need, other)
+        for group in map(np.ndarray.tolist, meetings(program))
+        for one in group
+        for need in needs[one]
+        if need not in group  # two in one stream can only be in turn
+        for other in group
+        if other != one
     ]
 
 

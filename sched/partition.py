@@ -53,13 +53,14 @@ def partition(
     A device is busy with all its stages: with its share of the forwards,
     recomputations and backwards that the schedule gives it. Its memory is that of
     its stages' weights and of as many activations and stored inputs of each as the
-    schedule keeps at once, with what skip connections bring from other stages; what is
-    kept of them by the stage that gives them is among its activations. Beside these are
-    the tensors that wait at the cuts: as many as the schedule's program has receives
-    posted, and sends not done, at once, if links keep up with ops. So no simulation
-    with free links takes more. The batch is not counted, nor what is on its way over a
-    skip, what another device offloads here, or what an op needs only while it runs.
-    What a split backward keeps for W counts as the whole activation.
+    schedule keeps at once, and of the tensors that wait at the cuts, or for the end of
+    a skip connection: as many as the schedule's program has receives posted, and sends
+    not done, at once, however soon other devices are. So no simulation with free links
+    takes more, whatever ops take. What another device offloads here is there for as
+    long as it may be. Where each device has one stage of a model without skips, they
+    take as much; with several, what waits may be less, for that depends on all cuts.
+    `fit_recompute` says what given cuts take. The batch is not counted, nor what an op
+    needs only while it runs.
 
     Args:
         layers: in order, at least as many as stages.
@@ -136,7 +137,7 @@ def _too_small(question: Question) -> str:
     device = int(np.argmax(share))
     needed = float(asked.of(cuts)[device].max())
     return (
-        f"no partition of {asked.prefix.shape[1] - 1} layers fits: the one that "
+        f"no partition of {asked.layers} layers fits: the one that "
         f"comes closest needs {needed:,.0f} bytes on device {device}, which has "
         f"{limits[device]:,.0f}: use more devices, recomputation, or a schedule "
         "with fewer activations at once"

@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 
 from pipeproof.sched import Layer
 from pipeproof.sched.errors import ParameterError
-from pipeproof.sched.layers import kept, stages_of, starts_of
+from pipeproof.sched.layers import stages_of
+from pipeproof.sched.stage_bytes import stage_bytes
 from pipeproof.sim.cost import Cost
 
 
@@ -41,28 +42,23 @@ def cost_of_layers(
             f"recomputed must have the layers of each of {len(sizes)} stages, got "
             f"{len(again)}"
         )
-    stages, starts = list(stages_of(layers, sizes)), starts_of(sizes)
-    found = [kept(*of) for of in zip(stages, again, starts)]
-    # The first input is the batch's.
-    entry = [0.0, *(of.input for of in found[1:])]
-    batch = [of.input - size for of, size in zip(found, entry)]
+    stages = list(stages_of(layers, sizes))
+    found, over = stage_bytes(layers, sizes, again)
+    came = [sum(x for (_, to), x in over.items() if to == n) for n in range(len(sizes))]
     backward = [_time(of, "backward") for of in stages]
     return Cost(
         forward=[_time(of, "forward") for of in stages],
         input_grad=[time / 2 for time in backward],
         weight_grad=[time / 2 for time in backward],
         recompute=[_again(*of) for of in zip(stages, again)],
-        weight_grad_memory=[
-            of.left / beside if (beside := of.full - of.input - of.skips) else 1
-            for of in found
-        ],
+        weight_grad_memory=[of.left_part for of in found],
         weight_bytes=[sum(layer.weights for layer in of) for of in stages],
-        activation_bytes=[of.full - own for of, own in zip(found, batch)],
-        stored_bytes=[of.stored - own for of, own in zip(found, batch)],
-        rebuilt_bytes=[of.rebuilt for of in found],
-        input_bytes=entry,
-        boundary_bytes=[of[-1].output for of in stages],
-        skip_bytes=_skips(layers, starts) or None,
+        activation_bytes=[of.kept + of.input + x for of, x in zip(found, came)],
+        stored_bytes=[of.stored + x for of, x in zip(found, came)],
+        rebuilt_bytes=[of.again for of in found],
+        input_bytes=[of.input for of in found],
+        boundary_bytes=[of.output for of in found],
+        skip_bytes=[over[pair] for pair in sorted(over)] or None,
     )
 
 
@@ -76,18 +72,3 @@ def _again(stage: Sequence[Layer], places: Collection[int]) -> float:
     if len(set(places)) == len(stage):
         return _time(stage, "forward")
     return sum(stage[place].forward for place in places)
-
-
-def _skips(layers: Sequence[Layer], starts: Sequence[int]) -> list[float]:
-    """Of each pair of stages that are no neighbours, in order."""
-    stage_of = [
-        max(n for n, first in enumerate(starts) if first <= number)
-        for number in range(len(layers))
-    ]
-    found: dict[tuple[int, int], dict[tuple[int, float], float]] = {}
-    for number, layer in enumerate(layers):
-        for source, size in layer.takes:
-            pair = stage_of[source], stage_of[number]
-            if pair[1] > pair[0] + 1:
-                found.setdefault(pair, {})[source, size] = size
-    return [sum(found[pair].values()) for pair in sorted(found)]

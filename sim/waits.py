@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched import Action, Program
-from pipeproof.sched.groups import Edges, for_all, needs, turns_of_others
+from pipeproof.sched.groups import Edges, needs, turns_of_others
 from pipeproof.sched.instructions import StreamKind
 from pipeproof.sched.lists import Lists
-from pipeproof.sched.matching import meetings
+from pipeproof.sched.matching import meeting
 from pipeproof.sched.streams import turn_of
 from pipeproof.sim.cluster import Cluster
 
@@ -74,7 +74,7 @@ def not_in_program(program: Program, cluster: Cluster) -> Edges:
 
     A REDUCE, and a TIE, starts on all devices at once; of k buffers one must be free.
     """
-    pairs = _meetings(program, cluster)
+    pairs = [meeting(program, _turns(program, cluster))]
     if isinstance(cluster.buffering, int):
         # A send waits until the receive k messages before is done.
         for members in program.by_stream:
@@ -82,8 +82,6 @@ def not_in_program(program: Program, cluster: Cluster) -> Edges:
                 late = members[cluster.buffering :]
                 early = program.message[members[: len(late)]]
                 pairs.append((program.recv_of[early].astype(np.int64), late))
-    if not pairs:
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     return (
         np.concatenate([before for before, _ in pairs]),
         np.concatenate([after for _, after in pairs]),
@@ -96,31 +94,3 @@ def admitted_by_start(program: Program, cluster: Cluster) -> Edges:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     sends = np.flatnonzero(program.action == Action.SEND)
     return program.recv_of[program.message[sends]].astype(np.int64), sends
-
-
-def _meetings(program: Program, cluster: Cluster) -> list[Edges]:
-    """What one of a REDUCE or a TIE waits for, all of it wait for."""
-    if not len(program.sums):
-        return []
-    needs = {index: program.waits_for[index] for index in program.sums.tolist()}
-    turn = _turns(program, cluster)
-    theirs = np.zeros(len(program.streams), dtype=np.bool_)
-    theirs[turn[program.sums]] = True
-    members = np.flatnonzero(theirs[turn])
-    members = members[np.argsort(turn[members], kind="stable")]
-    behind = members[1:]
-    is_sum = np.isin(program.action[behind], (Action.REDUCE, Action.TIE))
-    at = 1 + np.flatnonzero(is_sum & (turn[behind] == turn[members[:-1]]))
-    for one, following in zip(members[at - 1].tolist(), members[at].tolist()):
-        needs[following].append(one)
-    pairs = [
-        (need, other)
-        for group in map(np.ndarray.tolist, meetings(program))
-        for one in group
-        for need in needs[one]
-        if need not in group  # two in one stream can only be in turn
-        for other in group
-        if other != one
-    ]
-    ends = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    return [for_all(program, ends[:, 0], ends[:, 1])]

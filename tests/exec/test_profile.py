@@ -8,12 +8,25 @@ import pytest
 import torch
 from pool import Do
 from profiling import profiled, profiled_with_steps, small_stages
+from torch import nn
 from torch.nn import functional
 
-from pipeproof.exec import profile
+from pipeproof.cli.profiling import bytes_of
+from pipeproof.cli.together import peak_of_process
+from pipeproof.exec import ActivationMeter, Pipeline, profile
 from pipeproof.exec.variants import variants
-from pipeproof.sched import CATALOG, Kind, ParameterError, catalog, check, with_steps
-from pipeproof.sim import cost_of
+from pipeproof.sched import (
+    CATALOG,
+    POLICIES,
+    Kind,
+    ParameterError,
+    catalog,
+    check,
+    recompute,
+    with_steps,
+)
+from pipeproof.sched.transforms import Policy
+from pipeproof.sim import Cost, cost_of
 
 
 @pytest.mark.parametrize("name", CATALOG)
@@ -81,3 +94,33 @@ def test_refusals() -> None:
         profile(small_stages(2), schedule, functional.mse_loss, x, x, rounds=0)
     with pytest.raises(ParameterError, match="micro_batches=2\\) has none: add them"):
         profile(small_stages(2), schedule, None, x, None, optimizers=[None, None])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "name", ["gpipe", "1f1b", "zb-h1", "zb-v", "interleaved", "chimera"]
+)
+def test_peak_of_one_process_is_the_predicted_one(name: str, policy: Policy) -> None:
+    """Where a ReLU's output, which it keeps, is the next stage's input; and others.
+
+    An I whose W follows at once lets go of all that both need. Tensors are large
+    enough for other I to let go of what their W do not need, too.
+    """
+    plan = recompute(catalog.make(name, devices=2, micro_batches=4), policy)
+    torch.manual_seed(0)
+    endings = [nn.ReLU(), nn.Linear(16, 16), nn.Sigmoid(), nn.GELU()]
+    stages = [
+        nn.Sequential(nn.Linear(16, 16), endings[number % 4])
+        for number in range(plan.stages)
+    ]
+    x = torch.randn(4 * 512, 16)
+
+    taken = profile(stages, plan, functional.mse_loss, x, x, rounds=1)
+
+    pipeline = Pipeline(stages, plan, functional.mse_loss)
+    with ActivationMeter(stages) as meter:
+        meter.ignore(x)
+        pipeline.step(x, x)
+    cost = Cost(**bytes_of(taken.stages))
+    returned = [stage.returned for stage in taken.stages]
+    assert meter.peak == peak_of_process(pipeline.program, cost, returned)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
+import numpy as np
 import pytest
 from test_contract import each_row
 
@@ -24,11 +25,14 @@ from pipeproof.sched import (
     lower,
     recompute,
 )
-from pipeproof.sched.in_flight import in_flight
-from pipeproof.sched.layers import Layer
+from pipeproof.sched.holdings import Held
+from pipeproof.sched.holdings import holdings as held_by
+from pipeproof.sched.layers import Layer, Memory, kept
 from pipeproof.sched.partition import loads, partition
 from pipeproof.sched.program import Buffer, Instruction
 from pipeproof.sched.row import Row
+from pipeproof.sched.spans import LayerSpans
+from pipeproof.sched.stage_bytes import stage_bytes
 from pipeproof.sched.transforms import Policy
 from pipeproof.sim import cost_of_layers, simulate
 
@@ -108,11 +112,12 @@ class Holding:
         """
         row = [it.index for it in instructions if it.stream == program.streams[device]]
         place = {index: n for n, index in enumerate(row)}
+        before = _before(program, instructions)
         born: dict[Buffer, int] = {}
         died: dict[Buffer, int] = {}
         stashes: dict[tuple[int, int, int], Buffer] = {}
         for it in instructions:
-            behind = [place[n] for n in it.waits_for if n in place]
+            behind = [place[n] for n in before[it.index] if n in place]
             now = place.get(it.index, 0)
             if it.action == Action.RECV:
                 now = max(behind, default=-1) + 1
@@ -159,6 +164,22 @@ class Holding:
             sum(count * weight.get(of, 0) for of, count in moment)
             for moment in self.moments
         )
+
+
+def _before(program: Program, instructions: list[Instruction]) -> list[set[int]]:
+    """All that must be over before each one can start, however fast others are."""
+    started: list[set[int]] = []
+    ended: list[set[int]] = []
+    last: dict[object, int] = {}
+    sends = dict(zip(program.recv_of.tolist(), program.send_of.tolist()))
+    for it in instructions:
+        needs = [*it.waits_for, *([last[it.stream]] if it.stream in last else [])]
+        last[it.stream] = it.index
+        started.append(set(needs).union(*(ended[n] for n in needs)))
+        ended.append(started[-1] | {it.index})
+        if it.action == Action.RECV:
+            ended[-1] |= ended[sends[it.index]]
+    return started
 
 
 @cache
@@ -225,32 +246,81 @@ def test_no_other_cuts_are_better_in_a_thousand_cases() -> None:
     assert 300 < fitted < 1000
 
 
-LINEAR = ("naive", "gpipe", "1f1b", "zb-h1", "zb-h2", "terapipe", "seq1f1b")
+LINEAR = ("naive", "gpipe", "1f1b", "zb-h1", "zb-h2", "terapipe", "seq1f1b", "bpipe")
 """Rows with one stage on each device, whose neighbours are never far ahead."""
 
 
 @each_row
 @pytest.mark.parametrize("policy", ["never", "always", "except-last"])
-def test_no_prediction_takes_more_bytes(row: Row, policy: Policy) -> None:
+@pytest.mark.parametrize("skips", [False, True])
+def test_no_prediction_takes_more_bytes(row: Row, policy: Policy, skips: bool) -> None:
     """And in one line they are the predicted ones, whatever ops take."""
     draw = random.Random(f"{row.name} {policy}")
     schedule = row.generator(4, 8)
-    if schedule.has(Kind.OFFLOAD):  # in another's memory, or one or the other
-        return
-    schedule = recompute(schedule, policy)
+    if not schedule.has(Kind.OFFLOAD):
+        schedule = recompute(schedule, policy)
     layers = some_layers(draw, 2 * schedule.stages)
     sizes = [2] * schedule.stages
+    with_skips = schedule
+    if skips:
+        for at in range(2, len(layers)):
+            sources = [n for n in range(at) if draw.random() < 0.1]
+            takes = tuple((n, draw.randint(1, 9)) for n in sources)
+            layers[at] = replace(layers[at], takes=takes)
+        _, over = stage_bytes(layers, sizes, [()] * schedule.stages)
+        with_skips = schedule.with_skips(over)
     cost = cost_of_layers(layers, sizes)
 
     taken = loads(layers, schedule, sizes)[1]
     for _ in range(3):
         times = [draw.randint(1, 9) for _ in sizes]
         timed = replace(cost, forward=times, input_grad=times[::-1], weight_grad=times)
-        found = simulate(schedule, timed).peak_bytes
+        found = simulate(with_skips, timed).peak_bytes
         assert found is not None
         assert all(ours >= peak for ours, peak in zip(taken, found))
-        if row.name in LINEAR:
+        if row.name in LINEAR and not skips:
             assert taken == list(found)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_stages_keep_is_in_sums_over_layers(seed: int) -> None:
+    """Wherever they begin and end, whatever memory their layers share."""
+    draw = random.Random(seed)
+    layers = sharing_layers(draw, 7)
+    spans = LayerSpans.of(layers)
+    for start, end in itertools.combinations(range(8), 2):
+        of = kept(layers[start:end], (), start)
+        ends = np.array([start]), np.array([end])
+        assert spans.kept.of(*ends) == of.full - of.input - of.skips
+        assert spans.left.of(*ends) == of.left
+
+
+def sharing_layers(draw: random.Random, count: int) -> list[Layer]:
+    """Some hand on what they get, and some keep what others made."""
+    layers, numbers = [], itertools.count()
+
+    def piece() -> tuple[int, float]:
+        return next(numbers), float(draw.randint(1, 9))
+
+    outputs: list[tuple[int, float]] = []
+    entry = piece()
+    for at in range(count):
+        output = entry if draw.random() < 0.2 else piece()
+        sources = [n for n in range(at - 1) if draw.random() < 0.2]
+        brought = [outputs[n] for n in sources]
+        kept = [p for p in {entry, output, *brought} if draw.random() < 0.5]
+        kept.append(piece())
+        memory = Memory(
+            (entry,),
+            tuple(kept),
+            tuple(p for p in kept if draw.random() < 0.5),
+            tuple((p,) for p in brought),
+        )
+        takes = tuple((n, p[1]) for n, p in zip(sources, brought))
+        layers.append(Layer(1, 2, 0, 9, entry[1], takes=takes, memory=memory))
+        outputs.append(output)
+        entry = output
+    return layers
 
 
 def test_tensors_wait_at_the_cuts() -> None:
@@ -329,14 +399,15 @@ def test_too_many_ways_give_an_answer_that_says_so(
 
 
 def test_what_is_in_flight_follows_from_the_order() -> None:
-    counts = in_flight(catalog.make("1f1b", devices=3, micro_batches=5))
-    one = catalog.make("gpipe", devices=1, micro_batches=3)
-    again = in_flight(recompute(one, "always"))
+    def kept(schedule: Schedule) -> list[float]:
+        return [of.held[:, Held.KEPT].max() for of in held_by(schedule)]
 
-    assert [peak[:, 0].max() for peak in counts.peaks] == [3, 2, 1]
-    assert counts.forwards.tolist() == [[5, 0, 0], [0, 5, 0], [0, 0, 5]]
-    assert again.peaks[0].tolist() == [[[0], [3], [1]], [[0], [3], [0]]]
-    assert again.forwards.tolist() == [[6]]
+    (one,) = held_by(
+        recompute(catalog.make("gpipe", devices=1, micro_batches=3), "always")
+    )
+
+    assert kept(catalog.make("1f1b", devices=3, micro_batches=5)) == [3, 2, 1]
+    assert (one.held[:, Held.STORED].max(), one.held[:, Held.AGAIN].max()) == (3, 1)
 
 
 @pytest.mark.parametrize(
@@ -376,18 +447,20 @@ def test_what_a_skip_brings_is_held_where_it_is_taken() -> None:
     def bytes_of(*sizes: int) -> list[float]:
         return loads(layers, schedule, sizes)[1]
 
-    assert bytes_of(1, 1, 2) == [30, 20, 25]
-    assert bytes_of(1, 2, 1) == [30, 40, 15]
+    # Of four gradients of it two have come, and four of it itself.
+    assert bytes_of(1, 1, 2) == [30 + 10, 20, 20 + 20]
+    assert bytes_of(1, 2, 1) == [30 + 10, 40, 10 + 20]
     one = catalog.make("1f1b", devices=1, micro_batches=4)
     assert loads(layers, one, [4])[1] == [40]
     with pytest.raises(ParameterError, match="no partition of 4 layers fits"):
         partition(layers, schedule, memory=24)
 
 
-@pytest.mark.parametrize("name", ["1f1b", "zb-v", "interleaved"])
-def test_skips_are_counted_in_the_search(name: str) -> None:
+@pytest.mark.parametrize("name", ["1f1b", "zb-v", "interleaved", "bpipe"])
+def test_skips_and_parked_activations_are_counted_in_the_search(name: str) -> None:
     draw = random.Random(name)
-    schedule = catalog.make(name, devices=2, micro_batches=4)
+    devices = 4 if name == "bpipe" else 2
+    schedule = catalog.make(name, devices=devices, micro_batches=4)
     for _ in range(20):
         count = schedule.stages + 2
         layers = [
@@ -404,9 +477,15 @@ def test_skips_are_counted_in_the_search(name: str) -> None:
             for stages in cut_in_all_ways(count, schedule.stages)
         }
         memory = draw.choice([max(taken) for _, taken in found.values()])
-        best = min(max(b) for b, taken in found.values() if max(taken) <= memory)
+        if name == "bpipe":  # where one has less, for itself and what others park
+            memory = [memory, memory, memory, 0.8 * memory]
+        fits = [b for b, taken in found.values() if np.all(np.array(taken) <= memory)]
+        if not fits:
+            with pytest.raises(ParameterError, match=r"no partition of .* fits"):
+                partition(layers, schedule, memory=memory)
+            continue
 
         result = partition(layers, schedule, memory=memory)
 
-        assert result.bottleneck == best
-        assert max(result.bytes) <= memory
+        assert result.bottleneck == min(map(max, fits))
+        assert np.all(np.array(result.bytes) <= memory)
