@@ -49,6 +49,7 @@ class Runtime:
         stages: that run here.
         parameters: of these, each once; the user's own.
         takes_keywords: names of keyword inputs that any unit here takes.
+        needs_keywords: those of them that it has no default for.
         clock: of the last timed step.
         ran_s: seconds that the last one took which was not timed.
     """
@@ -68,6 +69,9 @@ class Runtime:
         )
         self.takes_keywords = frozenset[str]().union(
             *(stage.takes_keywords for stage in self.stages)
+        )
+        self.needs_keywords = frozenset[str]().union(
+            *(stage.needs_keywords for stage in self.stages)
         )
         self._kinds = sorted({stage.device.type for stage in self.stages})
         self.clock: Clock

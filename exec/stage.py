@@ -29,6 +29,7 @@ from pipeproof.exec.stash import addresses
 from pipeproof.exec.units import (
     StageModule,
     carried_on,
+    keywords_needed,
     keywords_of,
     modules_of,
     takes_carry,
@@ -116,6 +117,9 @@ class Stage:
         self.buffers = Buffers(number, self.modules)
         self.carries = sum(map(takes_carry, self.units))
         self.takes_keywords = frozenset[str]().union(*self._keywords)
+        self.needs_keywords = self.takes_keywords.intersection(
+            name for unit in self.units for name in keywords_needed(unit)
+        )
         self._generators = generators(device)
         self.splitter = Splitter(self.modules)
         self._staying: frozenset[int] | None = None

@@ -333,6 +333,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "loss": lambda: step(loss=lambda y, _: y),
     "no gradient": lambda: step(loss=lambda y, _: y.detach().sum()),
     "weights": lambda: step(scale=lambda _: 0),
+    "keyword needed": lambda: step(stages=[Taking(), *mlp(1)]),
     "changed": lambda: changed_since(),
     "shared state": lambda: step(stages=[(norm := changing_buffers()[0]), norm]),
     "replicas": lambda: step(stages=changing_buffers(), plan=schedule("chimera", 4)),
