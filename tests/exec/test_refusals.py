@@ -114,6 +114,16 @@ def changing_buffers() -> list[nn.Module]:
     return [nn.BatchNorm1d(4, dtype=torch.float64) for _ in range(4)]
 
 
+class Rolls(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * torch.rand_like(grad)
+
+
 def changed_since() -> None:
     stages = mlp(2)
     pipeline = Pipeline(stages, schedule(), mse)
@@ -333,6 +343,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "loss": lambda: step(loss=lambda y, _: y),
     "no gradient": lambda: step(loss=lambda y, _: y.detach().sum()),
     "weights": lambda: step(scale=lambda _: 0),
+    "random backward": lambda: step(
+        stages=[*mlp(1), nn.Sequential(*mlp(1), Does(Rolls.apply))]
+    ),
     "keyword needed": lambda: step(stages=[Taking(), *mlp(1)]),
     "changed": lambda: changed_since(),
     "shared state": lambda: step(stages=[(norm := changing_buffers()[0]), norm]),
