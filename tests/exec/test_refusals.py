@@ -29,6 +29,7 @@ from pipeproof.exec import (
     trace,
 )
 from pipeproof.exec.homes import refuse_shared
+from pipeproof.exec.losses import Loss, check_learning
 from pipeproof.exec.recomputed import recompute_only
 from pipeproof.exec.sharded import check_wrapped
 from pipeproof.exec.stage import Stage
@@ -482,6 +483,9 @@ WHERE_RANKS_ARE = {
 
 
 TIES: dict[str, Callable[[], Any]] = {
+    "loss learns": lambda: check_learning(
+        Loss.of(nn.PReLU(4)), [None, *mlp(1)], [1], [1, 3]
+    ),
     "tied, sharded": lambda: with_sharded(
         lambda stages: _refuse_sharded((0, 1), stages)
     ),
