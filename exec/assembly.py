@@ -41,7 +41,10 @@ def alone(
     if optimizers:
         check_alike(of.shares, words_of(originals(homes), optimizers))
     around = Surroundings(
-        shares=of.shares, check_finite=of.check_finite, optimizers=optimizers
+        shares=of.shares,
+        check_finite=of.check_finite,
+        optimizers=optimizers,
+        of_loss=of.loss.parameters,
     )
     runtime = Runtime(program, homes, of.loss.call, devices, around)
     return Alone(schedule, devices, of.loss_scale, of.loss), runtime
@@ -78,5 +81,6 @@ def among(
         ties=ranked.ties.reducer,
         check_finite=of.check_finite,
         optimizers=ranked.optimizers,
+        of_loss=of.loss.parameters,
     )
     return ranked, Runtime(program, ranked.homes, of.loss.call, devices, around)

@@ -48,6 +48,7 @@ class Backwards:
     def bind(self, op: Op, instruction: Instruction) -> Run:
         """What a B does, or an I with its own W behind it."""
         values, leaf = self._space.values, self._space.input_of[of(op)]
+        draws = self._space.stage(op, instruction).draws
         ends = self._bind_ends(op, instruction)
         pass_on = self._bind_passing(op, instruction)
         beside = self._bind_beside(op, instruction)
@@ -55,7 +56,8 @@ class Backwards:
         def backward() -> None:
             roots, gradients = ends()
             if roots:
-                run_backward(roots, gradients)
+                with draws.refused():
+                    run_backward(roots, gradients)
             if beside is not None:
                 beside(tensors.grads(beside.leaves()))
             pass_on(tensors.grads(values[leaf]))
@@ -67,7 +69,8 @@ class Backwards:
         if self._w_is_next(op, instruction):
             return self.bind(op, instruction)
         values, leaf = self._space.values, self._space.input_of[of(op)]
-        splitter = self._space.stage(op, instruction).splitter
+        stage = self._space.stage(op, instruction)
+        splitter, draws = stage.splitter, stage.draws
         ends = self._bind_ends(op, instruction)
         pass_on = self._bind_passing(op, instruction)
         beside = self._bind_beside(op, instruction)
@@ -80,7 +83,8 @@ class Backwards:
             leaves = tensors.learning(value if others is None else (value, others))
             found: list[Tensor | None] = [None] * len(leaves)
             if roots:
-                found, values[rest] = splitter.input_grads(roots, gradients, leaves)
+                with draws.refused():
+                    found, values[rest] = splitter.input_grads(roots, gradients, leaves)
             by_leaf = iter(found)
             gradient = tensors.like(value, by_leaf)
             if beside is not None:

@@ -124,6 +124,21 @@ def no_unit_takes(names: Iterable[str], taken: Iterable[str]) -> str:
     )
 
 
+def check_needed(needed: Iterable[str], keywords: Mapping[str, Any]) -> None:
+    """Refuse a batch without keyword inputs that units have no default for.
+
+    Raises:
+        BatchError: it is one.
+    """
+    if missing := sorted(set(needed) - keywords.keys()):
+        example = ", ".join(f"{name!r}: …" for name in missing)
+        raise BatchError(
+            f"got no keyword input {', '.join(map(repr, missing))}, which the forward "
+            f"of a unit must have: give keywords={{{example}}}; only the first of its "
+            "parameters is its input"
+        )
+
+
 def _check_keyword(
     name: str, value: Any, rows: int, positions: int, slices: int
 ) -> None:

@@ -112,18 +112,20 @@ def tell_of_others(
     Args:
         homes: the stages here.
         stages: all of the model's that are known here.
-        loss: the modules of the loss, which the last stage runs.
+        loss: the modules of the loss, which the last stage runs; it may know the
+            model, whose modules are their own stages' affair.
     """
     last = len(stages) - 1
     holders: dict[int, set[int]] = {}
+    known: set[int] = set()
     for number, module in enumerate(stages):
-        units = [] if module is None else units_of(module)
-        for unit in [*units, *(loss if number == last else ())]:
+        for unit in [] if module is None else units_of(module):
+            known.update(map(id, unit.modules()))
             for buffer in unit.buffers():
                 holders.setdefault(id(buffer), set()).add(number)
     for (number, _), stage in homes.items():
         if number == last:
-            stage.buffers.also(loss)
+            stage.buffers.also(part for part in loss if id(part) not in known)
         stage.buffers.shared = {
             where: " and ".join(map(str, sorted(those)))
             for where, buffer in stage.buffers

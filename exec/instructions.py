@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from pipeproof.exec.bind import Binder
@@ -48,6 +49,7 @@ class Surroundings:
         ties: TIE, where others that share are in other processes.
         check_finite: look behind each op whether what it made is finite.
         optimizers: by stage, what its STEP steps.
+        of_loss: parameters that the loss has.
     """
 
     mine: Collection[int] | None = None
@@ -59,6 +61,7 @@ class Surroundings:
     ties: Reduction | None = None
     check_finite: bool = False
     optimizers: Mapping[int, Optimizer] = field(default_factory=dict)
+    of_loss: Sequence[nn.Parameter] = ()
 
 
 class Instructions:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from pipeproof.exec.batch import LossFn, Value
-from pipeproof.exec.errors import BatchError
+from pipeproof.exec.errors import BatchError, ModelError
+from pipeproof.exec.units import StageModule, units_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ class Loss:
     takes_targets: bool
     needs_targets: bool
     modules: tuple[nn.Module, ...] = ()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of its modules, each once."""
+        found = [p for module in self.modules for p in module._parameters.values()]
+        return list({id(p): p for p in found if p is not None}.values())
 
     @classmethod
     def of(cls, loss_fn: LossFn | None) -> Loss:
@@ -66,6 +73,41 @@ class Loss:
                 "got targets, and the loss is made of the output alone: leave them "
                 "out, or give a loss_fn that takes both"
             )
+
+
+def check_learning(
+    loss: Loss,
+    stages: Sequence[StageModule | None],
+    mine: Collection[int],
+    ranks: Sequence[int],
+) -> None:
+    """Refuse a loss with parameters whose gradients would stay apart.
+
+    Args:
+        loss: of the model.
+        stages: as this rank was given them.
+        mine: those that it runs.
+        ranks: that run the last one.
+
+    Raises:
+        ModelError: it learns on several ranks, or what is another rank's.
+    """
+    learning = {id(p) for p in loss.parameters if p.requires_grad}
+    where = [
+        f"stage {number} of another rank has them too"
+        for number, stage in enumerate(stages)
+        if stage is not None and number not in mine
+        for unit in units_of(stage)
+        if not learning.isdisjoint(map(id, unit.parameters()))
+    ]
+    if len(ranks) > 1:
+        where.append(f"ranks {', '.join(map(str, ranks))} run the last stage")
+    if learning and where:
+        raise ModelError(
+            f"loss_fn has {len(learning)} parameters that require a gradient, and "
+            f"{where[0]}, whose gradients nothing would add up: give them to the last "
+            "stage, or freeze them"
+        )
 
 
 def _may_be_called(function: Callable[..., Any], arguments: int) -> bool:

@@ -21,6 +21,7 @@ from pipeproof.exec.batch import (
     LossFn,
     LossScale,
     Value,
+    check_needed,
     check_scale,
 )
 from pipeproof.exec.errors import BatchError, ModelError
@@ -299,6 +300,7 @@ class Pipeline:
             torch.enable_grad(),
             step_seed(self._sources) as seed,
         ):
+            check_needed(runtime.needs_keywords, keywords)
             if record:
                 step, start, end = company.timed_step(runtime, seed, batch)
                 self._trace = measured(self.program, start, end, shared=self._shared)
@@ -406,6 +408,7 @@ class Pipeline:
             torch.no_grad(),
             step_seed(self._sources) as seed,
         ):
+            check_needed(self._runtime.needs_keywords, batch.keywords)
             return self._company.forward(
                 self._runtime, seed, batch, with_loss=with_loss
             )

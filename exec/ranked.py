@@ -37,6 +37,7 @@ from pipeproof.exec.forms import DTYPES
 from pipeproof.exec.grid import Grid
 from pipeproof.exec.homes import holders
 from pipeproof.exec.links import Links
+from pipeproof.exec.losses import check_learning
 from pipeproof.exec.opening import Opening
 from pipeproof.exec.rng import of_replica
 from pipeproof.exec.runtime import Runtime
@@ -98,6 +99,8 @@ class Ranked:
         ]
         check_given(stages, mine, self._ranks.rank)
         check_wrapped(stages, schedule, grid.peers)
+        last = grid.holders(schedule, schedule.stages - 1)
+        check_learning(of.loss, stages, mine, last)
         optimizers, scale = of.optimizers, of.loss_scale
         steps = {n: in_words(optimizers[n]) for n in mine} if optimizers else {}
         first_unit = agree(grid, schedule, stages, mine, device.type, scale, steps)
@@ -192,9 +195,12 @@ class Ranked:
         """Of the gradient of each parameter of the model, once, in their order."""
         counted = set(self.ties.elsewhere)
         ours = []
+        last = self._schedule.stages - 1
         for (number, device), stage in sorted(self.homes.items()):
             if holders(self._schedule, number)[0] == device:
-                own = [p for p in stage.parameters if id(p) not in counted]
+                of_loss = self._of.loss.parameters if number == last else []
+                every = [*stage.parameters, *of_loss]
+                own = [p for p in every if id(p) not in counted]
                 counted.update(map(id, own))
                 ours.append([number, clipping.norms(own, norm_type)])
         said = self._ranks.exchange(ours, "the other ranks' norms")

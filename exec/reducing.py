@@ -202,7 +202,7 @@ class _Reduction:
             places.append(place)
             first += parameter.numel()
             if (grad := self.grads[number]) is not None:
-                place.copy_(grad)
+                place.copy_(grad.to_dense() if grad.is_sparse else grad)
                 self.grads[number] = None
         if count:
             self._add_up(whole, part)

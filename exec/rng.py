@@ -6,15 +6,18 @@ the same whatever the schedule, with or without recomputation, wherever the cuts
 between stages fall, and on whatever rank a stage runs. The step seed is one draw
 from torch's default generator, whose own stream goes on after that draw.
 
-Python's `random` and numpy's generators are not keyed.
+What a backward draws has no key: it is refused. Python's `random` and numpy's
+generators are not keyed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+
+from pipeproof.exec.errors import ModelError
 
 _MASK = (1 << 64) - 1
 
@@ -78,3 +81,44 @@ def seed(sources: Sequence[torch.Generator], number: int) -> None:
     """Start every one of these generators from a key."""
     for generator in sources:
         generator.manual_seed(number)
+
+
+class Draws:
+    """Refuses backwards of a stage that draw random numbers; looks at one in each step.
+
+    Args:
+        number: of the stage.
+        sources: that its units draw from.
+    """
+
+    def __init__(self, number: int, sources: Sequence[torch.Generator]) -> None:
+        self._number, self._sources = number, sources
+        self._known = False
+
+    def begin(self) -> None:
+        """Another step."""
+        self._known = False
+
+    def refused(self) -> AbstractContextManager[None]:
+        """To run a backward in.
+
+        Raises:
+            ModelError: it draws.
+        """
+        return _NOTHING if self._known else self._refused()
+
+    @contextmanager
+    def _refused(self) -> Iterator[None]:
+        self._known = True
+        states = [source.get_state() for source in self._sources]
+        yield
+        for source, state in zip(self._sources, states):
+            if not torch.equal(source.get_state(), state):
+                raise ModelError(
+                    f"stage {self._number} draws random numbers in its backward, which "
+                    "have no key and would depend on the schedule: draw them in "
+                    "forward, and save them for the backward"
+                )
+
+
+_NOTHING = nullcontext()

@@ -47,8 +47,9 @@ class Runtime:
     Attributes:
         here: the instructions that this process runs.
         stages: that run here.
-        parameters: of these, each once; the user's own.
+        parameters: of these and of the loss, if it is here, each once; the user's own.
         takes_keywords: names of keyword inputs that any unit here takes.
+        needs_keywords: those of them that it has no default for.
         clock: of the last timed step.
         ran_s: seconds that the last one took which was not timed.
     """
@@ -63,11 +64,16 @@ class Runtime:
     ) -> None:
         self._program, self._devices, self._around = program, devices, around
         self.stages = list({id(stage): stage for stage in homes.values()}.values())
-        self.parameters = list(
-            {id(p): p for s in self.stages for p in s.original.parameters}.values()
-        )
+        own = [p for stage in self.stages for p in stage.original.parameters]
+        last = program.schedule.stages - 1
+        if any(stage.number == last for stage in self.stages):
+            own += around.of_loss
+        self.parameters = list({id(p): p for p in own}.values())
         self.takes_keywords = frozenset[str]().union(
             *(stage.takes_keywords for stage in self.stages)
+        )
+        self.needs_keywords = frozenset[str]().union(
+            *(stage.needs_keywords for stage in self.stages)
         )
         kinds = {stage.device.type for stage in self.stages}
         self._kinds = sorted(filter(torch.amp.is_autocast_available, kinds))

@@ -23,7 +23,8 @@ A parameter's gradient is formed in I as well, and W only adds it to `.grad`,
 * where its fork has vectors only, as a norm's has: these gradients and the
   input's are one pass over the data, and W would need two tensors to repeat it;
 * where the stage runs parts of its forward again in its backward (checkpointing),
-  or its first forward puts a hook on a tensor: these would run in I and in W.
+  or its first forward, or the first behind other hooks on its modules, puts a hook on
+  a tensor: these would run in I and in W.
 
 I is the undivided backward, and nothing is left to W, where autograd refuses to
 be asked for some gradients only (reentrant checkpointing) or to keep the graph
@@ -96,6 +97,16 @@ class Splitter:
         self._plans: list[Plan] = []
         self._at_once = False
         self._watched = False
+        self._hooks: list[tuple[int, ...]] = []
+
+    def begin(self) -> None:
+        """Another step; hooks on modules may be others, and put hooks on tensors."""
+        hooks = [
+            (*module._forward_pre_hooks, *module._forward_hooks)
+            for module in self._modules
+        ]
+        if hooks != self._hooks:
+            self._hooks, self._watched = hooks, False
 
     def forget(self) -> None:
         """The stage has other parameters than before."""

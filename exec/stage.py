@@ -14,7 +14,7 @@ from pipeproof.exec.batch import NO_KEYWORDS, Value
 from pipeproof.exec.batch_norm import deferred
 from pipeproof.exec.buffers import Buffers
 from pipeproof.exec.errors import ModelError
-from pipeproof.exec.rng import generators, key, seed
+from pipeproof.exec.rng import Draws, generators, key, seed
 from pipeproof.exec.selective import Calls, Recording, Selection
 from pipeproof.exec.skips import (
     NO_ROUTES,
@@ -29,6 +29,7 @@ from pipeproof.exec.stash import addresses
 from pipeproof.exec.units import (
     StageModule,
     carried_on,
+    keywords_needed,
     keywords_of,
     modules_of,
     takes_carry,
@@ -116,7 +117,11 @@ class Stage:
         self.buffers = Buffers(number, self.modules)
         self.carries = sum(map(takes_carry, self.units))
         self.takes_keywords = frozenset[str]().union(*self._keywords)
+        self.needs_keywords = self.takes_keywords.intersection(
+            name for unit in self.units for name in keywords_needed(unit)
+        )
         self._generators = generators(device)
+        self.draws = Draws(number, self._generators)
         self.splitter = Splitter(self.modules)
         self._staying: frozenset[int] | None = None
         self.selection: Selection | None = None
@@ -156,6 +161,8 @@ class Stage:
         for norm in self._deferred:
             norm.forget()
         self.buffers.begin()
+        self.draws.begin()
+        self.splitter.begin()
         if self.selection is not None:
             self.selection.begin()
         self._plan = [

@@ -120,16 +120,27 @@ def keywords_of(unit: nn.Module) -> frozenset[str]:
     Not the first one, which is its input, nor the carry, nor what `**kwargs` would
     take without a name.
     """
+    return frozenset(parameter.name for parameter in _named(unit))
+
+
+def keywords_needed(unit: nn.Module) -> frozenset[str]:
+    """Those without which its forward cannot be called; a hook may give it some."""
+    if unit._forward_pre_hooks:
+        return frozenset()
+    return frozenset(p.name for p in _named(unit) if p.default is p.empty)
+
+
+def _named(unit: nn.Module) -> list[inspect.Parameter]:
     # torch.compile's wrapper takes anything, and hands it on.
     forward = getattr(unit, "_orig_mod", unit).forward
     try:
         parameters = list(inspect.signature(forward).parameters.values())
     except (TypeError, ValueError):  # a forward written in C
-        return frozenset()
+        return []
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     positional = [p for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
     own = {p.name for p in positional[: 2 if takes_carry(unit) else 1]}
-    return frozenset(p.name for p in parameters if p.kind in named) - own
+    return [p for p in parameters if p.kind in named and p.name not in own]
 
 
 def takes_of(unit: nn.Module) -> dict[str, str]:

@@ -94,6 +94,35 @@ def test_hooks_on_what_is_tied_see_each_stage_s_gradient(name: str) -> None:
     assert found[0].abs().max() <= 0.08
 
 
+def test_hooks_that_come_later_and_put_hooks_on_tensors() -> None:
+    """In I and in W they would run twice."""
+    stages, twin = mlp(4), mlp(4)
+    plan = catalog.make("zb-h1", devices=4, micro_batches=4)
+    pipeline = Pipeline(stages, plan, mse)
+    x, y = rows()
+    found = []
+    for layers in (stages, twin):
+        calls: list[int] = []
+        for later in (False, True):
+            if later:
+                layers[1][0].register_forward_hook(
+                    lambda module, inputs, output, calls=calls: (
+                        output.register_hook(
+                            lambda grad: calls.append(1) or grad.clamp(-0.01, 0.01)
+                        )
+                        and None
+                    )
+                )
+            if layers is stages:
+                pipeline.step(x, y)
+            else:
+                reference(layers, plan, mse, x, y)
+        found.append(len(calls))
+
+    assert found == [4, 4]
+    assert all(map(torch.equal, grads(stages), grads(twin)))
+
+
 def test_a_learning_rate_that_has_a_scheduler() -> None:
     """It hides the optimizer's `step` behind a function of its own."""
     stages, twin = mlp(2), mlp(2)

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from pipeproof.exec import BatchError, LossError, Pipeline, reference
 from pipeproof.exec.losses import Loss
-from pipeproof.sched import catalog
+from pipeproof.sched import catalog, recompute
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCHEDULE = catalog.make("1f1b", devices=2, micro_batches=3)
@@ -72,6 +72,45 @@ def test_one_that_may_take_targets_gets_them() -> None:
     loss = Pipeline(stages, SCHEDULE, optional).step(x, y)
 
     assert torch.equal(loss, reference(twins, SCHEDULE, mse, x, y))
+
+
+class Weighed(nn.Module):
+    """A loss that learns."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.rand(4, dtype=torch.float64))
+        self.model = model
+
+    def forward(self, output: Tensor, targets: Tensor) -> Tensor:
+        found = (mse(output, targets, reduction="none") * self.weights).mean()
+        for p in [] if self.model is None else self.model.parameters():
+            found = found + p.square().sum()
+        return found
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1", "chimera"])
+@pytest.mark.parametrize("regularised", [False, True])
+def test_a_loss_that_learns(regularised: bool, name: str) -> None:
+    """By itself, and of the model; batch norms of the model stay their stages' own."""
+    made = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).double() for _ in "ab"]
+    if name == "chimera":
+        made = mlp(2)
+    ours, theirs = nn.Sequential(*made), copy.deepcopy(nn.Sequential(*made))
+    losses = [Weighed(model if regularised else None) for model in (ours, theirs)]
+    losses[1].weights.data.copy_(losses[0].weights)
+    plan = recompute(catalog.make(name, devices=2, micro_batches=4), "always")
+    pipeline = Pipeline([*ours], plan, losses[0])
+    x, y = torch.randn(2, 9, 4, dtype=torch.float64)
+    pipeline.step(x, y)
+    for part, labels in zip(x.tensor_split(4), y.tensor_split(4)):
+        (losses[1](theirs(part), labels) * (len(part) / 9)).backward()
+
+    whole = [*theirs.parameters(), losses[1].weights]
+    norm = nn.utils.clip_grad_norm_(whole, 1e-2)
+    assert pipeline.clip_grad_norm_(1e-2) == pytest.approx(norm.item(), rel=1e-12)
+    found = [p.grad for p in (*ours.parameters(), losses[0].weights)]
+    assert close(found, [p.grad for p in whole])
 
 
 def test_slices_count_with_their_positions() -> None:

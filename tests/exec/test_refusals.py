@@ -29,6 +29,7 @@ from pipeproof.exec import (
     trace,
 )
 from pipeproof.exec.homes import refuse_shared
+from pipeproof.exec.losses import Loss, check_learning
 from pipeproof.exec.recomputed import recompute_only
 from pipeproof.exec.sharded import check_wrapped
 from pipeproof.exec.stage import Stage
@@ -112,6 +113,16 @@ def wrapped() -> nn.Module:
 
 def changing_buffers() -> list[nn.Module]:
     return [nn.BatchNorm1d(4, dtype=torch.float64) for _ in range(4)]
+
+
+class Rolls(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * torch.rand_like(grad)
 
 
 def changed_since() -> None:
@@ -333,6 +344,10 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "loss": lambda: step(loss=lambda y, _: y),
     "no gradient": lambda: step(loss=lambda y, _: y.detach().sum()),
     "weights": lambda: step(scale=lambda _: 0),
+    "random backward": lambda: step(
+        stages=[*mlp(1), nn.Sequential(*mlp(1), Does(Rolls.apply))]
+    ),
+    "keyword needed": lambda: step(stages=[Taking(), *mlp(1)]),
     "changed": lambda: changed_since(),
     "shared state": lambda: step(stages=[(norm := changing_buffers()[0]), norm]),
     "replicas": lambda: step(stages=changing_buffers(), plan=schedule("chimera", 4)),
@@ -468,6 +483,9 @@ WHERE_RANKS_ARE = {
 
 
 TIES: dict[str, Callable[[], Any]] = {
+    "loss learns": lambda: check_learning(
+        Loss.of(nn.PReLU(4)), [None, *mlp(1)], [1], [1, 3]
+    ),
     "tied, sharded": lambda: with_sharded(
         lambda stages: _refuse_sharded((0, 1), stages)
     ),

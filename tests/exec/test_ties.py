@@ -116,6 +116,7 @@ def test_a_step_that_breaks_off_leaves_what_was_there(fails: bool) -> None:
         Tied("interleaved", 2, told=(0, 1)),
         Tied("interleaved", 4, told=(2,)),
         Tied("zb-v", 2, told=()),
+        Tied("1f1b", 2, sparse=True),
         Tied("chimera", 4),
         Tied("chimera", 4, told=(1,), pair=(0, 1)),
         Tied("dualpipe", 4, pair=(1, 3)),

@@ -152,6 +152,28 @@ def test_keyword_inputs_of_ranks(do: Do, one_thread: None) -> None:
         assert "no unit takes the keyword input 'musk'" in said
 
 
+class Asking(nn.Module):
+    def forward(self, x: Any, other: Any, power: float = 1.0) -> Any:
+        return x * other**power
+
+
+def test_a_keyword_that_is_needed_is_asked_for() -> None:
+    """Of several inputs the first alone is what goes from stage to stage."""
+    schedule = catalog.make("gpipe", devices=2, micro_batches=2)
+    stages = [nn.Linear(WIDTH, WIDTH, dtype=torch.float64), Asking()]
+    pipeline = Pipeline(stages, schedule, mse)
+    x, y = torch.randn(2, 6, WIDTH, dtype=torch.float64)
+    for call in (pipeline.step, pipeline.evaluate):
+        with pytest.raises(BatchError, match=r"give keywords=\{'other': …\}"):
+            call((x, y), y)
+    pipeline.step(x, y, keywords={"other": y})
+
+    stages[1].register_forward_pre_hook(
+        lambda _, inputs, given: (inputs, given | {"other": 2.0}), with_kwargs=True
+    )
+    Pipeline(stages, schedule, mse).step(x, y)
+
+
 def packed_step(**given: Any) -> None:
     schedule = catalog.make("gpipe", devices=2, micro_batches=2)
     x, y = torch.randn(2, 6, WIDTH, dtype=torch.float64)

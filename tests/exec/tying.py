@@ -24,12 +24,25 @@ class Tied:
         name, devices: of the schedule.
         told: ranks that are given all stages; the others only have their own.
         pair: the two.
+        sparse: whether the first of these looks its weight up, as a table.
     """
 
     name: str = "1f1b"
     devices: int = 4
     told: tuple[int, ...] = (0, 1, 2, 3)
     pair: tuple[int, int] = (0, -1)
+    sparse: bool = False
+
+
+class Table(nn.Module):
+    """One whose gradient is sparse."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + functional.embedding(x.argmax(1), self.weight, sparse=True)
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,8 @@ def tied(ranks: Ranks | bool, job: Tied) -> Trained:
     ]
     one, other = job.pair
     stages[other][0].weight = stages[one][0].weight
+    if job.sparse:
+        stages[one][0] = Table(stages[one][0].weight)
     mine = list(range(schedule.stages))
     given: list[Any] = list(stages)
     if isinstance(ranks, Ranks):
