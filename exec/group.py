@@ -43,6 +43,8 @@ TIMEOUT_S = 30.0
 P2P_WARNING = "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING"
 TAGS = ("control", "headers", "loans")
 """Of the communicator that all ranks share."""
+OF = "\t"
+"""Between what a text is of, and the text."""
 Along = dist.ProcessGroup | DeviceMesh
 """Processes of torch.distributed along one dimension."""
 
@@ -193,6 +195,9 @@ class Ranks:
         Args:
             value: anything that JSON can hold.
             what: it is, for messages.
+
+        Raises:
+            RankError: another rank says something of something else.
         """
         texts = self.ask(json.dumps(value), what)()
         return [
@@ -209,7 +214,8 @@ class Ranks:
         Source:
             Bruck et al. 1997, IEEE TPDS 8(11), the concatenation.
         """
-        said = [text]  # of this rank, of the one before it, and so on
+        # Of this rank, of the one before it, and so on.
+        said = [f"{what}{OF}{text}"]
         sent = self._pass_on(said, 1)
 
         def answers() -> list[str]:
@@ -225,9 +231,26 @@ class Ranks:
             for pending in self._said:
                 pending.let_go()
             self._said = sent
-            return [said[(self.rank - rank) % self.size] for rank in range(self.size)]
+            return [
+                self._about(what, rank, said[(self.rank - rank) % self.size])
+                for rank in range(self.size)
+            ]
 
         return answers
+
+    def _about(self, what: str, rank: int, text: str) -> str:
+        """What a rank said, if it is what was asked for.
+
+        Raises:
+            RankError: that rank is at something else.
+        """
+        of, _, rest = text.partition(OF)
+        if of != what:
+            raise RankError(
+                f"rank {rank} is at {of!r}, and rank {self.rank} at {what!r}: call the "
+                "same on all ranks, in the same order"
+            )
+        return rest
 
     def _pass_on(self, said: list[str], distance: int) -> list[Pending]:
         """A round: as much as is new to the rank so far away."""
@@ -246,10 +269,10 @@ class Ranks:
         """
         if self.rank != speaker:
             source = self._texts[speaker]
-            heard = json.loads(source.receive(what))
+            heard = source.receive(what)
             source.expect()
-            return heard
-        text = json.dumps(value)
+            return json.loads(self._about(what, speaker, heard))
+        text = f"{what}{OF}{json.dumps(value)}"
         for target in self._texts.values():
             self._said += target.send(text, followed=False)
         return value
@@ -348,6 +371,9 @@ class Ranks:
             if peer is not None and self._beats.has_left(peer):
                 break
             time.sleep(POLL_S)
+        if peer is not None and self._beats.has_left(peer):
+            text = f"has left, and rank {self.rank} waits for {what}"
+            self.record.write(Failure(peer, text))
         whom = "another rank" if peer is None else f"rank {peer}"
         text = f"lost its link to {whom}, waiting for {what}: "
         text += f"{type(error).__name__}: {error}"

@@ -198,6 +198,7 @@ class Pipeline:
                 list(stages),
                 self._loss,
                 loss_scale,
+                messages,
                 check_finite,
                 optimizers,
                 recomputed,

@@ -100,7 +100,9 @@ class Ranked:
         check_wrapped(stages, schedule, grid.peers)
         optimizers, scale = of.optimizers, of.loss_scale
         steps = {n: in_words(optimizers[n]) for n in mine} if optimizers else {}
-        first_unit = agree(grid, schedule, stages, mine, device.type, scale, steps)
+        first_unit = agree(
+            grid, schedule, stages, mine, device.type, scale, of.messages, steps
+        )
         self.homes: dict[tuple[int, int], Stage] = {}
         for number in mine:
             module = stages[number]
@@ -142,7 +144,7 @@ class Ranked:
         self, runtime: Runtime, seed: int, batch: Batch
     ) -> tuple[Step, Array, Array]:
         """As `step`; and when this pipeline's instructions started and ended."""
-        step = self._opened(runtime, seed, batch)
+        step = self._opened(runtime, seed, batch, what="recorded step")
         self.links.messages.agree()  # before anything else is exchanged
         offset = self._ranks.clock_offset()
         messages, reducers = (
@@ -172,7 +174,8 @@ class Ranked:
         self, runtime: Runtime, seed: int, batch: Batch, *, with_loss: bool
     ) -> Step:
         """The forwards alone of all ranks."""
-        step = self._opened(runtime, seed, batch, "forward", with_loss)
+        what = "evaluation" if with_loss else "prediction"
+        step = self._opened(runtime, seed, batch, "forward", with_loss, what)
         runtime.forward(step)
         self._close(step)
         return step
@@ -208,6 +211,7 @@ class Ranked:
         batch: Batch,
         kind: str = "step",
         with_loss: bool = True,
+        what: str = "step",
     ) -> Step:
         """The step; all ranks have agreed on it when the first message is due.
 
@@ -219,7 +223,9 @@ class Ranked:
         takes = runtime.takes_keywords
         opening, messages = self._opening, self.links.messages
         line = opening.line(kind, batch, sizes, found, takes)
-        answers = self._ranks.ask(f"{step.seed} {line}", "the other ranks' next step")
+        answers = self._ranks.ask(
+            f"{step.seed} {line}", f"the other ranks' next {what}"
+        )
 
         def agreed() -> bool:
             said = [text.split(" ", 1) for text in answers()]

@@ -15,6 +15,7 @@ import torch
 
 from pipeproof.exec.clock import Clock
 from pipeproof.exec.errors import BatchError, RankError, StepError
+from pipeproof.exec.failure import in_words
 from pipeproof.exec.finite import check_before
 from pipeproof.exec.instructions import Instructions, Runs, Surroundings, nothing
 from pipeproof.exec.replicas import Run
@@ -175,7 +176,7 @@ class Runtime:
         if left and self._program.schedule.has(Kind.STEP):
             left = HALF_UPDATED
         where += f"{', ' if instruction.ops else ''}device {self._device(index)})"
-        text = f"the step broke off at {where}: {type(error).__name__}: {error}{left}"
+        text = f"the step broke off at {where}: {in_words(error)}{left}"
         return (
             type(error)(text) if isinstance(error, PipeproofError) else StepError(text)
         )
