@@ -26,7 +26,7 @@ from torch._C._distributed_c10d import Backend, PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store
 
-from pipeproof.exec.beats import BETWEEN_STEPS, LOST_S, Beats
+from pipeproof.exec.beats import BETWEEN_STEPS, LOST_S, Beats, nowhere
 from pipeproof.exec.errors import RankError
 from pipeproof.exec.failure import Failure, Record, failure_of
 from pipeproof.exec.host import host_clock
@@ -61,7 +61,8 @@ class Ranks:
         store: where the ranks meet, theirs alone.
         rank: this one's number.
         size: how many there are.
-        timeout_s: a step breaks off if no rank moves for so long.
+        timeout_s: a step breaks off if no rank moves for so long: none begins an op,
+            or gets what it waits for.
         lost_s: a rank that is silent for so long is lost; see `Silence`.
 
     Attributes:
@@ -420,7 +421,15 @@ class Ranks:
                 self.record.write(failure_of(error, self.rank, what))
             raise
         finally:
-            self._beats.at = BETWEEN_STEPS
+            self._beats.at, self._beats.where = BETWEEN_STEPS, nowhere
+
+    def within(self, where: Callable[[], str]) -> None:
+        """Have others know where in what it does together this rank is.
+
+        Args:
+            where: says so, in another thread; going on there is a move.
+        """
+        self._beats.where = where
 
     def leave(self) -> None:
         """End the threads, and be missed by no rank any more.

@@ -218,6 +218,7 @@ class Ranked:
         Rank 0 has the seed, and so, where nothing else is asked for, all that its
         first ops need: it waits for the others when it has something for them.
         """
+        self._ranks.within(runtime.where)
         step, sizes, found = self._parts(seed, batch, with_loss=with_loss)
         untold = self._last and with_loss and "targets" not in sizes
         takes = runtime.takes_keywords

@@ -144,6 +144,31 @@ def told(ranks: Ranks, fault: Fault) -> str:
     return "nothing"
 
 
+def endless(ranks: Ranks, fault: Fault) -> str:
+    """An op that does not come to its end until a rank says that all stand still."""
+    store = PrefixStore(f"{fault}", ranks.store)
+    company = Ranks(store, ranks.rank, ranks.size, timeout_s=1)
+
+    def wait() -> None:
+        while True:
+            company.check()
+
+    stages: list[Any] = [nn.Linear(WIDTH, WIDTH) for _ in range(ranks.size)]
+    if ranks.rank == fault.rank:
+        stages[ranks.rank] = Failing(wait)
+    else:
+        stages[fault.rank] = None
+    schedule = catalog.make("1f1b", devices=ranks.size, micro_batches=4)
+    x = torch.ones(8, WIDTH)
+    try:
+        Pipeline(stages, schedule, sum_of_squares, ranks=company).step(x, x)
+    except RankError as error:
+        return str(error)
+    finally:
+        company.leave()
+    return "nothing"
+
+
 def standing_still(ranks: Ranks, fault: Fault) -> str:
     """One rank is in a step and does nothing, until another one says so."""
     store = PrefixStore(f"{fault}", ranks.store)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from failing import (
     OTHERWISE,
     Fault,
+    endless,
     faulty,
     interrupted,
     leaving_a_pid,
@@ -223,6 +225,31 @@ def test_ranks_that_stand_still(do: Do) -> None:
         assert "no rank has moved for 1 s:\n" in message
         assert "  rank 2: 0 a long op\n" in message
         assert "waiting for the other ranks' skips" in message
+
+
+def test_an_op_that_does_not_end(do: Do) -> None:
+    """Nobody learned in which op of the step it was."""
+    for message in do(endless, Fault("endless", 1)):
+        assert "no rank has moved for 1 s:\n" in message
+        assert re.search(r"  rank 1: \d+ the step, in 1F2\n", message)
+        assert "the step, in 0B0, waiting for the header of gradient 1→0:0" in message
+
+
+def test_who_goes_on_moves() -> None:
+    """A rank with much to do before it next waits for another was taken for stuck."""
+    store, ops = HashStore(), iter(range(200))
+    beats = Beats(store, Record(store), 0, 1, timeout_s=0.004, lost_s=0.012)
+    beats.at, beats.where = "the step", lambda: f"op {next(ops, 200)}"
+    beats.start()
+
+    while (failure := beats._record.read()) is None:
+        pass
+    beats.stop()
+
+    assert (
+        str(failure)
+        == "no rank has moved for 0.004 s:\n  rank 0: 0 the step, in op 200"
+    )
 
 
 def test_a_rank_that_is_interrupted_while_it_waits(do: Do) -> None:
