@@ -57,6 +57,7 @@ experiments: $(VENV)/ready
 	$(BIN)/python experiments/zero_bubble_tables.py
 	$(BIN)/python experiments/recomputation.py
 	$(BIN)/python experiments/amoebanet.py
+	$(BIN)/python experiments/largest_gpt.py
 	$(BIN)/python experiments/real_work.py
 	$(BIN)/python experiments/partitioning.py
 	$(BIN)/python experiments/policies.py

@@ -24,6 +24,7 @@ from pipeproof.exec.sharded import is_sharded
 from pipeproof.exec.skips import Offer, Routes, gives_of, said_to_take
 from pipeproof.exec.units import StageModule, modules_of, offers_of, units_of
 from pipeproof.sched import Schedule
+from pipeproof.sched.lower import Messages
 
 
 def check_given(
@@ -77,6 +78,7 @@ def agree(
     mine: Sequence[int],
     kind: str,
     loss_scale: LossScale,
+    messages: Messages,
     optimizers: Mapping[int, str],
 ) -> list[int]:
     """Compare what the ranks run.
@@ -88,6 +90,7 @@ def agree(
         mine: likewise.
         kind: of device, such as cpu.
         loss_scale: as for `Pipeline`.
+        messages: likewise; how they are posted decides their order on a link.
         optimizers: of this rank's stages, in words.
 
     Returns:
@@ -99,6 +102,7 @@ def agree(
     same = {
         "schedule": f"{schedule.summary} ({schedule.digest})",
         "loss_scale": "a callable" if callable(loss_scale) else loss_scale,
+        "messages": messages,
         "kind of device": kind,
         "torch": torch.__version__,
         "pipeproof": version("pipeproof"),

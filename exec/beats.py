@@ -81,6 +81,11 @@ def beat_of(rank: int) -> str:
     return f"beat {rank}"
 
 
+def nowhere() -> str:
+    """Of what has no parts."""
+    return ""
+
+
 def process_of(rank: int) -> str:
     """The key of what a rank's process is called."""
     return f"process {rank}"
@@ -98,6 +103,7 @@ class Beats:
 
     Attributes:
         at: what its rank is doing.
+        where: says where in that it is.
         moves: counts what it has waited for.
         waits: for what it waits meanwhile, and on which wire if it does so there.
         aborts: end what is under way between devices, of which no wait is in Python.
@@ -118,7 +124,7 @@ class Beats:
         self._timeout_s, self._lost_s = timeout_s, lost_s
         others = [other for other in range(size) if other != rank]
         self._silence = Silence(store, others, lost_s)
-        self.at = BETWEEN_STEPS
+        self.at, self.where = BETWEEN_STEPS, nowhere
         self.moves = 0
         self.waits: tuple[object, Wire | None] | None = None
         self.aborts: list[Callable[[], None]] = []
@@ -192,8 +198,9 @@ class Beats:
                 return
 
     def _now(self) -> str:
+        where = f", in {where}" if (where := self.where()) else ""
         waits = "" if (waits := self.waits) is None else f", waiting for {waits[0]}"
-        return f"{self.moves} {self.at}{waits}"
+        return f"{self.moves} {self.at}{where}{waits}"
 
     def _everyone(self) -> str:
         """Where all ranks are, a line each."""

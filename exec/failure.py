@@ -53,11 +53,19 @@ class Record:
         return self._found
 
 
+def in_words(error: BaseException) -> str:
+    """Its type, and what it says, if it can."""
+    try:
+        text = str(error)
+    except Exception as other:
+        text = f"its text cannot be made: {type(other).__name__}"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def failure_of(error: BaseException, rank: int, what: str) -> Failure:
     """What a rank has to say of an exception, wherever it was."""
     cause = error.__cause__ or error
     lines = ""
     if not isinstance(error, KeyboardInterrupt):  # wherever that was, was chance
         lines = "".join(traceback.format_exception(cause)).rstrip()
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return Failure(rank, f"failed in {what}: {text}", lines)
+    return Failure(rank, f"failed in {what}: {in_words(error)}", lines)

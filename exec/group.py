@@ -26,7 +26,7 @@ from torch._C._distributed_c10d import Backend, PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store
 
-from pipeproof.exec.beats import BETWEEN_STEPS, LOST_S, Beats
+from pipeproof.exec.beats import BETWEEN_STEPS, LOST_S, Beats, nowhere
 from pipeproof.exec.errors import RankError
 from pipeproof.exec.failure import Failure, Record, failure_of
 from pipeproof.exec.host import host_clock
@@ -43,6 +43,8 @@ TIMEOUT_S = 30.0
 P2P_WARNING = "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING"
 TAGS = ("control", "headers", "loans")
 """Of the communicator that all ranks share."""
+OF = "\t"
+"""Between what a text is of, and the text."""
 Along = dist.ProcessGroup | DeviceMesh
 """Processes of torch.distributed along one dimension."""
 
@@ -59,7 +61,8 @@ class Ranks:
         store: where the ranks meet, theirs alone.
         rank: this one's number.
         size: how many there are.
-        timeout_s: a step breaks off if no rank moves for so long.
+        timeout_s: a step breaks off if no rank moves for so long: none begins an op,
+            or gets what it waits for.
         lost_s: a rank that is silent for so long is lost; see `Silence`.
 
     Attributes:
@@ -193,6 +196,9 @@ class Ranks:
         Args:
             value: anything that JSON can hold.
             what: it is, for messages.
+
+        Raises:
+            RankError: another rank says something of something else.
         """
         texts = self.ask(json.dumps(value), what)()
         return [
@@ -209,7 +215,8 @@ class Ranks:
         Source:
             Bruck et al. 1997, IEEE TPDS 8(11), the concatenation.
         """
-        said = [text]  # of this rank, of the one before it, and so on
+        # Of this rank, of the one before it, and so on.
+        said = [f"{what}{OF}{text}"]
         sent = self._pass_on(said, 1)
 
         def answers() -> list[str]:
@@ -225,9 +232,26 @@ class Ranks:
             for pending in self._said:
                 pending.let_go()
             self._said = sent
-            return [said[(self.rank - rank) % self.size] for rank in range(self.size)]
+            return [
+                self._about(what, rank, said[(self.rank - rank) % self.size])
+                for rank in range(self.size)
+            ]
 
         return answers
+
+    def _about(self, what: str, rank: int, text: str) -> str:
+        """What a rank said, if it is what was asked for.
+
+        Raises:
+            RankError: that rank is at something else.
+        """
+        of, _, rest = text.partition(OF)
+        if of != what:
+            raise RankError(
+                f"rank {rank} is at {of!r}, and rank {self.rank} at {what!r}: call the "
+                "same on all ranks, in the same order"
+            )
+        return rest
 
     def _pass_on(self, said: list[str], distance: int) -> list[Pending]:
         """A round: as much as is new to the rank so far away."""
@@ -246,10 +270,10 @@ class Ranks:
         """
         if self.rank != speaker:
             source = self._texts[speaker]
-            heard = json.loads(source.receive(what))
+            heard = source.receive(what)
             source.expect()
-            return heard
-        text = json.dumps(value)
+            return json.loads(self._about(what, speaker, heard))
+        text = f"{what}{OF}{json.dumps(value)}"
         for target in self._texts.values():
             self._said += target.send(text, followed=False)
         return value
@@ -348,6 +372,9 @@ class Ranks:
             if peer is not None and self._beats.has_left(peer):
                 break
             time.sleep(POLL_S)
+        if peer is not None and self._beats.has_left(peer):
+            text = f"has left, and rank {self.rank} waits for {what}"
+            self.record.write(Failure(peer, text))
         whom = "another rank" if peer is None else f"rank {peer}"
         text = f"lost its link to {whom}, waiting for {what}: "
         text += f"{type(error).__name__}: {error}"
@@ -394,7 +421,15 @@ class Ranks:
                 self.record.write(failure_of(error, self.rank, what))
             raise
         finally:
-            self._beats.at = BETWEEN_STEPS
+            self._beats.at, self._beats.where = BETWEEN_STEPS, nowhere
+
+    def within(self, where: Callable[[], str]) -> None:
+        """Have others know where in what it does together this rank is.
+
+        Args:
+            where: says so, in another thread; going on there is a move.
+        """
+        self._beats.where = where
 
     def leave(self) -> None:
         """End the threads, and be missed by no rank any more.

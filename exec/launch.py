@@ -26,7 +26,7 @@ from torch._C._distributed_c10d import FileStore, Store
 from pipeproof.exec.allocator import keep_memory
 from pipeproof.exec.beats import LOOKS, LOST_S, Silence
 from pipeproof.exec.errors import RankError
-from pipeproof.exec.failure import Failure, Record, failure_of
+from pipeproof.exec.failure import Failure, Record, failure_of, in_words
 from pipeproof.exec.group import TIMEOUT_S, Ranks
 from pipeproof.sched.errors import ParameterError, at_least_one
 
@@ -136,11 +136,15 @@ class _Launcher:
                     del self._ears[rank]
 
     def _bury(self) -> None:
-        """Say of the first that ended badly how it did, if it could not itself."""
+        """Say of the first that ended badly how it did, if it could not itself.
+
+        Badly is also without an error and without what its function returns.
+        """
         for rank, process in list(self._alive.items()):
             if not process.is_alive():
                 del self._alive[rank]
-                if (status := process.exitcode) != 0:
+                self._hear()  # what it said last
+                if (status := process.exitcode) != 0 or rank not in self._results:
                     self._record.write(Failure(rank, _ended(status or 0)))
 
     def _listen(self) -> None:
@@ -191,7 +195,9 @@ def _rank(
     except BaseException as error:
         if not isinstance(error, RankError):
             Record(store).write(failure_of(error, rank, "its own code"))
-        print(f"rank {rank}: {error!r}" if not str(error) else error, file=sys.stderr)
+        ended = isinstance(error, RankError)  # which says of itself who it is
+        said = str(error) if ended else f"rank {rank}: {in_words(error)}"
+        sys.stderr.write(f"{said}\n")  # at once: others write too
     finally:
         # Threads and communicators may be waiting for ranks that are gone.
         sys.stdout.flush()

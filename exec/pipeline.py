@@ -199,6 +199,7 @@ class Pipeline:
                 list(stages),
                 self._loss,
                 loss_scale,
+                messages,
                 check_finite,
                 optimizers,
                 recomputed,

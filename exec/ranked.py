@@ -103,7 +103,9 @@ class Ranked:
         check_learning(of.loss, stages, mine, last)
         optimizers, scale = of.optimizers, of.loss_scale
         steps = {n: in_words(optimizers[n]) for n in mine} if optimizers else {}
-        first_unit = agree(grid, schedule, stages, mine, device.type, scale, steps)
+        first_unit = agree(
+            grid, schedule, stages, mine, device.type, scale, of.messages, steps
+        )
         self.homes: dict[tuple[int, int], Stage] = {}
         for number in mine:
             module = stages[number]
@@ -145,7 +147,7 @@ class Ranked:
         self, runtime: Runtime, seed: int, batch: Batch
     ) -> tuple[Step, Array, Array]:
         """As `step`; and when this pipeline's instructions started and ended."""
-        step = self._opened(runtime, seed, batch)
+        step = self._opened(runtime, seed, batch, what="recorded step")
         self.links.messages.agree()  # before anything else is exchanged
         offset = self._ranks.clock_offset()
         messages, reducers = (
@@ -175,7 +177,8 @@ class Ranked:
         self, runtime: Runtime, seed: int, batch: Batch, *, with_loss: bool
     ) -> Step:
         """The forwards alone of all ranks."""
-        step = self._opened(runtime, seed, batch, "forward", with_loss)
+        what = "evaluation" if with_loss else "prediction"
+        step = self._opened(runtime, seed, batch, "forward", with_loss, what)
         runtime.forward(step)
         self._close(step)
         return step
@@ -214,18 +217,22 @@ class Ranked:
         batch: Batch,
         kind: str = "step",
         with_loss: bool = True,
+        what: str = "step",
     ) -> Step:
         """The step; all ranks have agreed on it when the first message is due.
 
         Rank 0 has the seed, and so, where nothing else is asked for, all that its
         first ops need: it waits for the others when it has something for them.
         """
+        self._ranks.within(runtime.where)
         step, sizes, found = self._parts(seed, batch, with_loss=with_loss)
         untold = self._last and with_loss and "targets" not in sizes
         takes = runtime.takes_keywords
         opening, messages = self._opening, self.links.messages
         line = opening.line(kind, batch, sizes, found, takes)
-        answers = self._ranks.ask(f"{step.seed} {line}", "the other ranks' next step")
+        answers = self._ranks.ask(
+            f"{step.seed} {line}", f"the other ranks' next {what}"
+        )
 
         def agreed() -> bool:
             said = [text.split(" ", 1) for text in answers()]

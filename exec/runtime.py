@@ -15,6 +15,7 @@ import torch
 
 from pipeproof.exec.clock import Clock
 from pipeproof.exec.errors import BatchError, RankError, StepError
+from pipeproof.exec.failure import in_words
 from pipeproof.exec.finite import check_before
 from pipeproof.exec.instructions import Instructions, Runs, Surroundings, nothing
 from pipeproof.exec.replicas import Run
@@ -78,7 +79,7 @@ class Runtime:
         kinds = {stage.device.type for stage in self.stages}
         self._kinds = sorted(filter(torch.amp.is_autocast_available, kinds))
         self.clock: Clock
-        self.ran_s = 0.0
+        self.ran_s, self._at = 0.0, -1
         self._space = Workspace(program, homes)
         self._instructions = Instructions(self._space, loss_fn, devices, around)
         self.here = self._instructions.here
@@ -112,6 +113,10 @@ class Runtime:
         self._walk(step, runs, self._complete)
         return clock.read()
 
+    def where(self) -> str:
+        """The instruction under way, for messages."""
+        return "" if self._at < 0 else self._program[self._at].label
+
     def forward(self, step: Step) -> None:
         """The forwards alone, without gradients; outputs go into the step.
 
@@ -132,17 +137,17 @@ class Runtime:
 
     def _walk(self, step: Step, runs: Runs, then: Run, left: str = HALF_DONE) -> None:
         """Run these, and then that; what a broken step leaves is said, if anything."""
-        index = -1
         self._begin(step)
         try:
-            for index, run in runs:  # noqa: B007
+            for self._at, run in runs:
                 run()
             then()
         except (RankError, BatchError):  # say where by themselves
             raise
         except Exception as error:
-            raise self._broken(index, error, left) from error
+            raise self._broken(self._at, error, left) from error
         finally:
+            self._at = -1
             self._end()
 
     def _begin(self, step: Step) -> None:
@@ -183,7 +188,7 @@ class Runtime:
         if left and self._program.schedule.has(Kind.STEP):
             left = HALF_UPDATED
         where += f"{', ' if instruction.ops else ''}device {self._device(index)})"
-        text = f"the step broke off at {where}: {type(error).__name__}: {error}{left}"
+        text = f"the step broke off at {where}: {in_words(error)}{left}"
         return (
             type(error)(text) if isinstance(error, PipeproofError) else StepError(text)
         )

@@ -12,6 +12,7 @@ from pipeproof.exec.skips import Routes
 from pipeproof.exec.ties import Shares
 from pipeproof.exec.units import StageModule
 from pipeproof.exec.updating import Optimizers
+from pipeproof.sched.lower import Messages
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Training:
     Attributes:
         stages: as given; of other ranks they may be None.
         loss: of the last stage's output.
-        loss_scale, check_finite, optimizers, recomputed: as given.
+        loss_scale, messages, check_finite, optimizers, recomputed: as given.
         routes: of the stages' skip connections.
         shares: what stages share.
     """
@@ -29,6 +30,7 @@ class Training:
     stages: Sequence[StageModule | None]
     loss: Loss
     loss_scale: LossScale
+    messages: Messages
     check_finite: bool
     optimizers: Optimizers | None
     recomputed: Recomputed | None

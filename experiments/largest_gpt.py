@@ -289,17 +289,17 @@ def row(size: Size, way: Way) -> list[str]:
 HEAD = """\
 # The largest GPT in 8 GiB a device, counted without a device
 
-A GPT of width {size.width}, {size.heads} heads, {size.tokens:,} tokens and a vocabulary
-of {size.vocabulary:,}, in float32 with Adam (16 bytes a parameter), as many blocks as
-there is room for; a batch of {size.rows} sequences in M micro-batches. Attention keeps
-what a GPU's memory-efficient kernel keeps. torch {torch}, its meta device: nothing is
-computed.
+A GPT of width {size.width}, with {size.heads} heads, {size.tokens:,} tokens and a
+vocabulary of {size.vocabulary:,}, in float32 with Adam (16 bytes a parameter), with as
+many blocks as there is room for; a batch of {size.rows} sequences in M micro-batches.
+Attention keeps what a GPU's memory-efficient kernel keeps. Counted on the meta device
+of torch {torch}: nothing is computed.
 
 *Predicted*: parameters, gradients, Adam's state, activations, stored inputs and tensors
 that wait at the cuts, by `partition`, which also chose the cuts. *Executed*: the
 executor runs a step on meta tensors, and all that is alive on the fullest device
 counts: temporaries, such as gradients within a layer, too. Both are the most blocks
-that fit. GiB are those of the fullest device.
+that fit; GiB are those of the fullest device.
 """
 
 

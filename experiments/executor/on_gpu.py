@@ -265,9 +265,9 @@ def largest_that_fits(here: Here) -> Table:
     table = [["schedule", "M", "recomputation", "blocks", "parameters", "peak, GiB"]]
     table[0].append("blocks predicted, without temporaries")
     for way in WAYS:
-        guess = largest(size, way, budget)
-        assert guess is not None
-        blocks, peak = guess[0], None
+        fit = largest(size, way, budget)
+        guess, peak = 0 if fit is None else fit[0], None
+        blocks = guess
         while blocks > 0 and (peak := _fits(here, size, way, blocks, budget)) is None:
             blocks -= max(1, blocks // 16)
         while peak is not None:  # may be more after a long step down
@@ -278,7 +278,7 @@ def largest_that_fits(here: Here) -> Table:
         cells = [way.schedule, f"{way.micro_batches}", way.policy]
         numbers = f"{parameters(size, blocks) / 1e6:,.1f} M" if peak else "none"
         cells += [f"{blocks}", numbers, f"{(peak or 0) / (1 << 30):.4f}"]
-        table.append([*cells, f"{guess[0]}"])
+        table.append([*cells, f"{guess}"])
     return table
 
 

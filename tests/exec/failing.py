@@ -19,6 +19,7 @@ from pipeproof.exec import Pipeline
 from pipeproof.exec.errors import RankError
 from pipeproof.exec.group import Ranks
 from pipeproof.sched import catalog
+from pipeproof.sched.lower import Messages
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,15 @@ class Failing(nn.Module):
         return self.linear(x)
 
 
+class Speechless(Exception):
+    def __str__(self) -> str:
+        raise TypeError("no words")
+
+
 def spoil(fault: Fault) -> None:
     match fault.kind:
+        case "speechless":
+            raise Speechless
         case "stage" | "lender":
             raise ValueError("no such word: 7")
         case "interrupt":
@@ -76,15 +84,27 @@ def bad_loss(output: Tensor, targets: Tensor) -> Tensor:
     raise ArithmeticError("a loss of its own")
 
 
+OTHERWISE: dict[str, Callable[[Pipeline, Tensor], object]] = {
+    "evaluation": lambda pipeline, x: pipeline.evaluate(x, x),
+    "prediction": lambda pipeline, x: pipeline.predict(x),
+    "recorded step": lambda pipeline, x: pipeline.step(x, x, record=True),
+    "norms": lambda pipeline, x: pipeline.clip_grad_norm_(1.0),
+}
+"""What one rank does while the others make a step, by what it is called."""
+
+
 def faulty(ranks: Ranks, fault: Fault) -> None:
     """Two steps, in which this happens."""
     here, kind = ranks.rank == fault.rank, fault.kind
     micro_batches = 5 if here and kind == "schedule" else 4
     devices = ranks.size + (kind == "devices")
-    name = {"lender": "bpipe", "apart": "interleaved"}.get(kind, "1f1b")
+    names = {"lender": "bpipe", "apart": "interleaved", "messages": "dualpipe"}
+    name = names.get(kind, "1f1b")
+    if kind == "messages":
+        micro_batches = 8
     schedule = catalog.make(name, devices=devices, micro_batches=micro_batches)
     stages: list[Any] = [nn.Linear(WIDTH, WIDTH) for _ in range(schedule.stages)]
-    if here and kind in ("stage", "lender", "interrupt", "signal"):
+    if here and kind in ("stage", "lender", "interrupt", "signal", "speechless"):
         stages[ranks.rank] = Failing(lambda: spoil(fault))
     elif here and kind == "shapes":
         stages[0] = nn.Linear(WIDTH, WIDTH, bias=False)
@@ -99,10 +119,16 @@ def faulty(ranks: Ranks, fault: Fault) -> None:
     elif kind == "data":
         stages[fault.rank] = Dropping()
     loss_fn = bad_loss if kind == "loss" else sum_of_squares
-    pipeline = Pipeline(stages, schedule, loss_fn, ranks=ranks)
+    posted: Messages = "grouped" if here and kind == "messages" else "single"
+    pipeline = Pipeline(stages, schedule, loss_fn, ranks=ranks, messages=posted)
     x = torch.ones(8, WIDTH)
     pipeline.step(x, x[:5] if kind == "rows" else x)
-    pipeline.step(-x, x)
+    if here and kind in OTHERWISE:
+        OTHERWISE[kind](pipeline, x)
+    if here and kind == "vanishes":
+        os._exit(0)
+    if not (here and kind == "leaves"):
+        pipeline.step(-x, x)
 
 
 def told(ranks: Ranks, fault: Fault) -> str:
@@ -113,6 +139,31 @@ def told(ranks: Ranks, fault: Fault) -> str:
         faulty(company, fault)
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
+    finally:
+        company.leave()
+    return "nothing"
+
+
+def endless(ranks: Ranks, fault: Fault) -> str:
+    """An op that does not come to its end until a rank says that all stand still."""
+    store = PrefixStore(f"{fault}", ranks.store)
+    company = Ranks(store, ranks.rank, ranks.size, timeout_s=1)
+
+    def wait() -> None:
+        while True:
+            company.check()
+
+    stages: list[Any] = [nn.Linear(WIDTH, WIDTH) for _ in range(ranks.size)]
+    if ranks.rank == fault.rank:
+        stages[ranks.rank] = Failing(wait)
+    else:
+        stages[fault.rank] = None
+    schedule = catalog.make("1f1b", devices=ranks.size, micro_batches=4)
+    x = torch.ones(8, WIDTH)
+    try:
+        Pipeline(stages, schedule, sum_of_squares, ranks=company).step(x, x)
+    except RankError as error:
+        return str(error)
     finally:
         company.leave()
     return "nothing"

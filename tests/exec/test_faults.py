@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
 
 import psutil
 import pytest
-from failing import Fault, interrupted, leaving_a_pid, standing_still, told
+from failing import (
+    OTHERWISE,
+    Fault,
+    endless,
+    faulty,
+    interrupted,
+    leaving_a_pid,
+    standing_still,
+    told,
+)
 from pool import Do
 from torch import nn
 from torch._C._distributed_c10d import HashStore
@@ -35,6 +45,15 @@ def test_a_stage_that_raises(do: Do) -> None:
             "step broke off at 2F2 (stage 2, micro-batch 2, device cpu): ValueError"
         )
         assert "in spoil\n" in said[rank], "the original traceback"
+
+
+def test_a_stage_whose_error_has_no_text(do: Do) -> None:
+    """Nobody learned where it was raised."""
+    for message in do(told, Fault("speechless", 1)):
+        assert (
+            "the step broke off at 1F2 (stage 1, micro-batch 2, device cpu): "
+            "Speechless: its text cannot be made: TypeError"
+        ) in message
 
 
 def test_a_rank_whose_memory_another_one_uses(do: Do) -> None:
@@ -80,6 +99,38 @@ def test_ranks_with_different_stages(do: Do) -> None:
         assert "  stage 0:\n    ranks 0, 2, 3: 1 units; [4, 4] torch.float32, [4]" in (
             message
         )
+
+
+def test_messages_that_are_posted_otherwise(do: Do) -> None:
+    """They came in another order than they were sent in, and gradients were wrong."""
+    for message in do(told, Fault("messages", 2)):
+        assert "  messages:\n    ranks 0, 1, 3: single\n    ranks 2: grouped" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("leaves", "rank 1 has left, and rank 0 waits for the other ranks' next step"),
+        ("vanishes", "rank 1 ended with exit status 0"),
+    ],
+)
+def test_a_rank_that_ends_before_the_others(kind: str, reason: str) -> None:
+    """They told of a broken link, or missed it after 6 s, as if it had been killed."""
+    with pytest.raises(RankError) as caught:
+        launch(faulty, 2, Fault(kind, 1))
+
+    assert str(caught.value) == reason
+
+
+@pytest.mark.parametrize("what", OTHERWISE)
+def test_a_rank_that_is_at_something_else(what: str, do: Do) -> None:
+    """Texts were taken for others, or all waited for the deadline."""
+    said = do(told, Fault(what, 1))
+
+    for message in said:
+        assert "call the same on all ranks, in the same order" in message
+        assert f" {what}" in message
+        assert "the other ranks' next step" in message
 
 
 def test_targets_of_another_batch(do: Do) -> None:
@@ -174,6 +225,31 @@ def test_ranks_that_stand_still(do: Do) -> None:
         assert "no rank has moved for 1 s:\n" in message
         assert "  rank 2: 0 a long op\n" in message
         assert "waiting for the other ranks' skips" in message
+
+
+def test_an_op_that_does_not_end(do: Do) -> None:
+    """Nobody learned in which op of the step it was."""
+    for message in do(endless, Fault("endless", 1)):
+        assert "no rank has moved for 1 s:\n" in message
+        assert re.search(r"  rank 1: \d+ the step, in 1F2\n", message)
+        assert "the step, in 0B0, waiting for the header of gradient 1→0:0" in message
+
+
+def test_who_goes_on_moves() -> None:
+    """A rank with much to do before it next waits for another was taken for stuck."""
+    store, ops = HashStore(), iter(range(200))
+    beats = Beats(store, Record(store), 0, 1, timeout_s=0.004, lost_s=0.012)
+    beats.at, beats.where = "the step", lambda: f"op {next(ops, 200)}"
+    beats.start()
+
+    while (failure := beats._record.read()) is None:
+        pass
+    beats.stop()
+
+    assert (
+        str(failure)
+        == "no rank has moved for 0.004 s:\n  rank 0: 0 the step, in op 200"
+    )
 
 
 def test_a_rank_that_is_interrupted_while_it_waits(do: Do) -> None:
