@@ -94,7 +94,8 @@ class Pipeline:
         schedule: checked before anything runs.
         loss_fn: (output of the last stage, targets) → scalar; or of the output alone,
             or None if the output is the loss: steps then take no targets.
-        devices: one for all, or one for each device of the schedule.
+        devices: one for all, or one for each device of the schedule. On torch's `meta`
+            device nothing is computed, and what is kept can be counted.
         loss_scale: how the micro-batches' losses add up to the batch's. `rows`:
             `loss_fn` is a mean over rows, and each counts with its rows; where the
             schedule has slices it is a mean over rows and positions, and each slice
