@@ -26,13 +26,14 @@ from pipeproof.exec.batch import (
 from pipeproof.exec.errors import BatchError
 from pipeproof.exec.evaluation import evaluating, joined
 from pipeproof.exec.grid import Grid
-from pipeproof.exec.group import Along, Ranks
+from pipeproof.exec.group import Ranks
 from pipeproof.exec.homes import (
     check_count,
     torch_devices,
 )
 from pipeproof.exec.input_grads import pass_on
 from pipeproof.exec.losses import Loss
+from pipeproof.exec.processes import Along
 from pipeproof.exec.ranked import Ranked
 from pipeproof.exec.recomputed import Recomputed
 from pipeproof.exec.rng import generators, step_seed
