@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
-from pipeproof.exec.group import CONNECT_S, Along, Ranks, processes_of
+from pipeproof.exec.group import CONNECT_S, Ranks
 from pipeproof.exec.homes import holders
+from pipeproof.exec.processes import Along, processes_of
 from pipeproof.sched import Schedule
 from pipeproof.sched.errors import ParameterError
 

@@ -23,13 +23,13 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Backend, PrefixStore, Store
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store
 
 from pipeproof.exec.beats import BETWEEN_STEPS, LOST_S, Beats, nowhere
 from pipeproof.exec.errors import RankError
 from pipeproof.exec.failure import Failure, Record, failure_of
 from pipeproof.exec.host import host_clock
+from pipeproof.exec.processes import Along, processes_of
 from pipeproof.exec.stores import another
 from pipeproof.exec.wires import NEVER, Pending, TextWire, Wire, gloo
 from pipeproof.sched.errors import ParameterError
@@ -45,8 +45,6 @@ TAGS = ("control", "headers", "loans")
 """Of the communicator that all ranks share."""
 OF = "\t"
 """Between what a text is of, and the text."""
-Along = dist.ProcessGroup | DeviceMesh
-"""Processes of torch.distributed along one dimension."""
 
 
 class Ranks:
@@ -446,27 +444,3 @@ class Ranks:
             if ranks is self:
                 del self._of[processes]
         atexit.unregister(self.leave)
-
-
-def processes_of(along: Along | bool) -> list[int]:
-    """The processes of a group, of a mesh of one dimension, or all of them.
-
-    Raises:
-        ParameterError: torch.distributed is not initialised, or a mesh of several
-            dimensions.
-    """
-    if not dist.is_initialized():
-        raise ParameterError(
-            "ranks need torch.distributed: call init_process_group first, or "
-            "start the ranks with pipeproof.exec.launch"
-        )
-    if isinstance(along, bool):
-        return list(range(dist.get_world_size()))
-    if isinstance(along, DeviceMesh):
-        if along.ndim != 1:
-            raise ParameterError(
-                f"a mesh of {along.ndim} dimensions is given for one: name it, as in "
-                "mesh['pp']"
-            )
-        along = along.get_group()
-    return dist.get_process_group_ranks(along)

@@ -27,13 +27,14 @@ from pipeproof.exec.batch import (
 from pipeproof.exec.errors import BatchError, ModelError
 from pipeproof.exec.evaluation import evaluating, joined
 from pipeproof.exec.grid import Grid
-from pipeproof.exec.group import Along, Ranks
+from pipeproof.exec.group import Ranks
 from pipeproof.exec.homes import (
     check_count,
     torch_devices,
 )
 from pipeproof.exec.input_grads import pass_on
 from pipeproof.exec.losses import Loss
+from pipeproof.exec.processes import Along
 from pipeproof.exec.ranked import Ranked
 from pipeproof.exec.recomputed import Recomputed
 from pipeproof.exec.rng import generators, step_seed
@@ -95,7 +96,8 @@ class Pipeline:
         schedule: checked before anything runs.
         loss_fn: (output of the last stage, targets) → scalar; or of the output alone,
             or None if the output is the loss: steps then take no targets.
-        devices: one for all, or one for each device of the schedule.
+        devices: one for all, or one for each device of the schedule. On torch's `meta`
+            device nothing is computed, and what is kept can be counted.
         loss_scale: how the micro-batches' losses add up to the batch's. `rows`:
             `loss_fn` is a mean over rows, and each counts with its rows; where the
             schedule has slices it is a mean over rows and positions, and each slice

@@ -197,7 +197,7 @@ def executed(size: Size, way: Way, blocks: int, cuts: Sequence[int]) -> list[int
 
     In a later one than the first: gradients and Adam's state are there.
     """
-    meter, optimizers = LiveBytes(), []
+    meter, moments = LiveBytes(), []
     with on_meta():
         stages = split_at(size.layers(blocks), list(cuts))
         x, y = size.batch("meta")
@@ -207,8 +207,7 @@ def executed(size: Size, way: Way, blocks: int, cuts: Sequence[int]) -> list[int
                 stage.to_empty(device="meta")  # made anew, where it counts
                 for parameter in stage.parameters():
                     parameter.grad = torch.empty_like(parameter)
-                optimizers.append(torch.optim.Adam(stage.parameters(), foreach=False))
-                optimizers[-1].step()
+                    moments += [torch.empty_like(parameter) for _ in range(2)]
             _as_devices(pipeline, meter)
             pipeline.step(x, y)
     return [meter.peak_of[device] for device in range(way.devices)]

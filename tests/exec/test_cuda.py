@@ -23,8 +23,14 @@ from pipeproof.sched import POLICIES, Kind, Schedule, catalog, lower, recompute
 from pipeproof.sched.transforms import merge_backward
 from pipeproof.sim import Cluster, Cost, simulate
 
-# The first product of a thread of autograd's may say that it had to ask for a context.
-pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{text}")
+    for text in (
+        "Attempting to run cuBLAS",  # the first product of a thread of autograd's
+        "Synchronization debug mode is a prototype",
+        "The AccumulateGrad node's stream does not match",
+    )
+]
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 two_gpus = pytest.mark.skipif(

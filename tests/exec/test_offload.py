@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from models import batch_of, grads, mlp, same
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeproof.exec import ModelError, Pipeline
+from pipeproof.exec import ModelError, Pipeline, stash
 from pipeproof.exec.stash import Copies, Stash, addresses
 from pipeproof.sched import Schedule
 
@@ -156,3 +157,40 @@ def test_a_saved_tensor_that_is_changed_in_place_is_refused() -> None:
     stages = [nn.Sequential(*mlp(1), InPlace()), *mlp(1)]
     with pytest.raises(ModelError, match=r"at 0OFFLOAD0 .*changed in place after"):
         Pipeline(stages, AWAY, mse).step(*batch())
+
+
+def test_copies_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, whose streams only note here what they are told."""
+    told = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            told.append(f"{self.name} waits for {other.name}")
+
+        def wait_event(self, event: str) -> None:
+            told.append(f"{self.name} waits for {event}")
+
+        def record_event(self) -> str:
+            return f"copies {self.name}"
+
+    compute, ways = Stream("compute"), {False: Stream("away"), True: Stream("back")}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(stash, "_stream", lambda device, back: ways[back])
+    monkeypatch.setattr(stash, "_room", lambda row, place: torch.empty_like(row))
+    place, row = Copies(torch.device("cuda", 0), CPU), torch.arange(3)
+
+    place.put([row])
+    found = place.get()
+    place.ready()
+
+    assert same(found, [row])
+    assert told == [
+        "away waits for compute",
+        "back waits for compute",
+        "back waits for copies away",
+        "compute waits for copies back",
+    ]
