@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, count
+from math import fsum
 
 from pipeproof.sched.errors import ParameterError
 
@@ -84,7 +85,8 @@ class Kept:
         full: of all activations, the stage's input included.
         stored: what a forward keeps of them where an R will run some layers again.
         rebuilt: what that R adds.
-        left: what W reads of all activations, beside the stage's input.
+        own: of all activations, beside what comes to the stage.
+        left: what W reads of these.
         input: the stage's input.
         skips: what skip connections bring from other stages.
     """
@@ -92,6 +94,7 @@ class Kept:
     full: float
     stored: float
     rebuilt: float
+    own: float
     left: float
     input: float
     skips: float
@@ -178,13 +181,18 @@ def kept(layers: Sequence[Layer], again: Collection[int], start: int = 0) -> Kep
             rebuilt += sum(size for at, size in memory.kept if at not in region)
             region |= memory.kept
         before = yes
+    # Exactly rounded, so that a part never is more than the whole.
+    own, left_own = (
+        fsum(size for at, size in of.items() if at not in came) for of in (full, left)
+    )
     if whole:  # whose forward makes no graph, and stores what has come
-        stored, rebuilt = came, sum(full.values()) - sum(came.values())
+        stored, rebuilt = came, own
     return Kept(
         full=sum(full.values()),
         stored=sum(stored.values()),
         rebuilt=rebuilt,
-        left=sum(size for at, size in left.items() if at not in came),
+        own=own,
+        left=left_own,
         input=sum(entry.values()),
         skips=sum(came.values()) - sum(entry.values()),
     )

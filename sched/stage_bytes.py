@@ -81,7 +81,7 @@ def stage_bytes(
         going = beside[number] if number < len(beside) else 0.0
         found.append(
             StageBytes(
-                of.full - came,
+                of.own,
                 of.left,
                 entry,
                 of.stored - came + entry,

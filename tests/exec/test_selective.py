@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -304,6 +305,8 @@ def test_peak_bytes_of_chosen_layers_are_the_predicted_ones(
     layers, batch, loss = MODELS[model]
     inputs, targets = batch(1)
     profile = profile_layers(layers(), inputs, loss_fn=loss, targets=targets, repeats=1)
+    # One choice, whatever the clock said.
+    profile = [replace(one, forward=1, backward=2) for one in profile]
     bare = catalog.make(name, devices=2, micro_batches=4)
     sizes = [len(stage) for stage in split_evenly(layers(), bare.stages)]
     every = [tuple(range(size)) for size in sizes]

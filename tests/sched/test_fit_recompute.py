@@ -16,6 +16,7 @@ from pipeproof.sched import (
     Kind,
     Layer,
     ParameterError,
+    Schedule,
     catalog,
     check,
     fit_recompute,
@@ -24,6 +25,7 @@ from pipeproof.sched import (
 from pipeproof.sched.fit_recompute import selective_loads
 from pipeproof.sched.partition import loads
 from pipeproof.sched.row import Row
+from pipeproof.sched.transforms import Policy
 from pipeproof.sim import cost_of_layers, simulate
 
 LAYER = Layer(forward=1, backward=2, weights=10, activations=10, input=1)
@@ -62,7 +64,7 @@ def test_only_the_devices_that_are_full_recompute() -> None:
     assert fit_recompute(found, [LAYER] * 4, [1] * 4, memory=50) == schedule
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     name=st.sampled_from(("gpipe", "1f1b", "zb-h1", "zb-v", "interleaved", "chimera")),
     share=st.floats(0, 1),
@@ -72,9 +74,11 @@ def test_only_the_devices_that_are_full_recompute() -> None:
 def test_no_choice_of_policies_that_fits_is_faster(
     name: str, share: float, skip: int, data: st.DataObject
 ) -> None:
-    """Whether one fits says a simulation, of what waits at cuts too."""
-    micro_batches = 2 if name in ("zb-v", "interleaved") else 4
-    schedule = catalog.make(name, devices=2, micro_batches=micro_batches)
+    """Whether one fits says a simulation, of what waits at cuts too.
+
+    With four stages, where only device 0 is short of memory.
+    """
+    schedule = catalog.make(name, devices=2, micro_batches=4)
     layers = [drawn(data, st.integers(0, 9)) for _ in range(schedule.stages)]
     sizes = [1] * schedule.stages
     if skip and schedule.stages == 4:
@@ -82,23 +86,44 @@ def test_no_choice_of_policies_that_fits_is_faster(
         schedule = schedule.with_skips([(1, 3)])
     cost = cost_of_layers(layers, sizes)
     found = []
-    for choice in product(POLICIES, repeat=schedule.stages):
-        plan = recompute(schedule, choice)
-        peaks = simulate(plan, cost).peak_bytes
-        found.append((max(peaks), max(loads(layers, plan, sizes)[0])))
+    last = 3 if name == "zb-v" else 2
+    free = [s for s in range(schedule.stages) if schedule.stages == 2 or s in (0, last)]
+    for choice in product(POLICIES, repeat=2):
+        policies: list[Policy] = ["never"] * schedule.stages
+        for stage, policy in zip(free, choice):
+            policies[stage] = policy
+        plan = recompute(schedule, policies)
+        taken = list(simulate(plan, cost).peak_bytes)[
+            : 1 if schedule.stages == 4 else 2
+        ]
+        found.append((max(taken), busiest(plan, layers)))
     least, most = min(found)[0], max(found)[0]
-    memory = max(1, least - 1 + share * (most - least + 1))
-    possible = [busy for taken, busy in found if taken <= memory]
+    room = max(1, least - 1 + share * (most - least + 1))
+    memory = [room, room if schedule.stages == 2 else 1000]
+    possible = [busy for taken, busy in found if taken <= room]
     if not possible:
-        with pytest.raises(ParameterError, match="no recomputation fits on device"):
+        with pytest.raises(ParameterError, match="no recomputation fits"):
             fit_recompute(schedule, layers, sizes, memory)
         return
 
     plan = fit_recompute(schedule, layers, sizes, memory)
 
     assert check(plan).ok
-    assert max(simulate(plan, cost).peak_bytes) <= memory
-    assert max(loads(layers, plan, sizes)[0]) == min(possible)
+    peaks = simulate(plan, cost).peak_bytes
+    assert all(taken <= limit for taken, limit in zip(peaks, memory))
+    assert busiest(plan, layers) == min(possible)
+
+
+def busiest(schedule: Schedule, layers: list[Layer]) -> float:
+    """Time of the device that computes longest, op by op; a layer is a stage."""
+    busy = [0.0] * schedule.devices
+    for device in range(schedule.devices):
+        for op in schedule.row(device):
+            if op.kind in (Kind.F, Kind.R):
+                busy[device] += layers[op.stage].forward
+            elif op.kind in (Kind.B, Kind.W):
+                busy[device] += layers[op.stage].backward
+    return max(busy)
 
 
 @each_row

@@ -291,7 +291,7 @@ def test_what_stages_keep_is_in_sums_over_layers(seed: int) -> None:
     for start, end in itertools.combinations(range(8), 2):
         of = kept(layers[start:end], (), start)
         ends = np.array([start]), np.array([end])
-        assert spans.kept.of(*ends) == of.full - of.input - of.skips
+        assert spans.kept.of(*ends) == of.own
         assert spans.left.of(*ends) == of.left
 
 
