@@ -92,8 +92,17 @@ class Forwards:
         def forget() -> None:
             if bring_in is not None:
                 bring_in()
-            with torch.no_grad(), stage.buffers.noting_changes(of(op)):
-                output, carry, left = compute()
+            try:
+                with torch.no_grad(), stage.buffers.noting_changes(of(op)):
+                    output, carry, left = compute()
+            except RuntimeError as error:
+                if "does not require grad and does not have" not in str(error):
+                    raise
+                raise ModelError(
+                    f"stage {op.stage} asks for gradients in its forward, which makes "
+                    "no graph where an R runs it again: do that within "
+                    "torch.enable_grad(), or do not recompute the stage"
+                ) from error
             if space.autocast:
                 # Casts of weights made here have no graph; cached, they would
                 # cut the weights off from every later forward.

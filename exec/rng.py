@@ -68,7 +68,7 @@ def generators(*devices: torch.device) -> list[torch.Generator]:
 @contextmanager
 def step_seed(sources: Sequence[torch.Generator]) -> Iterator[int]:
     """Draw the seed of a step, and leave these generators as that draw did."""
-    seed = int(torch.empty((), dtype=torch.int64).random_())
+    seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
     states = [(generator, generator.get_state()) for generator in sources]
     try:
         yield seed
