@@ -229,6 +229,14 @@ class Forwards:
                 if "leaf Variable that requires grad" not in str(error):
                     raise
                 raise ModelError(_in_place(op, leaves, before)) from error
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise ModelError(
+                    f"stage {op.stage} normalises each micro-batch by itself, and "
+                    f"micro-batch {micro_batch} has one number in a channel: give it "
+                    "more rows, or use a schedule with fewer micro-batches"
+                ) from error
             if tensors.versions(leaves) != before:
                 raise ModelError(_in_place(op, leaves, before))
             return found

@@ -344,6 +344,10 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "loss": lambda: step(loss=lambda y, _: y),
     "no gradient": lambda: step(loss=lambda y, _: y.detach().sum()),
     "weights": lambda: step(scale=lambda _: 0),
+    "one number": lambda: step(
+        stages=changing_buffers()[:2],
+        plan=catalog.make("1f1b", devices=2, micro_batches=len(X)),
+    ),
     "layout": lambda: step(X.to_sparse()),
     "gradients in forward": lambda: step(
         stages=[*mlp(1), Does(lambda x: torch.autograd.grad(x.sum() * x, x)[0])],
