@@ -249,10 +249,15 @@ def rows_of(name: str, value: Value) -> int:
     """The number of rows that all tensors of a value share.
 
     Raises:
-        BatchError: no tensor in it, or tensors of different rows.
+        BatchError: no tensor in it, one that is not cut, or different rows.
     """
     rows = set()
     for tensor in _tensors(name, value):
+        if tensor.layout != torch.strided:
+            raise BatchError(
+                f"{name} holds a tensor of layout {tensor.layout}, which is not cut "
+                "into rows: make it dense, or mark it Whole"
+            )
         if tensor.dim() == 0:
             raise BatchError(
                 f"{name} must be made of tensors with rows, got a scalar: mark it Whole"

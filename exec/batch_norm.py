@@ -13,8 +13,9 @@ M2 is the sum of squares of what is left after the mean is taken off; two such t
 make one as in Chan, Golub and LeVeque 1979 (Stanford STAN-CS-79-773), in float64. All
 is counted from the first micro-batch's mean, so a large mean cancels nothing.
 
-What is added up lies in buffers of the module, so that recomputation is undone to it
-as to any buffer, and no micro-batch counts twice. They are not in the state_dict.
+What is added up is an attribute of the module, which is another object each time, so
+that recomputation is undone to it as to any, and no micro-batch counts twice. Buffers
+are those of any batch norm.
 
 Source: Huang et al. 2018, arXiv:1811.06965, 2.3, for what is normalised; Kim et al.
 2020, arXiv:2004.09910, for deferring.
@@ -23,7 +24,7 @@ Source: Huang et al. 2018, arXiv:1811.06965, 2.3, for what is normalised; Kim et
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,28 +34,28 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pipeproof.exec.errors import ModelError
 
 
+class Sums(NamedTuple):
+    """What some micro-batches add up to.
+
+    Attributes:
+        seen: how many numbers of each channel.
+        origin: the first one's means, from which all is counted.
+        mean, squares: of what is left, and M2.
+    """
+
+    seen: Tensor
+    origin: Tensor
+    mean: Tensor
+    squares: Tensor
+
+
 class Deferred(_BatchNorm):
     """What the deferred batch norms have in common."""
 
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-    seen: Tensor
-    origin: Tensor
-    mean: Tensor
-    squares: Tensor
-    used: bool = False
-    """Whether `seen` is not 0, without asking the device."""
-
-    def make_room(self) -> None:
-        """Add the buffers for one step."""
-        nothing = torch.zeros_like(self.running_mean, dtype=torch.float64)
-        for name in ("mean", "squares"):
-            self.register_buffer(name, nothing.clone(), persistent=False)
-        self.register_buffer(
-            "origin", torch.zeros_like(self.running_mean), persistent=False
-        )
-        self.register_buffer("seen", nothing.new_zeros(()), persistent=False)
+    sums: Sums | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise by the micro-batch's own statistics, and add these up."""
@@ -68,37 +69,46 @@ class Deferred(_BatchNorm):
         )
 
     def _add(self, input: Tensor) -> None:
-        self.used = True
         dims = [dim for dim in range(input.dim()) if dim != 1]
         count = input.numel() // max(input.shape[1], 1)
-        first = input.mean(dims).to(self.origin.dtype)
-        self.origin.copy_(torch.where(self.seen == 0, first, self.origin))
+        if not count:
+            return
+        if self.sums is None:
+            origin = input.mean(dims).to(self.running_mean.dtype)
+            nothing = torch.zeros_like(origin, dtype=torch.float64)
+            before = Sums(nothing.new_zeros(()), origin, nothing, nothing)
+        else:
+            before = self.sums
         # Of numbers close to each other the difference is exact.
         shape = [-1 if dim == 1 else 1 for dim in range(input.dim())]
-        var, mean = torch.var_mean(input - self.origin.view(shape), dims, correction=0)
-        total = self.seen + count
-        apart = mean.double() - self.mean
-        self.squares += var.double() * count + apart**2 * (self.seen * count / total)
-        self.mean += apart * (count / total)
-        self.seen.copy_(total)
+        from_origin = input - before.origin.view(shape)
+        var, mean = torch.var_mean(from_origin, dims, correction=0)
+        total = before.seen + count
+        apart = mean.double() - before.mean
+        squares = var.double() * count + apart**2 * (before.seen * count / total)
+        self.sums = Sums(
+            total,
+            before.origin,
+            before.mean + apart * (count / total),
+            before.squares + squares,
+        )
 
     def forget(self) -> None:
         """Nothing is added up."""
-        self.used = False
-        for buffer in (self.seen, self.mean, self.squares):
-            buffer.zero_()
+        self.sums = None
 
     def move(self) -> None:
         """Move the running statistics, by all that was added up, once."""
-        if not self.used:
+        if self.sums is None:
             return
+        seen, origin, mean, squares = self.sums
         self.num_batches_tracked += 1
         by = self.momentum
         if by is None:
             by = 1.0 / float(self.num_batches_tracked)
-        variance = self.squares / (self.seen - 1)
+        variance = squares / (seen - 1)
         for running, found in (
-            (self.running_mean, self.origin + self.mean),
+            (self.running_mean, origin + mean),
             (self.running_var, variance),
         ):
             running.mul_(1 - by).add_(found.to(running.dtype), alpha=by)
@@ -155,7 +165,6 @@ def defer_batch_norm(module: nn.Module) -> nn.Module:
             )
     for norm in found:
         norm.__class__ = _DEFERRED[type(norm)]
-        cast(Deferred, norm).make_room()
     return module
 
 

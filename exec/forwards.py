@@ -92,8 +92,17 @@ class Forwards:
         def forget() -> None:
             if bring_in is not None:
                 bring_in()
-            with torch.no_grad(), stage.buffers.noting_changes(of(op)):
-                output, carry, left = compute()
+            try:
+                with torch.no_grad(), stage.buffers.noting_changes(of(op)):
+                    output, carry, left = compute()
+            except RuntimeError as error:
+                if "does not require grad and does not have" not in str(error):
+                    raise
+                raise ModelError(
+                    f"stage {op.stage} asks for gradients in its forward, which makes "
+                    "no graph where an R runs it again: do that within "
+                    "torch.enable_grad(), or do not recompute the stage"
+                ) from error
             if space.autocast:
                 # Casts of weights made here have no graph; cached, they would
                 # cut the weights off from every later forward.
@@ -220,6 +229,14 @@ class Forwards:
                 if "leaf Variable that requires grad" not in str(error):
                     raise
                 raise ModelError(_in_place(op, leaves, before)) from error
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise ModelError(
+                    f"stage {op.stage} normalises each micro-batch by itself, and "
+                    f"micro-batch {micro_batch} has one number in a channel: give it "
+                    "more rows, or use a schedule with fewer micro-batches"
+                ) from error
             if tensors.versions(leaves) != before:
                 raise ModelError(_in_place(op, leaves, before))
             return found

@@ -6,6 +6,7 @@ waits for nothing: that order has every instruction after all it needs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 
 from pipeproof.exec.clock import Clock
-from pipeproof.exec.errors import BatchError, RankError, StepError
+from pipeproof.exec.errors import BatchError, ModelError, RankError, StepError
 from pipeproof.exec.failure import in_words
 from pipeproof.exec.finite import check_before
 from pipeproof.exec.instructions import Instructions, Runs, Surroundings, nothing
 from pipeproof.exec.replicas import Run
+from pipeproof.exec.slot import changed_in_place
 from pipeproof.exec.step import Step
 from pipeproof.exec.updating import HALF_UPDATED
 from pipeproof.exec.workspace import Homes, Workspace
@@ -32,6 +34,8 @@ HALF_DONE = (
     "before the next step."
 )
 ALONE = Surroundings()
+_CHANGED = re.compile(r"modified by an inplace operation: \[\S+ \[([\d, ]*)\]")
+"""What autograd says where it finds a saved tensor changed."""
 
 
 class Runtime:
@@ -177,6 +181,9 @@ class Runtime:
         return self._devices[int(self._program.device[index])]
 
     def _broken(self, index: int, error: Exception, left: str) -> Exception:
+        if found := _CHANGED.search(str(error)):
+            shape = tuple(map(int, found[1].split(","))) if found[1] else ()
+            error = ModelError(changed_in_place(shape))
         instruction = self._program[index]
         if instruction.ops:
             op = instruction.ops[0]

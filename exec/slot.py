@@ -40,11 +40,16 @@ class Slot:
         if self.tensor is None:
             raise RuntimeError("a saved tensor is read before it is recomputed")
         if self.tensor._version != self.version:
-            raise ModelError(
-                f"a tensor of shape {tuple(self.shape)} was changed in place after "
-                "autograd had saved it for backward: work out of place there"
-            )
+            raise ModelError(changed_in_place(tuple(self.shape)))
         return self.tensor
+
+
+def changed_in_place(shape: tuple[int, ...]) -> str:
+    """What is refused of a saved tensor."""
+    return (
+        f"a tensor of shape {shape} was changed in place after autograd had saved it "
+        "for backward: work out of place there"
+    )
 
 
 TELLS = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")

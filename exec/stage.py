@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from operator import is_not
 from typing import Any
 
 import torch
@@ -29,9 +28,11 @@ from pipeproof.exec.stash import addresses
 from pipeproof.exec.units import (
     StageModule,
     carried_on,
+    is_still,
     keywords_needed,
     keywords_of,
     modules_of,
+    taken_apart,
     takes_carry,
     takes_of,
     units_of,
@@ -90,8 +91,8 @@ class Stage:
         routes: Routes = NO_ROUTES,
     ) -> None:
         modules = modules_of(number, module)
-        self.number, self._module = number, module
-        self.units = units_of(module)
+        self.number = number
+        self.units, self._sequences = units_of(module), taken_apart(module)
         if not self.units:
             raise ModelError(f"stage {number} is empty: give it at least one module")
         self.first_unit = first_unit
@@ -173,8 +174,7 @@ class Stage:
         ]
 
     def _refuse_others(self) -> None:
-        now = units_of(self._module)
-        if len(now) != len(self.units) or any(map(is_not, now, self.units)):
+        if not all(is_still(*of) for of in self._sequences):
             raise ModelError(
                 f"stage {self.number} has other modules in its sequence than when the "
                 "pipeline was made, or has got hooks since that are the sequence's: "

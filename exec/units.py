@@ -42,6 +42,21 @@ def parts_of(stage: StageModule) -> list[nn.Module]:
     return [part for part in stage._modules.values() if part is not None]
 
 
+def taken_apart(stage: StageModule) -> list[tuple[StageModule, list[nn.Module]]]:
+    """Each sequence that `units_of` takes apart, and what is in it."""
+    if isinstance(stage, nn.Module) and not is_plain(stage):
+        return []
+    parts = parts_of(stage)
+    return [(stage, parts), *(pair for part in parts for pair in taken_apart(part))]
+
+
+def is_still(stage: StageModule, parts: list[nn.Module]) -> bool:
+    """Whether a sequence that was taken apart has these parts, and no hooks."""
+    if isinstance(stage, nn.Module) and not is_plain(stage):
+        return False
+    return parts_of(stage) == parts
+
+
 def modules_of(number: int, stage: StageModule | None) -> list[nn.Module]:
     """The modules that a stage was given as.
 

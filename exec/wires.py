@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import Backend, ProcessGroupGloo, Store
 
+CPU = torch.device("cpu")
 NEVER = timedelta(days=365)
 """Deadlines are the ranks', who know why they wait; a communicator has none."""
 AT_ONCE = timedelta(milliseconds=1)
@@ -201,7 +202,7 @@ class Wire:
         """Have all waits on the communicator fail, now and ever after."""
         if self.blocks:
             with suppress(RuntimeError):
-                never = self._recv([torch.empty(1, device="cpu")], self.place, NO_TAG)
+                never = self._recv([torch.empty(1, device=CPU)], self.place, NO_TAG)
                 never.wait(AT_ONCE)
 
     def close(self, timeout_s: float) -> None:
@@ -235,7 +236,7 @@ class TextWire:
     def __init__(self, out: Wire, into: Wire, wait: Wait) -> None:
         self._out, self._into, self._wait = out, into, wait
         self._ahead: Pending | None = None
-        self._first = torch.empty(FIRST_BYTES, dtype=torch.uint8, device="cpu")
+        self._first = torch.empty(FIRST_BYTES, dtype=torch.uint8, device=CPU)
         self._bytes = self._first.numpy().data
 
     def send(self, text: str, *, followed: bool = True) -> list[Pending]:
@@ -262,7 +263,7 @@ class TextWire:
         length = int.from_bytes(self._bytes[:LENGTH_BYTES], "little")
         data = self._bytes[LENGTH_BYTES : LENGTH_BYTES + length].tobytes()
         if length > len(data):
-            rest = torch.empty(length - len(data), dtype=torch.uint8, device="cpu")
+            rest = torch.empty(length - len(data), dtype=torch.uint8, device=CPU)
             self._wait(self._into.receive(rest), what)
             data += rest.numpy().tobytes()
         return data.decode()

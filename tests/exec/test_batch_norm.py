@@ -115,6 +115,9 @@ def test_a_deferred_norm_is_the_same_object_with_the_same_keys() -> None:
 
     assert list(model) == parts
     assert list(model.state_dict()) == before
+    assert [n for n, _ in model.named_buffers()] == [
+        n for n, _ in plain.named_buffers()
+    ]
     plain.load_state_dict(model.state_dict())
     defer_batch_norm(model)  # once is enough
     model.eval()

@@ -189,6 +189,32 @@ def test_a_leaf_changed_in_place_is_named() -> None:
         Pipeline(stages, plan, mse).step(*rows())
 
 
+def test_what_autograd_finds_changed_is_named() -> None:
+    """Weights that hooks update while other micro-batches are under way."""
+    stages = mlp(2)
+
+    def update(parameter: Tensor) -> None:
+        parameter.data.sub_(0.1)
+        with torch.no_grad():
+            parameter.mul_(0.9)
+
+    stages[0][0].weight.register_post_accumulate_grad_hook(update)
+    plan = catalog.make("gpipe", devices=2, micro_batches=4)
+    x, y = rows()
+    with pytest.raises(ModelError, match=r"shape \(4, 4\) was changed in place after"):
+        Pipeline(stages, plan, mse).step(x.requires_grad_(), y)
+
+
+def test_the_default_device_does_not_matter() -> None:
+    """The seed of a step comes from the default generator wherever tensors go."""
+    torch.manual_seed(0)
+    plan = catalog.make("1f1b", devices=2, micro_batches=4)
+    x, y = rows()
+    pipeline = Pipeline(mlp(2), plan, mse)
+    with torch.device("meta"):
+        pipeline.step(x, y)
+
+
 @pytest.mark.parametrize("twin", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_pipeline_is_not_copied_by_halves(twin: Callable[[Pipeline], object]) -> None:
     plan = recompute(catalog.make("1f1b", devices=2, micro_batches=4), "always")

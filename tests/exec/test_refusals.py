@@ -344,6 +344,15 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "loss": lambda: step(loss=lambda y, _: y),
     "no gradient": lambda: step(loss=lambda y, _: y.detach().sum()),
     "weights": lambda: step(scale=lambda _: 0),
+    "one number": lambda: step(
+        stages=changing_buffers()[:2],
+        plan=catalog.make("1f1b", devices=2, micro_batches=len(X)),
+    ),
+    "layout": lambda: step(X.to_sparse()),
+    "gradients in forward": lambda: step(
+        stages=[*mlp(1), Does(lambda x: torch.autograd.grad(x.sum() * x, x)[0])],
+        plan=recompute(schedule(), "always"),
+    ),
     "random backward": lambda: step(
         stages=[*mlp(1), nn.Sequential(*mlp(1), Does(Rolls.apply))]
     ),
@@ -426,7 +435,11 @@ def test_the_list_and_its_tests_are_the_same() -> None:
     assert SENTENCES.keys() == REFUSED.keys()
 
 
-IN_WORDS = {"_in_place": "in place", "no_unit_takes": "keyword unknown"}
+IN_WORDS = {
+    "_in_place": "in place",
+    "changed_in_place": "in place, later",
+    "no_unit_takes": "keyword unknown",
+}
 """Functions that make a sentence, and the entry that has it."""
 
 
