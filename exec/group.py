@@ -31,13 +31,12 @@ from pipeproof.exec.failure import Failure, Record, failure_of
 from pipeproof.exec.host import host_clock
 from pipeproof.exec.processes import Along, processes_of
 from pipeproof.exec.stores import another
-from pipeproof.exec.wires import NEVER, Pending, TextWire, Wire, gloo
+from pipeproof.exec.wires import CPU, NEVER, Pending, TextWire, Wire, gloo
 from pipeproof.sched.errors import ParameterError
 
 CONNECT_S = 30.0
 """For a rank to come to a communicator that its peer is making."""
 POLL_S = 0.1
-HOST = torch.device("cpu")
 LEAVING_S = 1.0
 TIMEOUT_S = 30.0
 P2P_WARNING = "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING"
@@ -92,7 +91,7 @@ class Ranks:
         self._said: list[Pending] = []
         self._far: list[int] | None = None  # ranks that read another clock than rank 0
         others = [other for other in range(size) if other != rank]
-        all_of_us = self._communicator(list(range(size)), HOST, "all")
+        all_of_us = self._communicator(list(range(size)), CPU, "all")
         self._texts, self.headers, self.loans = (
             {peer: self._text(all_of_us, peer, tag) for peer in others} for tag in TAGS
         )
