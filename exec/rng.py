@@ -6,8 +6,8 @@ the same whatever the schedule, with or without recomputation, wherever the cuts
 between stages fall, and on whatever rank a stage runs. The step seed is one draw
 from torch's default generator, whose own stream goes on after that draw.
 
-What a backward draws has no key: it is refused. Python's `random` and numpy's
-generators are not keyed.
+What a backward draws has no key: it is refused where it is seen. Python's `random` and
+numpy's generators are not keyed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch
 from pipeproof.exec.errors import ModelError
 
 _MASK = (1 << 64) - 1
+LOOK_EVERY = 16
+"""Steps, of which one looks whether backwards draw."""
 
 
 def key(step_seed: int, unit: int, micro_batch: int, part: int = 0) -> int:
@@ -84,7 +86,10 @@ def seed(sources: Sequence[torch.Generator], number: int) -> None:
 
 
 class Draws:
-    """Refuses backwards of a stage that draw random numbers; looks at one in each step.
+    """Refuses backwards of a stage that draw random numbers.
+
+    Looks at one in the first step, and again every so many: it takes as long as a small
+    layer.
 
     Args:
         number: of the stage.
@@ -93,11 +98,13 @@ class Draws:
 
     def __init__(self, number: int, sources: Sequence[torch.Generator]) -> None:
         self._number, self._sources = number, sources
+        self._steps = 0
         self._known = False
 
     def begin(self) -> None:
         """Another step."""
-        self._known = False
+        self._known = self._steps % LOOK_EVERY != 0
+        self._steps += 1
 
     def refused(self) -> AbstractContextManager[None]:
         """To run a backward in.
