@@ -12,9 +12,10 @@ NCCL's waits only order the device's stream and return.
 from __future__ import annotations
 
 import os
+import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from queue import SimpleQueue
@@ -39,8 +40,8 @@ in a second."""
 def gloo(store: Store, rank: int, size: int, timeout: timedelta) -> Backend:
     """A gloo communicator.
 
-    All of a process share one thread that serves their sockets. With one for each, as
-    torch makes them, these would compete for the op's core.
+    All of a process share one thread that serves their sockets: see `_devices`. With
+    one for each, as torch makes them, these would compete for the op's core.
 
     Args:
         store: where its ranks meet, theirs alone.
@@ -57,22 +58,57 @@ def gloo(store: Store, rank: int, size: int, timeout: timedelta) -> Backend:
 
 @cache
 def _devices(interfaces: str) -> list[Any]:
-    """Of gloo, as torch chooses them."""
-    named = [
-        ProcessGroupGloo.create_device(interface=x) for x in interfaces.split(",") if x
-    ]
-    return named or [ProcessGroupGloo.create_default_device()]
+    """Of gloo, as torch chooses them.
+
+    A device's thread spins while another thread holds the lock of a link that has news
+    for it, and one that sends holds it. The kernel likes to let the thread that it
+    wakes by that run in the sender's place, at once and on its core: then the threads
+    of two ranks may each spin for as long as they are let, for locks that are held by
+    senders which they keep from running. So they are made not to run in anybody's
+    place; `_letting_run` is when they have their turn instead. A process that is bound
+    to one core has them as they are: there, what is under way would wait for the op
+    that runs.
+    """
+    with _patient():
+        named = [
+            ProcessGroupGloo.create_device(interface=x)
+            for x in interfaces.split(",")
+            if x
+        ]
+        return named or [ProcessGroupGloo.create_default_device()]
+
+
+@contextmanager
+def _patient() -> Iterator[None]:
+    """Threads started meanwhile run in no other's place when they wake (Linux)."""
+    # They inherit it. It is no lower priority: only what they preempt is different.
+    usual = (
+        sys.platform == "linux"
+        and os.sched_getscheduler(0) == os.SCHED_OTHER
+        and len(os.sched_getaffinity(0)) > 1
+    )
+    try:
+        if usual:
+            _scheduled_as(os.SCHED_BATCH)
+        yield
+    finally:
+        if usual:
+            _scheduled_as(os.SCHED_OTHER)
+
+
+def _scheduled_as(policy: int) -> None:
+    """This thread, from now on."""
+    with suppress(PermissionError):  # a sandbox may forbid it
+        os.sched_setscheduler(0, policy, os.sched_param(0))
 
 
 def _letting_run(start: Callable[..., Any]) -> Callable[..., Any]:
     """One of torch's functions, around which threads run that wait for this core.
 
-    gloo's thread spins while another thread holds the lock of a link that has news for
-    it, and one that sends holds it. A thread that is due for the core of one that
-    computes gets it when that next enters the kernel: if this is to send, with the lock
-    held, gloo's thread spins for its whole turn, milliseconds. So it has its turn
-    before, when nothing is held; and after, when the send may have put on this core
-    what it woke up at the other end.
+    A thread that is due for the core of one that computes gets it when that next enters
+    the kernel: if this is to send, with a link's lock held, gloo's thread spins for its
+    whole turn, milliseconds. So it has its turn before, when nothing is held; and
+    after, when the send may have put on this core what it woke up at the other end.
     """
     if not hasattr(os, "sched_yield"):
         return start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -273,6 +274,13 @@ def on_gpus(ranks: Ranks | None, name: str, replicas: int) -> dict[int, str]:
         for s in stages
     ]
     return {n: digest(*cpu[n]) for n in numbers}
+
+
+def policies(ranks: Ranks, job: Job) -> list[int]:
+    """How the kernel schedules this process's main thread, and then its others."""
+    part(ranks, job)
+    others = {int(task) for task in os.listdir("/proc/self/task")} - {os.getpid()}
+    return [os.sched_getscheduler(task) for task in (os.getpid(), *others)]
 
 
 def followed(ranks: Ranks, job: Job, waited_s: float) -> tuple[Trace, int]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import psutil
 import pytest
 import torch
@@ -17,6 +20,7 @@ from jobs import (
     nobody_waits,
     offsets,
     part,
+    policies,
     run,
     same_values,
     timed,
@@ -148,6 +152,16 @@ def test_an_op_that_waits_sees_itself_when_its_message_comes(do: Do) -> None:
         assert all_of_them - fewer == len(received)
         assert (trace.end[program.send_of] <= trace.end[program.recv_of]).all()
         assert (trace.end[received] > trace.start[received]).any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others have other policies")
+def test_gloo_takes_no_core_from_an_op(do: Do) -> None:
+    """Its threads spun for locks of senders in whose place they ran."""
+    more_than_one_core = len(os.sched_getaffinity(0)) > 1
+
+    for main, *others in do(policies, Job("1f1b", 4, 4)):
+        assert main == os.SCHED_OTHER
+        assert others.count(os.SCHED_BATCH) == more_than_one_core
 
 
 def test_clocks_of_other_hosts_are_set_by_those_of_the_first(do: Do) -> None:
