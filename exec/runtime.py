@@ -181,7 +181,7 @@ class Runtime:
         return self._devices[int(self._program.device[index])]
 
     def _broken(self, index: int, error: Exception, left: str) -> Exception:
-        if found := _CHANGED.search(str(error)):
+        if found := _CHANGED.search(in_words(error)):
             shape = tuple(map(int, found[1].split(","))) if found[1] else ()
             error = ModelError(changed_in_place(shape))
         instruction = self._program[index]
