@@ -23,10 +23,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from against_torch import MODELS, RANKS, WARM, agree, our_step, start, torch_step
-from against_torch import transformer as blocks
 from torch import Tensor, nn
 from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).parent))
+from against_torch import MODELS, RANKS, WARM, agree, our_step, start, torch_step
+from against_torch import transformer as blocks  # the path first
 
 from pipeproof.exec.group import Ranks
 from pipeproof.exec.launch import launch
