@@ -13,8 +13,6 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeproof.sched.holdings import Holdings
-from pipeproof.sched.ir import Schedule
 from pipeproof.sched.layers import Layer, kept, over_skips, stages_of, starts_of
 from pipeproof.sched.skips import Skip
 
@@ -96,21 +94,3 @@ def numbers_of(stages: Sequence[StageBytes]) -> Floats:
     """[`Held`, stage]."""
     before = [0.0, *(of.output for of in stages)]
     return np.array([of.numbers(out) for of, out in zip(stages, before)]).T
-
-
-def with_skips_of(schedule: Schedule, over: dict[Skip, float]) -> Schedule:
-    """With a message for each skip connection that the model has there."""
-    missing = over.keys() - set(schedule.skips)
-    return schedule.with_skips([*schedule.skips, *missing]) if missing else schedule
-
-
-def most(held: Holdings, numbers: Floats, over: Floats) -> float:
-    """Bytes that come and go on a device, when it has most.
-
-    Args:
-        held: on the device.
-        numbers: [`Held`, stage].
-        over: of each of the schedule's skips.
-    """
-    passing = np.einsum("mhs,hs->m", held.held, numbers[:, held.stages])
-    return float((passing + held.skips @ over).max(initial=0))
