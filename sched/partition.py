@@ -66,7 +66,9 @@ def partition(
         layers: in order, at least as many as stages.
         schedule: which device runs what, and how often.
         speeds: of each device, relative to that of the layers' times; default all 1.
-        memory: bytes of each device, or of each single one; default no limit.
+        memory: bytes of each device, or of each single one; default no limit. With
+            one, time and space grow with instructions times devices: it is for
+            hundreds of devices, not for thousands.
 
     Raises:
         ParameterError: fewer layers than stages, numbers that are none or negative,
