@@ -48,13 +48,18 @@ def _measured(
     ranks, me = grid.ranks, grid.device
     rows: list[torch.Tensor] = []
     if me in (source, target):
-        wire = ranks.wire(grid.row[source], grid.row[target], device)
         rows = [
             torch.zeros(SIZE, dtype=torch.uint8, device=device) for _ in range(COUNT)
         ]
-    receives = [wire.receive(row) for row in rows] if me == target else []
+    receives, sends = [], []
+    if me == target:
+        into = ranks.incoming(grid.row[source], device)
+        receives = [into.receive(row) for row in rows]
     ranks.exchange(None, "the receives of a link that is measured")
-    for pending in [wire.send(row, followed=False) for row in rows if me == source]:
+    if me == source:
+        out = ranks.outgoing(grid.row[target], device)
+        sends = [out.send(row, followed=False) for row in rows]
+    for pending in sends:
         ranks.wait(pending, "a link that is measured")
     ends = []
     for pending in receives:

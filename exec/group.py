@@ -26,17 +26,26 @@ from torch._C._distributed_c10d import Backend, PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
 from pipeproof.exec.beats import BETWEEN_STEPS, LOST_S, Beats, nowhere
+from pipeproof.exec.communicators import NEVER, TorchWire, gloo
 from pipeproof.exec.errors import RankError
 from pipeproof.exec.failure import Failure, Record, failure_of
 from pipeproof.exec.host import host_clock
+from pipeproof.exec.neighbours import Meeting, ring_from, ring_to
 from pipeproof.exec.processes import Along, processes_of
 from pipeproof.exec.stores import another
-from pipeproof.exec.wires import CPU, NEVER, Pending, TextWire, Wire, gloo
+from pipeproof.exec.wires import (
+    CPU,
+    POLL_S,
+    Incoming,
+    Outgoing,
+    Pending,
+    TextWire,
+    Wire,
+)
 from pipeproof.sched.errors import ParameterError
 
 CONNECT_S = 30.0
 """For a rank to come to a communicator that its peer is making."""
-POLL_S = 0.1
 LEAVING_S = 1.0
 TIMEOUT_S = 30.0
 P2P_WARNING = "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING"
@@ -85,7 +94,7 @@ class Ranks:
         self.store, self._lost_s = store, lost_s
         self.record = Record(store)
         self._beats = Beats(store, self.record, rank, size, timeout_s, lost_s)
-        self._wires: dict[tuple[int, int, str], Wire] = {}
+        self._wires: dict[tuple[int, int, str], Any] = {}
         self._collectives: dict[tuple[tuple[int, ...], str], Backend] = {}
         self._made: list[Wire] = []
         self._said: list[Pending] = []
@@ -125,26 +134,44 @@ class Ranks:
             cls._of[key] = cls(store, key.index(me), len(key))
         return cls._of[key]
 
-    def wire(
-        self, source: int, target: int, device: torch.device, of: str = ""
-    ) -> Wire:
-        """This rank's end of a communicator; both ends must ask, in one order.
+    def outgoing(self, target: int, device: torch.device, of: str = "") -> Outgoing:
+        """The sending end of a wire; both ends must ask, in one order of all wires.
 
         Args:
-            source: a rank.
-            target: another; this one is one of them.
-            device: where this rank's tensors lie; NCCL serves GPUs, gloo others.
+            target: the rank at the other end.
+            device: where this rank's tensors lie. GPUs are served by NCCL, CPUs of
+                one host by memory that both see, others by gloo.
             of: tells wires of the same two ranks apart.
+
+        Raises:
+            RankError: the other end does not come.
         """
-        key = source, target, f"{device} {of}"
+        wire: Outgoing = self._wire((self.rank, target), device, of)
+        return wire
+
+    def incoming(self, source: int, device: torch.device, of: str = "") -> Incoming:
+        """The receiving end; as `outgoing`."""
+        wire: Incoming = self._wire((source, self.rank), device, of)
+        return wire
+
+    def _wire(self, ends: tuple[int, int], device: torch.device, of: str) -> Any:
+        key = *ends, f"{device} {of}"
         if key not in self._wires:
-            pair = [source, target]
-            made = self._communicator(pair, device, f"{source}-{target} {of}")
-            peer = target if source == self.rank else source
-            wire = Wire(made, pair.index(peer), peer, device.type != "cuda")
-            self._wires[key] = wire
-            self._made.append(wire)
+            name = f"{ends[0]}-{ends[1]} {of}"
+            made = self._ring(ends, name) if device.type == "cpu" else None
+            if made is None:
+                group = self._communicator(list(ends), device, name)
+                place = 1 - ends.index(self.rank)
+                made = TorchWire(group, place, ends[place], device.type != "cuda")
+            self._wires[key] = made
+            self._made.append(made)
         return self._wires[key]
+
+    def _ring(self, ends: tuple[int, int], name: str) -> Wire | None:
+        store = PrefixStore(f"ring {name}", self.store)
+        if ends[0] == self.rank:
+            return ring_to(Meeting(store, ends[1], self.check, CONNECT_S))
+        return ring_from(Meeting(store, ends[0], self.check, CONNECT_S))
 
     def collective(self, members: Sequence[int], device: torch.device) -> Backend:
         """A communicator of several ranks; all must ask, in one order.
@@ -183,7 +210,7 @@ class Ranks:
 
     def _text(self, group: Backend, peer: int, tag: str) -> TextWire:
         number = TAGS.index(tag)
-        out, into = (Wire(group, peer, peer, True, number) for _ in range(2))
+        out, into = (TorchWire(group, peer, peer, True, number) for _ in range(2))
         self._made += [out, into]
         return TextWire(out, into, self.wait_beside if tag == "loans" else self.wait)
 
@@ -317,11 +344,7 @@ class Ranks:
         """
         beats = self._beats
         beats.waits = what, pending.wire
-        if pending.followed is None:
-            pending.finish()
-        else:
-            while not pending.followed.wait(POLL_S):
-                self.check()
+        pending.wait(self.check)
         beats.waits = None
         beats.moves += 1
         if pending.error is not None:
@@ -335,12 +358,8 @@ class Ranks:
         Raises:
             RankError: as `wait`.
         """
-        if not pending.wire.blocks:
-            pending.finish()
-        elif pending.followed is None and pending.error is None:
-            pending.wire.follow(pending)
-        while pending.followed is not None and not pending.followed.wait(POLL_S):
-            self.check()
+        pending.follow()
+        pending.wait(self.check)
         if pending.error is not None:
             self.broken(pending.error, what, pending.wire.peer)
 
@@ -435,7 +454,7 @@ class Ranks:
         """
         self._beats.stop()
         for pending in self._said:
-            pending.wire.follow(pending)
+            pending.follow()
         # A thread that waits for a rank which waits for nobody ends with that rank.
         for wire in self._made:
             wire.close(LEAVING_S / len(self._made))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pipeproof.exec.errors import RankError
-from pipeproof.exec.wires import Pending, TextWire, Wait, Wire
+from pipeproof.exec.wires import Incoming, Outgoing, Pending, TextWire, Wait
 
 LENDING = "memory"
 """Tells its communicators apart from those of messages."""
@@ -41,7 +41,12 @@ class Borrower:
     """
 
     def __init__(
-        self, out: Wire, into: Wire, orders: TextWire, device: torch.device, wait: Wait
+        self,
+        out: Outgoing,
+        into: Incoming,
+        orders: TextWire,
+        device: torch.device,
+        wait: Wait,
     ) -> None:
         self._out, self._into, self._orders = out, into, orders
         self._device, self._wait = device, wait
@@ -124,8 +129,8 @@ class Lender:
 
     def __init__(
         self,
-        into: Wire,
-        out: Wire,
+        into: Incoming,
+        out: Outgoing,
         orders: TextWire,
         count: int,
         device: torch.device,

@@ -15,7 +15,7 @@ from pipeproof.exec.grid import Grid
 from pipeproof.exec.lending import LENDING, Borrower, Lender
 from pipeproof.exec.reducing import Reducer
 from pipeproof.exec.transport import Across
-from pipeproof.exec.wires import Wire
+from pipeproof.exec.wires import Incoming, Outgoing
 from pipeproof.sched import Kind, Program, Schedule
 from pipeproof.sched.instructions import StreamKind
 
@@ -50,23 +50,25 @@ class Links:
         self._lend(program.schedule)
         self.reducer = self._reduce(program.schedule, apart)
 
-    def _wire(self, source: int, target: int, of: str = "") -> Wire:
-        """Between two devices of this rank's pipeline."""
-        row = self._grid.row
-        return self._grid.ranks.wire(row[source], row[target], self._device, of)
+    def _to(self, target: int, of: str = "") -> Outgoing:
+        """To a device of this rank's pipeline."""
+        return self._grid.ranks.outgoing(self._grid.row[target], self._device, of)
+
+    def _from(self, source: int, of: str = "") -> Incoming:
+        return self._grid.ranks.incoming(self._grid.row[source], self._device, of)
 
     def _connect(self, program: Program) -> Across:
         me, row, ranks = self._grid.device, self._grid.row, self._grid.ranks
-        out: dict[int, Wire] = {}
-        into: dict[int, Wire] = {}
+        out: dict[int, Outgoing] = {}
+        into: dict[int, Incoming] = {}
         for stream in program.streams:
             if stream.kind != StreamKind.SEND or stream.link is None:
                 continue
             source, target = stream.link
             if source == me:
-                out[target] = self._wire(source, target)
+                out[target] = self._to(target)
             elif target == me:
-                into[source] = self._wire(source, target)
+                into[source] = self._from(source)
         headers = {
             device: ranks.headers[rank]
             for device, rank in enumerate(row)
@@ -81,14 +83,14 @@ class Links:
             orders = kinds.count(Kind.OFFLOAD) + kinds.count(Kind.RELOAD)
             if target is None or not orders or me not in (full, target):
                 continue
-            there = self._wire(full, target, LENDING)
-            back = self._wire(target, full, LENDING)
             if me == full:
+                there, back = self._to(target, LENDING), self._from(target, LENDING)
                 texts = ranks.loans[row[target]]
                 self.borrower = Borrower(there, back, texts, self._device, ranks.wait)
             else:
+                come, given = self._from(full, LENDING), self._to(full, LENDING)
                 wait, texts = ranks.wait_beside, ranks.loans[row[full]]
-                lender = Lender(there, back, texts, orders, self._device, wait)
+                lender = Lender(come, given, texts, orders, self._device, wait)
                 self.lenders.append(lender)
 
     def _reduce(self, schedule: Schedule, apart: Collection[int]) -> Reducer:

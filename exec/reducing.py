@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import Backend
 
+from pipeproof.exec.communicators import NEVER
 from pipeproof.exec.group import Ranks
 from pipeproof.exec.replicas import Accumulate, Owner, Sums, accumulate
-from pipeproof.exec.wires import NEVER
 
 Gradients = list[Tensor | None]
 

@@ -44,7 +44,7 @@ from torch import Tensor
 from pipeproof.exec.errors import ModelError
 from pipeproof.exec.forms import Form, Part, as_bytes
 from pipeproof.exec.moving import readers
-from pipeproof.exec.wires import Pending, TextWire, Wait, Wire
+from pipeproof.exec.wires import Incoming, Outgoing, Pending, TextWire, Wait
 from pipeproof.sched import Action, Program
 from pipeproof.sched.instructions import Message
 
@@ -76,8 +76,8 @@ class Across:
     def __init__(
         self,
         program: Program,
-        out: dict[int, Wire],
-        into: dict[int, Wire],
+        out: dict[int, Outgoing],
+        into: dict[int, Incoming],
         headers: Mapping[int, TextWire],
         device: torch.device,
         wait: Wait,
@@ -147,19 +147,12 @@ class Across:
         peer = message.target
         sent, held = self._sent[peer], self._held[peer]
         for pending in moving:
-            assert pending.tensor is not None
-            size = pending.tensor.nbytes
-            sent.append((message.send, size, pending))
-            held += size
-        # NCCL's waits order the stream of the thread that calls them, and not one
-        # beside; but it can be asked.
-        while held > HELD and (self._out[peer].blocks or sent[0][2].gone):
-            _, size, pending = sent.popleft()
-            held -= size
-            if pending.wire.blocks:
-                pending.wire.follow(pending)
-            else:
-                pending.let_go()
+            if pending.tensor is not None:  # it has not gone already
+                size = pending.tensor.nbytes
+                sent.append((message.send, size, pending))
+                held += size
+        while held > HELD and sent[0][2].entrust():
+            held -= sent.popleft()[1]
         self._held[peer] = held
 
     def _announce(
@@ -230,8 +223,6 @@ class Across:
             if pending is not None:
                 self._wait(pending, message)
                 came = perf_counter()
-                if pending.followed is None and pending.wire.blocks:
-                    pending.ended = came
             if part.wants_grad:
                 tensor.requires_grad_()
             tensors.append(tensor)

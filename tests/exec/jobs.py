@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.nn import functional
 
-from pipeproof.exec import Pipeline, group, transport, wires
+from pipeproof.exec import Pipeline, communicators, group, neighbours, transport
 from pipeproof.exec.group import Ranks
 from pipeproof.exec.homes import holders
 from pipeproof.sched import Schedule, Trace, catalog, recompute
 from pipeproof.sched.lower import Messages
 
 WIDTH = 4
+OVER_GLOO: dict[Ranks, Ranks] = {}
 
 
 class Split(nn.Module):
@@ -245,6 +246,17 @@ def part(ranks: Ranks, job: Job) -> Result:
     return run(job, step, stages, mine, seed=5 + ranks.rank)
 
 
+def over_gloo(ranks: Ranks, task: tuple[Callable[..., Any], Job]) -> Any:
+    """What a function does for a job where ranks share no memory."""
+    function, job = task
+    if ranks not in OVER_GLOO:
+        OVER_GLOO[ranks] = Ranks(
+            PrefixStore("over gloo", ranks.store), ranks.rank, ranks.size
+        )
+    with patch.dict(os.environ, {neighbours.VARIABLE: "gloo"}):
+        return function(OVER_GLOO[ranks], job)
+
+
 def little_held(ranks: Ranks, job: Job) -> Result:
     """As `part`, where threads wait for all that is sent."""
     with patch.object(transport, "HELD", 0):
@@ -289,15 +301,17 @@ def followed(ranks: Ranks, job: Job, waited_s: float) -> tuple[Trace, int]:
     Where an op is taken to have been kept waiting from so many seconds on.
     """
     found = []
-    follow = wires.Wire.follow
+    serve = communicators.TorchWire.serve
 
-    def counted(self: wires.Wire, pending: wires.Pending) -> None:
-        found.append(pending)
-        follow(self, pending)
+    def counted(
+        self: communicators.TorchWire, transfer: communicators.Transfer
+    ) -> None:
+        found.append(transfer)
+        serve(self, transfer)
 
     with (
         patch.object(transport, "WAITED_S", waited_s),
-        patch.object(wires.Wire, "follow", counted),
+        patch.object(communicators.TorchWire, "serve", counted),
     ):
         return timed(ranks, job), len(found)
 

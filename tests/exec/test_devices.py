@@ -17,10 +17,10 @@ from torch._C._distributed_c10d import HashStore
 from torch.nn import functional
 
 from pipeproof.exec import Pipeline, RankError, Ranks, profile
+from pipeproof.exec.communicators import TorchWire
 from pipeproof.exec.failure import Failure
 from pipeproof.exec.homes import as_named
 from pipeproof.exec.transport import HELD, Across
-from pipeproof.exec.wires import Wire
 from pipeproof.sched import ParameterError, catalog, lower, recompute
 
 
@@ -99,8 +99,8 @@ class OnDevice:
 
     recv = send
 
-    def wire(self) -> Wire:
-        return Wire(self, 1, 1, False)  # type: ignore[arg-type]
+    def wire(self) -> TorchWire:
+        return TorchWire(self, 1, 1, False)  # type: ignore[arg-type]
 
 
 def test_who_waits_for_a_device_learns_of_a_failure() -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeproof.exec.communicators import TorchWire
 from pipeproof.exec.forms import Form
 from pipeproof.exec.transport import taken_before
-from pipeproof.exec.wires import Wire
 from pipeproof.sched import catalog, lower
 
 
@@ -102,7 +102,7 @@ def test_gloos_thread_has_its_turn_when_no_link_is_locked(
     group: Any = SimpleNamespace(
         send=lambda *_: called.append("send"), recv=lambda *_: called.append("recv")
     )
-    wire = Wire(group, 1, 1, blocks)
+    wire = TorchWire(group, 1, 1, blocks)
 
     wire.send(torch.ones(2), followed=False)
     wire.receive(torch.ones(2))
