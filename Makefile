@@ -72,6 +72,7 @@ experiments: $(VENV)/ready
 	$(BIN)/python experiments/executor_overhead.py
 	$(BIN)/python experiments/executor/split_backward.py
 	$(BIN)/python experiments/executor/against_torch.py
+	$(BIN)/python experiments/executor/against_torch.py --over-gloo
 	$(BIN)/python experiments/executor/two_ranks.py
 	$(BIN)/python experiments/executor/prediction.py
 	$(BIN)/python experiments/executor/recomputed_layers.py

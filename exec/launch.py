@@ -1,6 +1,7 @@
 """Ranks on this host: start them, watch them, end them together.
 
-The processes find each other by a file, and talk over the loopback interface.
+The processes find each other by a file, and talk through shared memory and over the
+loopback interface.
 """
 
 from __future__ import annotations

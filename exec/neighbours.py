@@ -42,15 +42,16 @@ class Meeting:
         deadline_s: for the other end to speak.
 
     Attributes:
-        peer: as given.
+        peer, deadline_s: as given.
         say: something under a key.
     """
 
     def __init__(
         self, store: Store, peer: int, check: Check, deadline_s: float
     ) -> None:
-        self.peer, self.say = peer, store.set
-        self._store, self._check, self._deadline_s = store, check, deadline_s
+        self.peer, self.deadline_s = peer, deadline_s
+        self.say = store.set
+        self._store, self._check = store, check
 
     def hear(self, key: str) -> str:
         """What the other end says under a key.
@@ -58,12 +59,12 @@ class Meeting:
         Raises:
             RankError: it does not, or a rank has failed.
         """
-        pause, until = SHORT_S, time.monotonic() + self._deadline_s
+        pause, until = SHORT_S, time.monotonic() + self.deadline_s
         while not self._store.check([key]):
             if time.monotonic() > until:
                 raise RankError(
                     f"rank {self.peer} has not come to its link with this one within "
-                    f"{self._deadline_s:g} s: make the same pipelines, in the same "
+                    f"{self.deadline_s:g} s: make the same pipelines, in the same "
                     "order, on all ranks"
                 )
             time.sleep(pause)
@@ -99,9 +100,7 @@ def ring_to(meeting: Meeting) -> RingOut | None:
             if _is_ours(line):
                 break
             line.close()
-    shared = Shared.new(line)
-    shared.send()
-    return RingOut(shared, meeting.peer)
+    return RingOut(Shared.new(line), meeting.peer)
 
 
 def ring_from(meeting: Meeting) -> RingIn | None:
@@ -109,14 +108,20 @@ def ring_from(meeting: Meeting) -> RingIn | None:
     name, _, clock = meeting.hear(AT).partition(" ")
     line = None
     if name and _may() and clock == host_clock():
-        line = socket.socket(socket.AF_UNIX)
-        with suppress(OSError):
-            line.connect(f"\0{name}")
-    met = line is not None and _is_ours(line)
-    meeting.say(MET, "yes" if met else "no")
-    if line is None or not met:
-        return None
-    return RingIn(Shared.receive(line), meeting.peer)
+        line = _reached(name, meeting.deadline_s)
+    meeting.say(MET, "no" if line is None else "yes")
+    return None if line is None else RingIn(Shared.receive(line), meeting.peer)
+
+
+def _reached(name: str, deadline_s: float) -> socket.socket | None:
+    line = socket.socket(socket.AF_UNIX)
+    line.settimeout(deadline_s)
+    with suppress(OSError):
+        line.connect(f"\0{name}")
+        if _is_ours(line):
+            return line
+    line.close()
+    return None
 
 
 def _may() -> bool:
@@ -137,9 +142,7 @@ def _may() -> bool:
 
 def _is_ours(line: socket.socket) -> bool:
     """Whether a process of the same user is at the other end."""
-    with suppress(OSError):
-        size = struct.calcsize("3i")
-        said = line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-        _, user, _ = struct.unpack("3i", said)
-        return bool(user == os.getuid())
-    return False
+    size = struct.calcsize("3i")
+    said = line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    _, user, _ = struct.unpack("3i", said)
+    return bool(user == os.getuid())

@@ -41,6 +41,7 @@ NUMBER, SIZE, WHEN = range(3)
 SKIP, MOVE = -1, -2
 """In place of a size: on at the ring's start, or in the ring of which the next words
 are where it starts and its size."""
+GONE = "the process at the other end has ended"
 SPIN_S = 5e-5
 """For so long a receiver looks by itself whether something has come: to be woken up
 takes about as long."""
@@ -54,37 +55,47 @@ class Shared:
         memory: descriptor of the file that the ring is in.
         bell: counts messages that are there.
         freed: counts messages that have been copied out.
-        line: to the process at the other end; it breaks when that ends.
+        line: of a socket to the process at the other end; it breaks when that ends.
     """
 
     memory: int
     bell: int
     freed: int
-    line: socket.socket
+    line: int
 
     @classmethod
     def new(cls, line: socket.socket) -> Shared:
-        """Of a new wire, whose end this is."""
+        """Of a new wire, handed over to the process at the other end."""
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
         memory = os.memfd_create("pipeproof")
         os.ftruncate(memory, FIRST_SIZE)
-        return cls(memory, os.eventfd(0, flags), os.eventfd(0, flags), line)
-
-    def send(self) -> None:
-        """Hand it to the process at the other end."""
-        socket.send_fds(self.line, [b"."], [self.memory, self.bell, self.freed])
+        parts = [memory, os.eventfd(0, flags), os.eventfd(0, flags)]
+        socket.send_fds(line, [b"."], parts)
+        return cls(*parts, line.detach())
 
     @classmethod
     def receive(cls, line: socket.socket) -> Shared:
-        """What the process at the other end hands over."""
-        _, (memory, bell, freed), _, _ = socket.recv_fds(line, 1, 3)
-        return cls(memory, bell, freed, line)
+        """What the process at the other end hands over.
+
+        Raises:
+            ConnectionError: it ends instead.
+        """
+        with line:
+            _, parts, _, _ = socket.recv_fds(line, 1, 3)
+            if not parts:
+                raise ConnectionError(GONE)
+            return cls(*parts, line.detach())
+
+    def hang_up(self) -> None:
+        """Who waits at either end learns that nothing comes any more."""
+        line = socket.socket(fileno=os.dup(self.line))
+        with line, suppress(OSError):  # the other end was first
+            line.shutdown(socket.SHUT_RDWR)
 
     def __del__(self) -> None:
         # Not before, as a thread may still wait on them.
-        for descriptor in (self.memory, self.bell, self.freed):
+        for descriptor in (self.memory, self.bell, self.freed, self.line):
             os.close(descriptor)
-        self.line.close()
 
 
 class Passing:
@@ -148,9 +159,8 @@ class _End:
         """As `Wire.interrupt`: waits call their `check`."""
 
     def close(self, timeout_s: float) -> None:
-        """As `Wire.close`: who waits at either end learns that nothing comes."""
-        with suppress(OSError):  # the other end was first
-            self._shared.line.shutdown(socket.SHUT_RDWR)
+        """As `Wire.close`."""
+        self._shared.hang_up()
 
 
 class RingOut(_End):
@@ -253,7 +263,7 @@ class RingIn(_End):
             if self._there or self._comes(check):
                 self._take()
             else:
-                last.error = ConnectionError("the process at the other end has ended")
+                last.error = ConnectionError(GONE)
 
     def _has_come(self) -> bool:
         """Whether a message is there, which may be unseen for a moment."""

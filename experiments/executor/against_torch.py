@@ -1,12 +1,15 @@
-"""Ours against torch.distributed.pipelining: two ranks, gloo, one schedule each row.
+"""Ours against torch.distributed.pipelining: two ranks, one schedule each row.
 
 Both run in the same two processes, a step of one and a step of the other in turn,
 with the same stages, micro-batches, schedule and batch; their gradients are
 compared first. Each schedule in both directions: ours, as CSV in torch's runtime; and
-torch's own class, whose order of actions ours reads.
+torch's own class, whose order of actions ours reads. torch's messages go by gloo; ours
+through memory that both ranks see, or by gloo too.
 
     python experiments/executor/against_torch.py
         writes experiments/results/against_torch.md
+    python experiments/executor/against_torch.py --over-gloo
+        writes experiments/results/against_torch_over_gloo.md
 """
 
 from __future__ import annotations
@@ -35,11 +38,12 @@ from pipeproof.exec import ActivationMeter, Pipeline
 from pipeproof.exec.examples import Block
 from pipeproof.exec.group import Ranks
 from pipeproof.exec.launch import launch
+from pipeproof.exec.neighbours import VARIABLE
 from pipeproof.sched import Action, Schedule, catalog, lower
 from pipeproof.sched.interop.torch_csv import parse_torch_csv
 from pipeproof.sched.interop.torch_writer import format_torch_csv
 
-RESULT = Path(__file__).parent.parent / "results" / "against_torch.md"
+RESULTS = Path(__file__).parent.parent / "results"
 RANKS, MICRO_BATCHES = 2, 8
 WARM = 3
 
@@ -268,8 +272,18 @@ def main() -> None:
     """Measure all rows and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20, help="of each way")
-    parser.add_argument("-o", "--output", type=Path, default=RESULT)
+    parser.add_argument("--over-gloo", action="store_true", help="ours too")
+    parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
+    if arguments.over_gloo:
+        os.environ[VARIABLE] = "gloo"  # the ranks inherit it
+    name = "against_torch" + arguments.over_gloo * "_over_gloo"
+    output = arguments.output or RESULTS / f"{name}.md"
+    links = (
+        "the messages of both by gloo"
+        if arguments.over_gloo
+        else "torch's messages by gloo, ours through memory that both ranks see"
+    )
     before = os.getloadavg()[1]
     # A busy machine may not let a rank's thread beat for long.
     tables = launch(everything, RANKS, arguments.rounds, lost_s=120)[0]
@@ -283,9 +297,9 @@ def main() -> None:
     text = [
         "# Ours against torch.distributed.pipelining",
         "",
-        f"{RANKS} ranks with gloo on one shared x86-64 machine of {os.cpu_count()} "
-        f"cores, one thread each, {MICRO_BATCHES} micro-batches, torch "
-        f"{torch.__version__}, float32. Load average over five minutes before and "
+        f"{RANKS} ranks on one shared x86-64 machine of {os.cpu_count()} cores, one "
+        f"thread each, {MICRO_BATCHES} micro-batches, torch {torch.__version__}, "
+        f"float32; {links}. Load average over five minutes before and "
         f"after: {before:.1f}, {os.getloadavg()[1]:.1f}; one alone would make it 2.",
         "",
         "A step of ours, a step of theirs and the bare ops in turn in the same "
@@ -321,7 +335,7 @@ def main() -> None:
         for title, row in rows.items():
             cells = [*(f"{v:.2f}" for v in row[:4]), *(f"{v:.0f}" for v in row[4:])]
             text.append(f"| {title} | " + " | ".join(cells) + " |")
-    arguments.output.write_text("\n".join(text) + "\n")
+    output.write_text("\n".join(text) + "\n")
     print("\n".join(text))
 
 

@@ -1,4 +1,4 @@
-"""What a profile predicts of a step, against a fresh run: two ranks, gloo.
+"""What a profile predicts of a step, against a fresh run: two ranks.
 
 For each placement of stages on two ranks, variants of one schedule are traced and
 make a cost (as `pipeproof profile` does). With it each schedule of that placement is
@@ -168,7 +168,7 @@ def main() -> None:
     text = [
         "# A profile's prediction against a fresh run",
         "",
-        f"{RANKS} ranks with gloo on one shared x86-64 machine of {os.cpu_count()} "
+        f"{RANKS} ranks on one shared x86-64 machine of {os.cpu_count()} "
         f"cores (load average at the start: {load:.1f}), one thread each, "
         f"{MICRO_BATCHES} micro-batches of {ROWS} × {POSITIONS} positions, "
         f"{BLOCKS} transformer blocks of width {WIDTH}, torch {torch.__version__}, "

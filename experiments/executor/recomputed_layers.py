@@ -265,7 +265,7 @@ def main() -> None:
     lines = [
         "# Recomputing stages and layers: predicted and measured",
         "",
-        f"{RANKS} ranks with gloo, one thread each, {MICRO_BATCHES} micro-batches, "
+        f"{RANKS} ranks, one thread each, {MICRO_BATCHES} micro-batches, "
         f"float32, torch {torch.__version__}. Layers are profiled one by one, in one "
         "process; bytes and times of a step are what the simulator makes of them.",
         "",

@@ -3,8 +3,9 @@
 The ideal is half of the unpipelined time, and the bubble's (M + 1) / M of it. What two
 stages that are not equally long, and two cores that share caches, leave of it is a
 bound: the schedule simulated with each stage's own bare times, measured while both
-ranks compute, and messages that take no time. What gloo's messages leave is a loop
-written by hand for two ranks, with all receives posted before the step.
+ranks compute, and messages that take no time. Our messages go through memory that both
+ranks see; what gloo's leave, by which torch's go, is a loop written by hand for two
+ranks, with all receives posted before the step.
 
     python experiments/executor/two_ranks.py
         writes experiments/results/two_ranks.md
@@ -189,20 +190,21 @@ def main() -> None:
     text = [
         "# Two ranks against one",
         "",
-        f"{RANKS} ranks with gloo on one shared x86-64 machine of {os.cpu_count()} "
+        f"{RANKS} ranks on one shared x86-64 machine of {os.cpu_count()} "
         f"cores, one thread each, 1F1B, torch {torch.__version__}, float32. Load "
         "average over five minutes before and after: "
         f"{before:.1f}, {os.getloadavg()[1]:.1f}; two ranks alone would make it 2.",
         "",
         f"A step of each way in turn in the same processes, {arguments.rounds} rounds; "
-        "ms are medians. `by hand`: a loop of this schedule's ops and gloo's isend and "
-        "irecv, with all receives posted before the step. `alone`: the whole model, "
-        "micro-batch by micro-batch, on one rank while the other waits; `both`: on "
-        "both at once. Ratios are to the ideal, "
-        "(alone / 2) (M + 1) / M, in the median over rounds; `fastest`: of our fastest "
-        "step to that of the fastest alone. `bound`: the schedule simulated with each "
-        "stage's bare forward and backward, measured while both ranks compute, and "
-        "free messages; no order of messages gets below it.",
+        "ms are medians. `ours`: messages through memory that both ranks see; "
+        "`torch's`: by gloo. `by hand`: a loop of this schedule's ops and gloo's isend "
+        "and irecv, with all receives posted before the step. `alone`: the whole "
+        "model, micro-batch by micro-batch, on one rank while the other waits; `both`: "
+        "on both at once. Ratios are to the ideal, (alone / 2) (M + 1) / M, in the "
+        "median over rounds; `fastest`: of our fastest step to that of the fastest "
+        "alone. `bound`: the schedule simulated with each stage's bare forward and "
+        "backward, measured while both ranks compute, and free messages; no order of "
+        "messages gets below it.",
         "",
         "| model | M | ours, ms | torch's | by hand | alone | both | ours / ideal | "
         "torch's | by hand | fastest | bound |",
