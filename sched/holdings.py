@@ -173,10 +173,10 @@ class _Spans:
 
     device: Column
     stage: Column
-    held: Index
+    held: NDArray[np.int8]
     skip: Column
-    first: Index
-    behind: Index
+    first: Column
+    behind: Column
     source: Column
     moments: Moments
 
@@ -198,7 +198,7 @@ class _Spans:
         stored = np.flatnonzero((kind == BufferKind.STORED_INPUT) & (skip < 0))
         taken = moments.taken(stored, first[stored])
         later = [column[stored] for column in columns]
-        later[2] = np.full(len(stored), Held.STORED)
+        later[2] = np.full(len(stored), Held.STORED, dtype=np.int8)
         later[4] = taken
         columns[5] = behind.copy()
         columns[5][stored] = taken
@@ -256,7 +256,7 @@ def _counted(
     return np.cumsum(held, axis=0)[:-1], np.cumsum(over, axis=0)[:-1]
 
 
-def held_as(program: Program) -> tuple[Index, NDArray[np.bool_]]:
+def held_as(program: Program) -> tuple[NDArray[np.int8], NDArray[np.bool_]]:
     """What each buffer is of `Held`, or -1; and whether it is what W reads as well.
 
     A backward in one has no buffer of its own for that. What a forward stores is an
@@ -264,7 +264,7 @@ def held_as(program: Program) -> tuple[Index, NDArray[np.bool_]]:
     """
     kind, table = program.buffers[:, 0], program.schedule.table
     owner = tuple(program.buffers[:, column] for column in (3, 4, 2))
-    held = np.full(len(kind), -1, dtype=np.int64)
+    held = np.full(len(kind), -1, dtype=np.int8)
     for member, what in _OF.items():
         held[kind == member] = what
     parked = kind == BufferKind.OFFLOADED

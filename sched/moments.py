@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from pipeproof.sched.instructions import Action, BufferKind
 from pipeproof.sched.last_ops import LastOps
+from pipeproof.sched.lists import Column
 from pipeproof.sched.memory import lifetimes
 from pipeproof.sched.program import Program
 
@@ -40,7 +41,7 @@ class Moments:
         self.count = 2 * np.bincount(device, minlength=program.schedule.devices) + 1
 
     @cached_property
-    def of_buffers(self) -> tuple[Index, Index]:
+    def of_buffers(self) -> tuple[Column, Column]:
         """The first moment at which each can be there, and the first when it is not.
 
         Of what one device parks in another's memory, of the one that does.
@@ -48,8 +49,8 @@ class Moments:
         program = self._program
         born, died = lifetimes(program)
         device = np.where(self.parked, program.device[born], program.buffers[:, 1])
-        first = np.zeros(len(born), dtype=np.int64)
-        behind = np.full(len(born), np.iinfo(np.int64).max)
+        first = np.zeros(len(born), dtype=np.int32)
+        behind = np.full(len(born), np.iinfo(np.int32).max, dtype=np.int32)
         own_birth, own_death = self._computes[born], self._computes[died] & (died >= 0)
         first[own_birth] = self._at[born[own_birth]]
         behind[own_death] = self._at[died[own_death]] + 1
@@ -91,7 +92,7 @@ class Moments:
         return self._last.before(instructions, np.full(len(instructions), device))
 
     @property
-    def at_the_latest(self) -> Index:
+    def at_the_latest(self) -> Column:
         """When each must be there: what is received, when an op first reads it."""
         program, (first, behind) = self._program, self.of_buffers
         born, _ = lifetimes(program)
@@ -119,7 +120,7 @@ class Moments:
         np.minimum.at(result, born[reads.values[local]], reads.owner[local])
         return result
 
-    def taken(self, buffers: Index, first: Index) -> Index:
+    def taken(self, buffers: Index, first: Column) -> Column:
         """When a forward takes up what is in these; what it made itself, at once."""
         program = self._program
         born, _ = lifetimes(program)
