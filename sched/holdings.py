@@ -24,12 +24,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.instructions import Action, BufferKind
 from pipeproof.sched.ir import Kind, Schedule
+from pipeproof.sched.lists import Column
 from pipeproof.sched.lower import lower
 from pipeproof.sched.memory import lifetimes
 from pipeproof.sched.moments import Moments
@@ -159,7 +161,7 @@ def _holdings(
 
 @dataclass(frozen=True)
 class _Spans:
-    """From when to when something is there.
+    """From when to when something is there, device by device.
 
     Attributes:
         device, stage, held: of each, where it lies and what it is.
@@ -169,50 +171,54 @@ class _Spans:
         moments: of the program.
     """
 
-    device: Index
-    stage: Index
-    held: Index
-    skip: Index
-    first: Index
-    behind: Index
-    source: Index
+    device: Column
+    stage: Column
+    held: NDArray[np.int8]
+    skip: Column
+    first: Column
+    behind: Column
+    source: Column
     moments: Moments
 
     @classmethod
     def of(cls, program: Program, moments: Moments, *, late: bool = False) -> _Spans:
-        kind, device, stage = (
-            program.buffers[:, column].astype(np.int64) for column in range(3)
-        )
-        skip = np.full(len(kind), -1, dtype=np.int64)
+        kind, device, stage = (program.buffers[:, column] for column in range(3))
+        skip = np.full(len(kind), -1, dtype=np.int32)
         if len(program.buffer_skips):
-            skip = program.buffer_skips.astype(np.int64)
+            skip = program.buffer_skips
         held, in_one = held_as(program)
         first, behind = moments.of_buffers
         if late:
             first = moments.at_the_latest
         born, _ = lifetimes(program)
         source = np.where(moments.parked, program.device[born], device)
+        columns: list[NDArray[Any]]
         columns = [device, stage, held, skip, first, behind, source]
         # What has arrived is an input until a forward takes it up.
         stored = np.flatnonzero((kind == BufferKind.STORED_INPUT) & (skip < 0))
         taken = moments.taken(stored, first[stored])
         later = [column[stored] for column in columns]
-        later[2] = np.full(len(stored), Held.STORED)
+        later[2] = np.full(len(stored), Held.STORED, dtype=np.int8)
         later[4] = taken
         columns[5] = behind.copy()
         columns[5][stored] = taken
         whole = np.flatnonzero(in_one)
         both = [column[whole] for column in columns]
         both[2] = both[2] + 1
-        parts = zip(columns, later, both)
-        columns = [np.concatenate(some) for some in parts]
-        there = (columns[2] >= 0) & (columns[4] < columns[5])
-        device, stage, held, skip, first, behind, source = (c[there] for c in columns)
+        parts = [
+            [c[(some[2] >= 0) & (some[4] < some[5])] for c in some]
+            for some in (columns, later, both)
+        ]
+        order = np.argsort(np.concatenate([some[0] for some in parts]), kind="stable")
+        device, stage, held, skip, first, behind, source = (
+            np.concatenate(some)[order] for some in zip(*parts)
+        )
         return cls(device, stage, held, skip, first, behind, source, moments)
 
 
 def _on(device: int, spans: _Spans, program: Program) -> Holdings:
-    here = np.flatnonzero(spans.device == device)
+    ends = np.array([device, device + 1], dtype=spans.device.dtype)
+    here = np.arange(*np.searchsorted(spans.device, ends))
     stages = np.unique(spans.stage[here])
     sources = spans.source[here]
     held, over = _counted(device, here[sources == device], stages, spans, program)
@@ -227,7 +233,7 @@ def _on(device: int, spans: _Spans, program: Program) -> Holdings:
 
 
 def _counted(
-    device: int, these: Index, stages: Index, spans: _Spans, program: Program
+    device: int, these: Index, stages: Column, spans: _Spans, program: Program
 ) -> tuple[Floats, Floats]:
     """At each moment of a device, of these: [moment, `Held`, stage], and of skips.
 
@@ -241,15 +247,16 @@ def _counted(
     chain = these[spans.skip[these] < 0]
     skips = these[spans.skip[these] >= 0]
     for moment, by in ((spans.first, part), (spans.behind, -part)):
-        at = np.minimum(moment, length)
         column = np.searchsorted(stages, spans.stage[chain])
-        np.add.at(held, (at[chain], spans.held[chain], column), by)
+        at = np.minimum(moment[chain], length)
+        np.add.at(held, (at, spans.held[chain], column), by)
         goes = (spans.stage[skips] != targets[spans.skip[skips]]).astype(np.int64)
-        np.add.at(over, (at[skips], goes, spans.skip[skips]), by)
+        at = np.minimum(moment[skips], length)
+        np.add.at(over, (at, goes, spans.skip[skips]), by)
     return np.cumsum(held, axis=0)[:-1], np.cumsum(over, axis=0)[:-1]
 
 
-def held_as(program: Program) -> tuple[Index, NDArray[np.bool_]]:
+def held_as(program: Program) -> tuple[NDArray[np.int8], NDArray[np.bool_]]:
     """What each buffer is of `Held`, or -1; and whether it is what W reads as well.
 
     A backward in one has no buffer of its own for that. What a forward stores is an
@@ -257,7 +264,7 @@ def held_as(program: Program) -> tuple[Index, NDArray[np.bool_]]:
     """
     kind, table = program.buffers[:, 0], program.schedule.table
     owner = tuple(program.buffers[:, column] for column in (3, 4, 2))
-    held = np.full(len(kind), -1, dtype=np.int64)
+    held = np.full(len(kind), -1, dtype=np.int8)
     for member, what in _OF.items():
         held[kind == member] = what
     parked = kind == BufferKind.OFFLOADED

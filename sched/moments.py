@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeproof.sched.instructions import Action, BufferKind
+from pipeproof.sched.last_ops import LastOps
+from pipeproof.sched.lists import Column
 from pipeproof.sched.memory import lifetimes
 from pipeproof.sched.program import Program
 
 Index = NDArray[np.int64]
-
-BLOCK = 1 << 24
-"""Instructions times devices that are looked at together."""
 
 
 class Moments:
@@ -35,21 +33,15 @@ class Moments:
     """
 
     def __init__(self, program: Program, *, in_order: bool, more_skips: bool) -> None:
-        self._program, self._in_order = program, in_order
-        self._more_skips = more_skips
-        computes = np.flatnonzero(program.action == Action.COMPUTE)
-        device = program.device[computes]
-        self.count = 2 * np.bincount(device, minlength=program.schedule.devices) + 1
-        order = np.argsort(device, kind="stable")
-        starts = np.cumsum(self.count // 2) - self.count // 2
-        number = np.empty(len(computes), dtype=np.int64)
-        number[order] = np.arange(len(order)) - np.repeat(starts, self.count // 2)
-        self._at = np.zeros(len(program), dtype=np.int64)
-        self._at[computes] = 2 * number + 1
+        self._program, self._more_skips = program, more_skips
+        self._last = LastOps(program, in_order)
+        self._at = self._last.number
         self._computes = program.action == Action.COMPUTE
+        device = program.device[program.computes]
+        self.count = 2 * np.bincount(device, minlength=program.schedule.devices) + 1
 
     @cached_property
-    def of_buffers(self) -> tuple[Index, Index]:
+    def of_buffers(self) -> tuple[Column, Column]:
         """The first moment at which each can be there, and the first when it is not.
 
         Of what one device parks in another's memory, of the one that does.
@@ -57,22 +49,19 @@ class Moments:
         program = self._program
         born, died = lifetimes(program)
         device = np.where(self.parked, program.device[born], program.buffers[:, 1])
-        first = np.zeros(len(born), dtype=np.int64)
-        behind = np.full(len(born), np.iinfo(np.int64).max)
+        first = np.zeros(len(born), dtype=np.int32)
+        behind = np.full(len(born), np.iinfo(np.int32).max, dtype=np.int32)
         own_birth, own_death = self._computes[born], self._computes[died] & (died >= 0)
         first[own_birth] = self._at[born[own_birth]]
         behind[own_death] = self._at[died[own_death]] + 1
         local = self._first_local(born)
         births = np.flatnonzero(~own_birth)
         deaths = np.flatnonzero(~own_death & (died >= 0))
-        for some, started, ended in self._known():
-            mine = births[(device[births] >= some.start) & (device[births] < some.stop)]
-            seen = started[born[mine], device[mine] - some.start]
-            first[mine] = np.where(seen > 0, seen + 1, 0)
-            mine = deaths[(device[deaths] >= some.start) & (device[deaths] < some.stop)]
-            at = ended[died[mine], device[mine] - some.start] + 1
-            later = died[mine] >= local[born[mine]]
-            behind[mine] = at + (self._more_skips | later | self.parked[mine])
+        seen = self._last.before(born[births], device[births])
+        first[births] = np.where(seen > 0, seen + 1, 0)
+        at = self._last.at_end(died[deaths], device[deaths]) + 1
+        later = died[deaths] >= local[born[deaths]]
+        behind[deaths] = at + (self._more_skips | later | self.parked[deaths])
         return first, behind
 
     @property
@@ -91,16 +80,19 @@ class Moments:
             np.flatnonzero(self._computes & (self._program.device == one))
             for one in (device, other)
         )
-        seen = self._started_before(other)[ours]
+        seen = self._before(ours, other)
         first = np.where(seen > 0, seen + 1, 0)
         first = np.concatenate([[0], np.repeat(first, 2)])
-        waiting = self._started_before(device)[theirs]
+        waiting = self._before(theirs, device)
         moments = np.arange(self.count[device])
         following = np.searchsorted(waiting, moments + (moments % 2 == 0))
         return first, 2 * following  # the gap before that op
 
+    def _before(self, instructions: Index, device: int) -> Index:
+        return self._last.before(instructions, np.full(len(instructions), device))
+
     @property
-    def at_the_latest(self) -> Index:
+    def at_the_latest(self) -> Column:
         """When each must be there: what is received, when an op first reads it."""
         program, (first, behind) = self._program, self.of_buffers
         born, _ = lifetimes(program)
@@ -128,61 +120,9 @@ class Moments:
         np.minimum.at(result, born[reads.values[local]], reads.owner[local])
         return result
 
-    def taken(self, buffers: Index, first: Index) -> Index:
+    def taken(self, buffers: Index, first: Column) -> Column:
         """When a forward takes up what is in these; what it made itself, at once."""
         program = self._program
         born, _ = lifetimes(program)
         own = self._computes[born[buffers]]
         return np.where(own, first, self._at[self._reader[buffers]])
-
-    def _known(self) -> Iterator[tuple[slice, Index, Index]]:
-        """For some devices at a time, [instruction, device]: its last op before.
-
-        Before what it takes part in starts, and before it ends; 0 for none.
-        """
-        devices = self._program.schedule.devices
-        width = max(1, BLOCK // len(self._program))
-        if devices <= width:
-            yield slice(0, devices), *self._of_all
-            return
-        for begin in range(0, devices, width):
-            some = slice(begin, min(begin + width, devices))
-            yield some, *self._of_some(some)
-
-    def _started_before(self, device: int) -> Index:
-        """Of each instruction, the device's last op before it starts."""
-        if self._program.schedule.devices * len(self._program) <= BLOCK:
-            return self._of_all[0][:, device]
-        return self._of_some(slice(device, device + 1))[0][:, 0]
-
-    @cached_property
-    def _of_all(self) -> tuple[Index, Index]:
-        return self._of_some(slice(0, self._program.schedule.devices))
-
-    def _of_some(self, some: slice) -> tuple[Index, Index]:
-        program = self._program
-        size = len(program), some.stop - some.start
-        started, ended = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
-        last = [-1] * len(program.streams)
-        sender = np.full(len(program), -1, dtype=np.int64)
-        sender[program.recv_of] = program.send_of
-        columns = (
-            program.stream.tolist(),
-            sender.tolist(),
-            program.waits_for.to_lists(),
-            self._at.tolist(),
-            program.device.tolist(),
-        )
-        for index, (stream, sent, waits, at, device) in enumerate(zip(*columns)):
-            row = started[index]
-            if last[stream] >= 0 and (sent < 0 or self._in_order):
-                row[:] = ended[last[stream]]
-            for before in waits:
-                np.maximum(row, ended[before], out=row)
-            last[stream] = index
-            ended[index] = row
-            if sent >= 0 and self._in_order:
-                np.maximum(row, ended[sent], out=ended[index])
-            if at and some.start <= device < some.stop:
-                ended[index, device - some.start] = at
-        return started, ended

