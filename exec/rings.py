@@ -69,9 +69,9 @@ class Shared:
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
         memory = os.memfd_create("pipeproof")
         os.ftruncate(memory, FIRST_SIZE)
-        parts = [memory, os.eventfd(0, flags), os.eventfd(0, flags)]
-        socket.send_fds(line, [b"."], parts)
-        return cls(*parts, line.detach())
+        bell, freed = os.eventfd(0, flags), os.eventfd(0, flags)
+        socket.send_fds(line, [b"."], [memory, bell, freed])
+        return cls(memory, bell, freed, line.detach())
 
     @classmethod
     def receive(cls, line: socket.socket) -> Shared:
@@ -81,10 +81,11 @@ class Shared:
             ConnectionError: it ends instead.
         """
         with line:
-            _, parts, _, _ = socket.recv_fds(line, 1, 3)
-            if not parts:
+            _, descriptors, _, _ = socket.recv_fds(line, 1, 3)
+            if not descriptors:
                 raise ConnectionError(GONE)
-            return cls(*parts, line.detach())
+            memory, bell, freed = descriptors
+            return cls(memory, bell, freed, line.detach())
 
     def hang_up(self) -> None:
         """Who waits at either end learns that nothing comes any more."""
