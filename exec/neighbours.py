@@ -54,7 +54,7 @@ class Meeting:
         self._store, self._check = store, check
 
     def hear(self, key: str) -> str:
-        """What the other end says under a key.
+        """What the other end says under a key; a later meeting here does not hear it.
 
         Raises:
             RankError: it does not, or a rank has failed.
@@ -72,7 +72,9 @@ class Meeting:
             if pause >= POLL_S:
                 pause = POLL_S
                 self._check()
-        return self._store.get(key).decode()
+        said = self._store.get(key).decode()
+        self._store.delete_key(key)
+        return said
 
 
 def ring_to(meeting: Meeting) -> RingOut | None:
@@ -92,6 +94,7 @@ def ring_to(meeting: Meeting) -> RingOut | None:
     with socket.socket(socket.AF_UNIX) as ear:
         ear.bind(f"\0{name}")  # in no folder: nobody need clean up
         ear.listen()
+        ear.settimeout(meeting.deadline_s)
         meeting.say(AT, f"{name} {host_clock()}")
         if meeting.hear(MET) != "yes":
             return None

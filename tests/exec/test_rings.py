@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
 
 from pipeproof.exec import RankError, neighbours
 from pipeproof.exec.neighbours import AT, MET, Meeting, ring_from, ring_to
@@ -142,12 +142,12 @@ def test_another_size_than_was_expected() -> None:
     assert str(passing.error) == "8 bytes came for 12"
 
 
-def meet(*ends: Callable[[Meeting], Any], deadline_s: float = 30.0) -> list[Any]:
+def meet(*ends: Callable[[Meeting], Any], store: Store | None = None) -> list[Any]:
     """What both make of each other, in two threads."""
-    store, found = HashStore(), [None, None]
+    place, found = store or HashStore(), [None, None]
 
     def run(number: int) -> None:
-        meeting = Meeting(store, 1 - number, lambda: None, deadline_s)
+        meeting = Meeting(place, 1 - number, lambda: None, 30.0)
         found[number] = ends[number](meeting)
 
     threads = [threading.Thread(target=run, args=(n,)) for n in range(2)]
@@ -158,15 +158,17 @@ def meet(*ends: Callable[[Meeting], Any], deadline_s: float = 30.0) -> list[Any]
     return found
 
 
-def test_neighbours_meet() -> None:
-    out, into = meet(*RINGS)
-    row = torch.empty(3)
+def test_neighbours_meet_again_at_the_same_place() -> None:
+    store = HashStore()
+    for _ in range(2):
+        out, into = meet(*RINGS, store=store)
+        row = torch.empty(3)
 
-    out.send(torch.arange(3.0))
-    into.receive(row).wait(never)
+        out.send(torch.arange(3.0))
+        into.receive(row).wait(never)
 
-    assert row.tolist() == [0, 1, 2]
-    assert (out.peer, into.peer) == (1, 0)
+        assert row.tolist() == [0, 1, 2]
+        assert (out.peer, into.peer) == (1, 0)
 
 
 def test_who_ends_before_it_hands_over_anything() -> None:
