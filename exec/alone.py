@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.amp.grad_scaler import GradScaler
 
 from pipeproof.exec import clipping, scaling
@@ -29,6 +28,7 @@ from pipeproof.exec.losses import Loss
 from pipeproof.exec.runtime import Runtime
 from pipeproof.exec.step import Step
 from pipeproof.exec.tensors import placed
+from pipeproof.exec.timetable import Ends
 from pipeproof.sched import Schedule
 
 
@@ -64,11 +64,11 @@ class Alone:
 
     def timed_step(
         self, runtime: Runtime, seed: int, batch: Batch
-    ) -> tuple[Step, NDArray[Any], NDArray[Any]]:
+    ) -> tuple[Step, Ends]:
         """As `step`; and when instructions started and ended."""
         step = self._opened(runtime, seed, batch, with_loss=True)
-        start, end = runtime.run_timed(step)
-        return step, np.array(start), np.array(end)
+        start, end = map(np.array, runtime.run_timed(step))
+        return step, lambda: (start, end)
 
     def forward(
         self, runtime: Runtime, seed: int, batch: Batch, *, with_loss: bool

@@ -40,7 +40,7 @@ from pipeproof.exec.recomputed import Recomputed
 from pipeproof.exec.rng import generators, step_seed
 from pipeproof.exec.step import Losses, Step, ToldLosses
 from pipeproof.exec.ties import shares_of
-from pipeproof.exec.timetable import measured
+from pipeproof.exec.timetable import Ends, measured
 from pipeproof.exec.training import Training
 from pipeproof.exec.units import StageModule
 from pipeproof.exec.updating import (
@@ -171,6 +171,7 @@ class Pipeline:
     ) -> None:
         self.optimizers = optimizers
         self._loss = Loss.of(loss_fn)
+        self._ends: Ends | None = None
         self._trace: Trace | None = None
         self._losses: Losses | ToldLosses | None = None
         self._company: Alone | Ranked
@@ -227,8 +228,10 @@ class Pipeline:
         Raises:
             ParameterError: no step was recorded.
         """
-        if self._trace is None:
+        if self._ends is None:
             raise ParameterError("no step was recorded: call step(…, record=True)")
+        if self._trace is None:
+            self._trace = measured(self.program, *self._ends(), shared=self._shared)
         return self._trace
 
     def step(
@@ -305,8 +308,8 @@ class Pipeline:
         ):
             check_needed(runtime.needs_keywords, keywords)
             if record:
-                step, start, end = company.timed_step(runtime, seed, batch)
-                self._trace = measured(self.program, start, end, shared=self._shared)
+                step, self._ends = company.timed_step(runtime, seed, batch)
+                self._trace = None
             else:
                 step = company.step(runtime, seed, batch)
             pass_on(inputs, step)

@@ -46,7 +46,7 @@ from pipeproof.exec.stage import Stage
 from pipeproof.exec.step import Step, ToldLosses
 from pipeproof.exec.tensors import copied, placed
 from pipeproof.exec.ties import tie_up
-from pipeproof.exec.timetable import Array, merged
+from pipeproof.exec.timetable import Ends, from_text, merged, to_text
 from pipeproof.exec.training import Training
 from pipeproof.exec.updating import in_words, updated_by
 from pipeproof.sched import ParameterError, Program
@@ -145,7 +145,7 @@ class Ranked:
 
     def timed_step(
         self, runtime: Runtime, seed: int, batch: Batch
-    ) -> tuple[Step, Array, Array]:
+    ) -> tuple[Step, Ends]:
         """As `step`; and when this pipeline's instructions started and ended."""
         step = self._opened(runtime, seed, batch, what="recorded step")
         self.links.messages.agree()  # before anything else is exchanged
@@ -170,8 +170,10 @@ class Ranked:
         summed = [time for reducer in reducers for time in reducer.times()]
         for index, began, ended in messages.times() + summed:
             times[index] = index, began + offset, ended + offset
-        said = self._ranks.exchange(list(times.values()), "the other ranks' times")
-        return step, *merged(self._program, [said[rank] for rank in self.grid.row])
+        text = to_text(list(times.values()))
+        said = self._ranks.exchange(text, "the other ranks' times")
+        row = [said[rank] for rank in self.grid.row]
+        return step, lambda: merged(self._program, list(map(from_text, row)))
 
     def forward(
         self, runtime: Runtime, seed: int, batch: Batch, *, with_loss: bool

@@ -11,7 +11,8 @@ So the ends that were seen are upper bounds, and order says more than each of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -25,8 +26,21 @@ from pipeproof.sched.trace import Timetable
 from pipeproof.sched.weights import Sizes
 
 Array = NDArray[np.float64]
-Times = list[tuple[int, float, float]]
+Times = Sequence[tuple[int, float, float]]
 """Of some instructions: number, start and end in seconds."""
+Ends = Callable[[], tuple[Array, Array]]
+"""Start and end of each instruction, worked out when they are asked for."""
+
+
+def to_text(times: Times) -> str:
+    """To be sent."""
+    return base64.b64encode(np.array(times, dtype="<f8").tobytes()).decode()
+
+
+def from_text(text: str) -> Times:
+    """As it was sent."""
+    rows = np.frombuffer(base64.b64decode(text), dtype="<f8").reshape(-1, 3)
+    return [(int(index), began, ended) for index, began, ended in rows.tolist()]
 
 
 def merged(program: Program, of_ranks: Sequence[Times]) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import whole_language
 
-from pipeproof.exec.timetable import Times, merged
+from pipeproof.exec.timetable import Times, from_text, merged, to_text
 from pipeproof.sched import Program, Schedule, catalog, lower
 from pipeproof.sched.instructions import Action
 from pipeproof.sim import Cluster, Cost, simulate
@@ -58,3 +58,8 @@ def test_a_send_was_over_when_its_message_was_there() -> None:
     _, end = merged(program, [list(times.values())])
 
     assert end[[send, recv]].tolist() == [2.0, 2.0]
+
+
+@given(st.lists(st.tuples(st.integers(0, 1 << 40), st.floats(0, 1e9), st.floats(0))))
+def test_times_are_sent_to_the_last_bit(times: Times) -> None:
+    assert from_text(to_text(times)) == times
