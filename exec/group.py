@@ -171,7 +171,11 @@ class Ranks:
         store = PrefixStore(f"ring {name}", self.store)
         if ends[0] == self.rank:
             return ring_to(Meeting(store, ends[1], self.check, CONNECT_S))
-        return ring_from(Meeting(store, ends[0], self.check, CONNECT_S))
+        try:
+            return ring_from(Meeting(store, ends[0], self.check, CONNECT_S))
+        except (ConnectionError, TimeoutError) as error:
+            self.broken(error, "its end of their link", ends[0])
+            raise
 
     def collective(self, members: Sequence[int], device: torch.device) -> Backend:
         """A communicator of several ranks; all must ask, in one order.

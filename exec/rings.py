@@ -12,13 +12,14 @@ and make what was written before visible. The header of a message, h, has its nu
 its bytes, and when it was there.
 
 A ring is as large as what was ever under way at once needs. If a message does not fit,
-the rest of the stream goes to a larger one behind it in the same file, and the receiver
-gives the old one's memory back.
+the rest of the stream goes to a larger one behind it in the same file. The receiver
+gives back the memory of the old one, and of large rings that of what it has copied out.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import select
@@ -41,6 +42,9 @@ NUMBER, SIZE, WHEN = range(3)
 SKIP, MOVE = -1, -2
 """In place of a size: on at the ring's start, or in the ring of which the next words
 are where it starts and its size."""
+KEPT, LARGE = 1 << 25, 1 << 16
+"""Bytes: up to how large a ring keeps its memory; of larger ones, from what size on a
+message's is given back when it has been copied out."""
 GONE = "the process at the other end has ended"
 SPIN_S = 5e-5
 """For so long a receiver looks by itself whether something has come: to be woken up
@@ -79,11 +83,16 @@ class Shared:
 
         Raises:
             ConnectionError: it ends instead.
+            OSError: this process has as many files open as it may.
         """
         with line:
-            _, descriptors, _, _ = socket.recv_fds(line, 1, 3)
-            if not descriptors:
+            said, descriptors, _, _ = socket.recv_fds(line, 1, 3)
+            if not said:
                 raise ConnectionError(GONE)
+            if len(descriptors) < 3:  # the kernel gives those that fit
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             memory, bell, freed = descriptors
             return cls(memory, bell, freed, line.detach())
 
@@ -305,6 +314,8 @@ class RingIn(_End):
         if tensor.nbytes == size:
             ctypes.memmove(tensor.data_ptr(), self._address + self._at + LINE, size)
             passing.ended = words[word + WHEN] * 1e-9
+            if size >= LARGE and self._size > KEPT:
+                self._give_back(self._at + LINE, size)
         else:
             passing.error = ValueError(f"{size} bytes came for {tensor.nbytes}")
         os.eventfd_write(self._shared.freed, 1)
@@ -321,7 +332,13 @@ class RingIn(_End):
             return
         word = self._at // WORD + SIZE
         start, size = self._words[word + 1], self._words[word + 2]
-        # It is the receiver's to do, who has read all that is in it.
-        with suppress(OSError):  # some sandboxes' kernels have no such call
-            self._map.madvise(mmap.MADV_REMOVE, self._start, self._size)
+        self._give_back(self._start, self._size)
         self._look_at(start, size)
+
+    def _give_back(self, start: int, size: int) -> None:
+        """The memory of whole pages that were read, and are not known to be free yet."""
+        first, last = -(-start // mmap.PAGESIZE), (start + size) // mmap.PAGESIZE
+        if first < last:
+            length = (last - first) * mmap.PAGESIZE
+            with suppress(OSError):  # some sandboxes' kernels have no such call
+                self._map.madvise(mmap.MADV_REMOVE, first * mmap.PAGESIZE, length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 import threading
@@ -16,7 +17,16 @@ from torch._C._distributed_c10d import HashStore, Store
 
 from pipeproof.exec import RankError, neighbours
 from pipeproof.exec.neighbours import AT, MET, Meeting, ring_from, ring_to
-from pipeproof.exec.rings import FIRST_SIZE, LINE, Passing, RingIn, RingOut, Shared
+from pipeproof.exec.rings import (
+    FIRST_SIZE,
+    KEPT,
+    LARGE,
+    LINE,
+    Passing,
+    RingIn,
+    RingOut,
+    Shared,
+)
 from pipeproof.sched import ParameterError
 
 pytestmark = pytest.mark.skipif(
@@ -93,6 +103,23 @@ def test_a_ring_is_used_again_and_grows_with_what_is_under_way() -> None:
     assert os.fstat(out._shared.memory).st_size == 3 * FIRST_SIZE
     kept = os.fstat(out._shared.memory).st_blocks * 512
     assert kept <= 2 * FIRST_SIZE, "the first ring's memory was given back"
+
+
+def test_a_large_ring_keeps_only_what_is_under_way() -> None:
+    """After steps of many large messages all of them stayed in memory."""
+    out, into = connected()
+    size = 2 * LARGE + 3
+    for _ in range(2):
+        for number in range(KEPT // LARGE):
+            out.send(numbered(number, size))
+        for number in range(KEPT // LARGE):
+            row = torch.empty(size, dtype=torch.uint8)
+            into.receive(row).wait(never)
+            assert torch.equal(row, numbered(number, size))
+
+        kept = os.fstat(out._shared.memory).st_blocks * 512
+        assert into._size > KEPT
+        assert kept <= KEPT // LARGE * 2 * mmap.PAGESIZE
 
 
 def test_the_receiver_learns_when_a_message_was_there() -> None:
@@ -177,6 +204,16 @@ def test_who_ends_before_it_hands_over_anything() -> None:
 
     with pytest.raises(ConnectionError, match="at the other end has ended"):
         Shared.receive(there)
+
+
+def test_who_may_open_no_more_files() -> None:
+    """The kernel then hands over fewer than were sent."""
+    here, there = socket.socketpair()
+    with here:
+        socket.send_fds(here, [b"."], [here.fileno(), here.fileno()])
+
+        with pytest.raises(OSError, match="Too many open files"):
+            Shared.receive(there)
 
 
 def test_who_has_another_clock_is_no_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
