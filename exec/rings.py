@@ -336,7 +336,7 @@ class RingIn(_End):
         self._look_at(start, size)
 
     def _give_back(self, start: int, size: int) -> None:
-        """The memory of whole pages that were read, and are not known to be free yet."""
+        """Memory of whole pages that were read, and are not known to be free yet."""
         first, last = -(-start // mmap.PAGESIZE), (start + size) // mmap.PAGESIZE
         if first < last:
             length = (last - first) * mmap.PAGESIZE
